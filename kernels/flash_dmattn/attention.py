@@ -1,0 +1,152 @@
+"""The public attention functions: attention over intervals, and the whole of Dynamic Mask Attention."""
+
+import torch
+
+from flash_dmattn import arguments
+from flash_dmattn.dispatch import check_backend_name
+from flash_dmattn.ops import interval_attention_op
+from flash_dmattn.selection import comparable, select_visible
+from flash_dmattn.visibility import Visibility
+
+
+def interval_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    importance: torch.Tensor | None,
+    visibility: Visibility,
+    *,
+    query_start: int | torch.Tensor | None = None,
+    query_positions: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    add_importance_bias: bool = True,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attends, for each query row t, to the keys with birth <= t < death.
+
+    logit(t, j) = softcap(softmax_scale * q_t . k_j) + importance_j, softmax over the visible keys. The keys may
+    stand in any order.
+
+    query: (B, Sq, H, D), float16, bfloat16, float32 or float64.
+    key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
+    importance: (B, Hi, Sk) floating point, Hi = Hkv or H, added to the logits in float32 (NaN as -inf, +inf as the
+        largest float32; a key of -inf weighs 0), or None for no bias.
+    visibility: birth and death, int32 (B, Hi, Sk).
+    query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
+    query_positions: (B, Sq) int32, the row of every query instead, -1 for one that sees nothing.
+    softmax_scale: None: D ** -0.5.
+    softcap: logits are softcap * tanh(logits / softcap) before the bias; 0 is off.
+    add_importance_bias: when False the importance is not added and its gradient is exactly zero.
+    deterministic: equal inputs give bitwise equal gradients.
+    return_lse: also return the natural-log sum of exp of each query's logits.
+    backend: "auto" or one of `get_available_backends()`.
+
+    Returns out (B, Sq, H, D) in query's dtype and, if asked, lse (B, H, Sq) in float32 (float64 for float64). A
+    query that sees no key gets out 0, lse -inf and no gradient.
+
+    Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
+    """
+    arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
+    arguments.check_visibility(visibility, query, key, importance)
+    arguments.check_query_rows(query_start, query_positions, query)
+    check_backend_name(backend)
+    batch, seqlen_q, _, head_dim = query.shape
+    if query_positions is None:
+        if query_start is None:
+            query_start = key.shape[1] - seqlen_q
+        if not isinstance(query_start, torch.Tensor):
+            query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
+    bias = None
+    if importance is not None and add_importance_bias:
+        bias = comparable(importance)
+        bias = bias if query.dtype == torch.float64 else bias.float()
+    out, lse = interval_attention_op(
+        query,
+        key,
+        value,
+        bias,
+        visibility[0],
+        visibility[1],
+        query_start,
+        query_positions,
+        head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+        float(softcap),
+        deterministic,
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def dynamic_mask_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    importance: torch.Tensor,
+    *,
+    keep_window_size: int,
+    num_sink_tokens: int = 0,
+    local_window_size: int = 0,
+    sliding_window: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    is_causal: bool = True,
+    add_importance_bias: bool = True,
+    padding_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attends each query to the `keep_window_size` most important keys of its past (arXiv 2508.02124).
+
+    Selection as in `select_visible`, attention as in `interval_attention`; their options mean the same here.
+
+    query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D). Queries are the last Sq of the Sk positions.
+    importance: (B, Hi, Sk) floating point, Hi = Hkv or H.
+    padding_mask: (B, Sk) bool, True for real tokens. Padding is visible to nobody, takes no place in any window,
+        and its query rows give out 0, lse -inf and no gradient, whatever stands in them.
+    cu_seqlens: (num_docs + 1,) int32, document boundaries of a packed batch: B = 1, Sq = Sk.
+    max_seqlen: the longest document, a hint that saves an engine from computing it.
+
+    Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
+
+    Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
+    """
+    if importance is None:
+        raise ValueError("importance must be a tensor, got None")
+    arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
+    seqlen_q, seqlen_k = query.shape[1], key.shape[1]
+    if cu_seqlens is not None and seqlen_q != seqlen_k:
+        raise ValueError(f"query must have key's {seqlen_k} rows when cu_seqlens is given, got {seqlen_q}")
+    visibility = select_visible(
+        importance,
+        keep_window_size=keep_window_size,
+        num_sink_tokens=num_sink_tokens,
+        local_window_size=local_window_size,
+        sliding_window=sliding_window,
+        is_causal=is_causal,
+        padding_mask=padding_mask,
+        cu_seqlens=cu_seqlens,
+    )
+    query_positions = None
+    if padding_mask is not None:
+        rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, dtype=torch.int32, device=query.device)
+        query_positions = torch.where(padding_mask[:, seqlen_k - seqlen_q :], rows, -1)
+    return interval_attention(
+        query,
+        key,
+        value,
+        importance,
+        visibility,
+        query_positions=query_positions,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        add_importance_bias=add_importance_bias,
+        deterministic=deterministic,
+        return_lse=return_lse,
+        backend=backend,
+    )

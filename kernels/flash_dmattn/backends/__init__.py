@@ -1,0 +1,16 @@
+"""The engines that serve attention over intervals, best first.
+
+A backend is a module with
+
+    CHOSEN_AUTOMATICALLY: bool                       whether "auto" may take it
+    why_unavailable() -> str | None                  why it cannot run on this machine at all
+    reject(call) -> str | None                       why it refuses this call
+    forward(call) -> (out, lse)                      out like query; lse (B, H, Sq) float32
+    backward(call, out, lse, dout, dlse) -> (dquery, dkey, dvalue, dimportance or None)
+
+so a new engine is a new file here and a line below.
+"""
+
+from flash_dmattn.backends import reference
+
+BACKENDS = {"reference": reference}

@@ -1,0 +1,226 @@
+"""The reference backend: the definition in plain torch, on any device, in memory O(N) plus one tile.
+
+Queries are cut into tiles. A tile gathers the keys that any of its queries sees (at most w + tile of them when the
+intervals come from a top-w selection), attends to them with an elementwise mask, and is done; the backward walks
+the same tiles again. Everything is computed in float32, or float64 when given float64.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from flash_dmattn.call import AttentionCall
+
+CHOSEN_AUTOMATICALLY = True
+
+_MAX_TILE = 256  # query rows
+_MAX_LOGITS = 2**22  # logits of a tile, over batch and heads, that are alive at once
+
+
+def why_unavailable() -> str | None:
+    return None
+
+
+def reject(call: AttentionCall) -> str | None:
+    return None
+
+
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D) in query's dtype and lse (B, H, Sq), float32 or float64."""
+    batch, seqlen_q, num_heads, head_dim = call.query.shape
+    out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+    lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
+    for tile in _tiles(call):
+        logits, _ = tile.logits()
+        highest = logits.amax(-1, keepdim=True)
+        weights = (logits - highest.masked_fill(highest == -torch.inf, 0)).exp()
+        total = weights.sum(-1, keepdim=True)
+        attended = _matmul(weights, tile.value) / total.masked_fill(total == 0, 1)
+        out[:, tile.rows] = tile.ungroup(attended).to(out.dtype)
+        tile_lse = (highest + total.log()).squeeze(-1)  # (B, Hi, G * T)
+        lse[:, :, tile.rows] = tile_lse.reshape(batch, num_heads, -1)
+    return out, lse
+
+
+def backward(
+    call: AttentionCall, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns the gradients of query, key, value and importance, in their dtypes; None without importance.
+
+    out, lse: what `forward` returned. dout: (B, Sq, H, D). dlse: (B, H, Sq).
+    """
+    batch, seqlen_k, num_kv_heads, head_dim = call.key.shape
+    heads = call.num_interval_heads
+    dquery = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+    # One row more than there are keys: the gathered tile's filler rows land there.
+    dkey = _compute(call.key.new_empty(batch, heads, seqlen_k + 1, head_dim)).zero_()
+    dvalue = torch.zeros_like(dkey)
+    dimportance = torch.zeros_like(dkey[..., 0])
+    for tile in _tiles(call):
+        logits, dcap = tile.logits()
+        tile_lse = tile.group(lse.transpose(1, 2)[:, tile.rows, :, None])
+        weights = torch.where(logits == -torch.inf, 0, (logits - tile_lse).exp())
+        tile_dout = tile.group(_compute(dout[:, tile.rows]))
+        delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)
+        delta = delta - tile.group(_compute(dlse).transpose(1, 2)[:, tile.rows, :, None])
+        dlogits = torch.where(weights == 0, 0, weights * (tile_dout @ tile.value.transpose(-1, -2) - delta))
+        tile.accumulate(dvalue, _matmul(weights.transpose(-1, -2), tile_dout))
+        tile.accumulate(dimportance, dlogits.sum(-2))
+        dscores = dlogits * call.softmax_scale
+        if dcap is not None:
+            dscores = torch.where(dlogits == 0, 0, dscores * dcap)
+        tile.accumulate(dkey, _matmul(dscores.transpose(-1, -2), tile.query))
+        dquery[:, tile.rows] = tile.ungroup(_matmul(dscores, tile.key)).to(dquery.dtype)
+    return (
+        dquery,
+        _sum_to_kv_heads(dkey, call),
+        _sum_to_kv_heads(dvalue, call),
+        None if call.importance is None else dimportance[..., :-1].to(call.importance.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A run of query rows with the keys that they see.
+
+    rows: the queries, a slice of Sq (T of them). query: (B, Hi, G * T, D). key, value: (B, Hi, L, D).
+    bias: (B, Hi, L) or None. is_visible: (B, Hi, T, L). index: (B, Hi, L), the keys; Sk stands for filler.
+    """
+
+    call: AttentionCall
+    rows: slice
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None
+    is_visible: torch.Tensor
+    index: torch.Tensor
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the masked logits (B, Hi, G * T, L) and the derivative of the softcap, None without one."""
+        logits = self.query @ self.key.transpose(-1, -2) * self.call.softmax_scale
+        dcap = None
+        if self.call.softcap > 0:
+            capped = torch.tanh(logits / self.call.softcap)
+            logits, dcap = capped * self.call.softcap, 1 - capped * capped
+        if self.bias is not None:
+            logits = logits + self.bias[:, :, None]
+        batch, heads, num_rows, num_keys = self.is_visible.shape
+        logits = logits.view(batch, heads, -1, num_rows, num_keys)
+        return logits.masked_fill(~self.is_visible[:, :, None], -torch.inf).flatten(2, 3), dcap
+
+    def group(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Lays (B, T, H, D) out as (B, Hi, G * T, D)."""
+        return _group(tensor, self.call.num_interval_heads)
+
+    def ungroup(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Lays (B, Hi, G * T, D) out as (B, T, H, D)."""
+        batch, heads, _, head_dim = tensor.shape
+        num_rows = self.rows.stop - self.rows.start
+        return tensor.view(batch, -1, num_rows, head_dim).transpose(1, 2)
+
+    def accumulate(self, total: torch.Tensor, addend: torch.Tensor) -> None:
+        """Adds per-key rows (B, Hi, L, ...) to `total` (B, Hi, Sk + 1, ...). A tile names every key once."""
+        batch, heads = _head_indices(self.index)
+        total[batch, heads, self.index] = total[batch, heads, self.index] + addend
+
+
+def _tiles(call: AttentionCall) -> Iterator[_Tile]:
+    """Yields the tiles that see anything."""
+    batch, seqlen_q, num_heads, _ = call.query.shape
+    seqlen_k = call.key.shape[1]
+    if call.query.numel() == 0 or seqlen_k == 0:
+        return
+    rows = call.query_rows()
+    tile_size = max(16, min(_MAX_TILE, _MAX_LOGITS // (batch * num_heads * min(seqlen_k, 4096))))
+    birth, death = call.birth, call.death
+    is_alive = birth < death
+    if call.importance is not None:
+        is_alive = is_alive & (call.importance > -torch.inf)
+    for start in range(0, seqlen_q, tile_size):
+        tile_rows = slice(start, min(start + tile_size, seqlen_q))
+        row = rows[:, tile_rows]  # (B, T)
+        first = row.masked_fill(row < 0, torch.iinfo(torch.int32).max).amin(-1)[:, None, None]
+        last = row.amax(-1)[:, None, None]
+        is_seen = is_alive & (birth <= last) & (death > first)
+        num_keys = int(is_seen.sum(-1).max())
+        if num_keys > 0:
+            yield _gather(call, tile_rows, row, is_seen, num_keys)
+
+
+def _gather(
+    call: AttentionCall, rows: slice, row: torch.Tensor, is_seen: torch.Tensor, num_keys: int
+) -> _Tile:
+    """Builds the tile of the query rows `rows`, whose row numbers are `row`, with the keys that `is_seen` marks."""
+    seqlen_k, num_kv_heads = call.key.shape[1:3]
+    index = _marked_indices(is_seen, num_keys)
+    is_filler = index == seqlen_k
+    batch, heads = _head_indices(index)
+    source = index.masked_fill(is_filler, 0)
+    kv_head = heads // (index.shape[1] // num_kv_heads)
+    birth, death = call.birth[batch, heads, source], call.death[batch, heads, source]
+    row = row[:, None, :, None]
+    is_visible = (birth[:, :, None] <= row) & (row < death[:, :, None]) & ~is_filler[:, :, None] & (row >= 0)
+    query = _group(_compute(call.query[:, rows]), index.shape[1])
+    bias = None if call.importance is None else call.importance[batch, heads, source].to(query.dtype)
+    return _Tile(
+        call=call,
+        rows=rows,
+        query=query,
+        key=_compute(call.key[batch, source, kv_head]),
+        value=_compute(call.value[batch, source, kv_head]),
+        bias=bias,
+        is_visible=is_visible,
+        index=index,
+    )
+
+
+def _marked_indices(is_marked: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns (B, Hi, count) int64, the places that are marked, in order, filled up with their number N."""
+    batch, heads, length = is_marked.shape
+    place = torch.where(is_marked, is_marked.cumsum(-1) - 1, count)
+    index = torch.full((batch, heads, count + 1), length, device=is_marked.device)
+    source = torch.arange(length, device=is_marked.device).expand(is_marked.shape)
+    return index.scatter_(-1, place, source)[..., :count]
+
+
+def _head_indices(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns batch and head numbers that broadcast against `index` (B, Hi, L)."""
+    batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    heads = torch.arange(index.shape[1], device=index.device)[None, :, None]
+    return batch, heads
+
+
+def _group(tensor: torch.Tensor, num_groups: int) -> torch.Tensor:
+    batch, num_rows, num_heads, head_dim = tensor.shape
+    tensor = tensor.transpose(1, 2).reshape(batch, num_groups, num_heads // num_groups, num_rows, head_dim)
+    return tensor.flatten(2, 3)
+
+
+def _sum_to_kv_heads(gradient: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """Turns (B, Hi, Sk + 1, D) into (B, Sk, Hkv, D) in key's dtype."""
+    num_kv_heads = call.key.shape[2]
+    gradient = gradient[:, :, :-1].unflatten(1, (num_kv_heads, -1)).sum(2)
+    return gradient.transpose(1, 2).to(call.key.dtype).contiguous()
+
+
+def _compute(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _matmul(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Multiplies so that a weight of exactly zero cancels even NaN and inf: what is not seen does not count."""
+    is_finite = torch.isfinite(rows)
+    if is_finite.all():
+        return weights @ rows
+    product = weights @ torch.where(is_finite, rows, 0)
+
+    def meets(these_weights: torch.Tensor, these_rows: torch.Tensor) -> torch.Tensor:
+        return these_weights.to(rows.dtype) @ these_rows.to(rows.dtype) > 0
+
+    up = meets(weights > 0, rows == torch.inf) | meets(weights < 0, rows == -torch.inf)
+    down = meets(weights > 0, rows == -torch.inf) | meets(weights < 0, rows == torch.inf)
+    is_nan = meets(weights != 0, rows.isnan()) | (up & down)
+    product = product.masked_fill(up, torch.inf).masked_fill(down, -torch.inf)
+    return product.masked_fill(is_nan, torch.nan)

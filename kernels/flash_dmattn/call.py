@@ -1,0 +1,43 @@
+"""One attention call: what every backend is given."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The checked arguments of one attention over intervals.
+
+    query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D), query's dtype.
+    importance: (B, Hi, Sk) float32 (float64 for float64), without NaN and +inf, or None for no bias.
+    birth, death: (B, Hi, Sk) int32; Hi is Hkv or H.
+    query_start: (B,) int32, the row of the first query, the others follow; or None.
+    query_positions: (B, Sq) int32, the row of every query, -1 for one that sees nothing; or None.
+        Exactly one of the two is given.
+    softmax_scale: factor of the dot product. softcap: 0 is off.
+    deterministic: equal inputs must give bitwise equal gradients.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    importance: torch.Tensor | None
+    birth: torch.Tensor
+    death: torch.Tensor
+    query_start: torch.Tensor | None
+    query_positions: torch.Tensor | None
+    softmax_scale: float
+    softcap: float
+    deterministic: bool
+
+    @property
+    def num_interval_heads(self) -> int:
+        return self.birth.shape[1]
+
+    def query_rows(self) -> torch.Tensor:
+        """Returns the row of every query, (B, Sq) int32; -1 sees nothing."""
+        if self.query_positions is not None:
+            return self.query_positions
+        steps = torch.arange(self.query.shape[1], device=self.query.device, dtype=torch.int32)
+        return self.query_start[:, None] + steps

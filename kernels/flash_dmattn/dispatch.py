@@ -1,0 +1,64 @@
+"""Which backend serves a call. Detection happens here, once; no other file asks which backend runs."""
+
+import functools
+import logging
+import os
+
+from flash_dmattn.backends import BACKENDS
+from flash_dmattn.call import AttentionCall
+
+logger = logging.getLogger("flash_dmattn")
+
+ENVIRONMENT_VARIABLE = "FLASH_DMATTN_BACKEND"
+"""Names the backend that "auto" stands for, when set."""
+
+
+def explain_backends() -> dict[str, str | None]:
+    """Returns, for every backend of this version, best first, why it cannot run here; None when it can."""
+    return {name: backend.why_unavailable() for name, backend in BACKENDS.items()}
+
+
+def get_available_backends() -> list[str]:
+    """Returns the names of the backends that can run here, best first."""
+    return [name for name, reason in explain_backends().items() if reason is None]
+
+
+def check_backend_name(name: str) -> None:
+    """Raises ValueError unless `name` is "auto" or a backend of this version."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}")
+
+
+def choose_backend(call: AttentionCall, name: str):
+    """Returns the backend module that serves `call`.
+
+    "auto" takes the first that accepts, unless the environment variable FLASH_DMATTN_BACKEND names one. Raises
+    RuntimeError with the backend's own reason when the named one cannot serve the call.
+    """
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        check_backend_name(name)
+    if name != "auto":
+        reason = _why_not(name, call)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")
+        return BACKENDS[name]
+    refusals = []
+    for name, backend in BACKENDS.items():
+        if not backend.CHOSEN_AUTOMATICALLY:
+            continue
+        reason = _why_not(name, call)
+        if reason is None:
+            _announce(name, "; ".join(refusals))
+            return backend
+        refusals.append(f"{name}: {reason}")
+    raise RuntimeError("no backend can serve this call: " + "; ".join(refusals))
+
+
+def _why_not(name: str, call: AttentionCall) -> str | None:
+    return BACKENDS[name].why_unavailable() or BACKENDS[name].reject(call)
+
+
+@functools.cache
+def _announce(name: str, refusals: str) -> None:
+    logger.info("flash_dmattn uses the %s backend%s", name, f" ({refusals})" if refusals else "")

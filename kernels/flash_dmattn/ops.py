@@ -1,0 +1,110 @@
+"""Attention over intervals as a torch operator with shapes known to the compiler and its own backward."""
+
+import torch
+
+from flash_dmattn.call import AttentionCall
+from flash_dmattn.dispatch import choose_backend
+
+
+@torch.library.custom_op("flash_dmattn::interval_attention", mutates_args=())
+def interval_attention_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    importance: torch.Tensor | None,
+    birth: torch.Tensor,
+    death: torch.Tensor,
+    query_start: torch.Tensor | None,
+    query_positions: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D) and lse (B, H, Sq); shapes as in `AttentionCall`."""
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        importance,
+        birth,
+        death,
+        query_start,
+        query_positions,
+        softmax_scale,
+        softcap,
+        deterministic,
+    )
+    return choose_backend(call, backend).forward(call)
+
+
+@interval_attention_op.register_fake
+def _(query, *_):
+    batch, seqlen_q, num_heads, _ = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=dtype)
+
+
+@torch.library.custom_op("flash_dmattn::interval_attention_backward", mutates_args=())
+def interval_attention_backward_op(
+    dout: torch.Tensor,
+    dlse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    importance: torch.Tensor | None,
+    birth: torch.Tensor,
+    death: torch.Tensor,
+    query_start: torch.Tensor | None,
+    query_positions: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of query, key, value and importance; the last is empty without importance."""
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        importance,
+        birth,
+        death,
+        query_start,
+        query_positions,
+        softmax_scale,
+        softcap,
+        deterministic,
+    )
+    engine = choose_backend(call, backend)
+    dquery, dkey, dvalue, dimportance = engine.backward(call, out, lse, dout, dlse)
+    return dquery, dkey, dvalue, lse.new_empty(0) if dimportance is None else dimportance
+
+
+@interval_attention_backward_op.register_fake
+def _(dout, dlse, out, lse, query, key, value, importance, *_):
+    def like(tensor):
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return like(query), like(key), like(value), lse.new_empty(0) if importance is None else like(importance)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tensors, options = inputs[:8], inputs[8:]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.options = options
+
+
+def _backward(ctx, dout, dlse):
+    out, lse, query, key, value, importance, *rest = ctx.saved_tensors
+    dquery, dkey, dvalue, dimportance = interval_attention_backward_op(
+        dout, dlse, out, lse, query, key, value, importance, *rest, *ctx.options
+    )
+    dimportance = None if importance is None else dimportance
+    return dquery, dkey, dvalue, dimportance, *(None,) * 8
+
+
+interval_attention_op.register_autograd(_backward, setup_context=_setup_context)
