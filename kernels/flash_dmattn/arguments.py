@@ -72,9 +72,7 @@ def check_cu_seqlens_values(cu_seqlens: torch.Tensor, num_rows: int) -> None:
         return
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != num_rows:
-        raise ValueError(
-            f"cu_seqlens must start with 0 and end with {num_rows}, got {values[0]} and {values[-1]}"
-        )
+        raise ValueError(f"cu_seqlens must start with 0 and end with {num_rows}, got {values[0]} and {values[-1]}")
     if any(after < before for before, after in zip(values, values[1:], strict=False)):
         raise ValueError(f"cu_seqlens must not decrease, got {values}")
 
@@ -110,9 +108,7 @@ def check_attention(
             f"query and key must have heads and a head dim above 0, got {tuple(query.shape)}, {tuple(key.shape)}"
         )
     if num_heads % num_kv_heads != 0:
-        raise ValueError(
-            f"query must have a multiple of key's heads, got {num_heads} heads against {num_kv_heads}"
-        )
+        raise ValueError(f"query must have a multiple of key's heads, got {num_heads} heads against {num_kv_heads}")
     if seqlen_q > seqlen_k:
         raise ValueError(f"query must not be longer than key, got {seqlen_q} rows against {seqlen_k}")
     if importance is not None:

@@ -8,9 +8,7 @@ time: log2(N) passes over the data answer a query for every element, without a l
 import torch
 
 
-def kth_smallest_in_ranges(
-    sequence: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k: int
-) -> torch.Tensor:
+def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k: int) -> torch.Tensor:
     """Returns, for every i, the k-th smallest (from 0) value of `sequence[..., low_i:high_i]`.
 
     sequence: (R, N) int64, values in [0, N).

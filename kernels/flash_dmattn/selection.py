@@ -184,17 +184,13 @@ class _PlainAxis:
         return _as_int32(self.position, death)
 
     def intervals_of_whole_sequence(self, is_seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _as_int32(
-            torch.where(is_seen, 0, self.position), torch.where(is_seen, NEVER, self.position)
-        )
+        return _as_int32(torch.where(is_seen, 0, self.position), torch.where(is_seen, NEVER, self.position))
 
 
 class _SegmentedAxis:
     """Keys with padding between them, or of several packed documents: positions count a document's real tokens."""
 
-    def __init__(
-        self, importance: torch.Tensor, padding_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-    ):
+    def __init__(self, importance: torch.Tensor, padding_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None):
         batch, _, length = importance.shape
         device = importance.device
         self.importance = importance
@@ -259,9 +255,7 @@ class _PrunedAxis:
         return self._unsorted(self.position, torch.where(self.is_real, death, self.position))
 
     def intervals_of_whole_sequence(self, is_seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._unsorted(
-            torch.where(is_seen, 0, self.position), torch.where(is_seen, NEVER, self.position)
-        )
+        return self._unsorted(torch.where(is_seen, 0, self.position), torch.where(is_seen, NEVER, self.position))
 
     def _unsorted(self, birth: torch.Tensor, death: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         birth, death = _as_int32(birth, death)

@@ -149,9 +149,7 @@ def _tiles(call: AttentionCall) -> Iterator[_Tile]:
             yield _gather(call, tile_rows, row, is_seen, num_keys)
 
 
-def _gather(
-    call: AttentionCall, rows: slice, row: torch.Tensor, is_seen: torch.Tensor, num_keys: int
-) -> _Tile:
+def _gather(call: AttentionCall, rows: slice, row: torch.Tensor, is_seen: torch.Tensor, num_keys: int) -> _Tile:
     """Builds the tile of the query rows `rows`, whose row numbers are `row`, with the keys that `is_seen` marks."""
     seqlen_k, num_kv_heads = call.key.shape[1:3]
     index = _marked_indices(is_seen, num_keys)
@@ -211,9 +209,9 @@ def _compute(tensor: torch.Tensor) -> torch.Tensor:
 
 def _matmul(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Multiplies so that a weight of exactly zero cancels even NaN and inf: what is not seen does not count."""
-    is_finite = torch.isfinite(rows)
-    if is_finite.all():
+    if torch.isfinite(rows.sum()):
         return weights @ rows
+    is_finite = torch.isfinite(rows)
     product = weights @ torch.where(is_finite, rows, 0)
 
     def meets(these_weights: torch.Tensor, these_rows: torch.Tensor) -> torch.Tensor:
