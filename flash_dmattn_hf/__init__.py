@@ -1,0 +1,23 @@
+"""Dynamic Mask Attention in Hugging Face Transformers.
+
+Importing this package registers the attention implementation "flash_dmattn", so that
+`AutoModelForCausalLM.from_pretrained(path, attn_implementation="flash_dmattn")` works; `unregister()` undoes it.
+"""
+
+from flash_dmattn_hf.attach import AttachReport, get_gate, iter_gates
+from flash_dmattn_hf.config import DynamicMaskConfig, dynamic_mask_config
+from flash_dmattn_hf.importance import ImportanceGate
+from flash_dmattn_hf.registration import register, unregister
+
+__all__ = [
+    "AttachReport",
+    "DynamicMaskConfig",
+    "ImportanceGate",
+    "dynamic_mask_config",
+    "get_gate",
+    "iter_gates",
+    "register",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,123 @@
+"""Puts importance gates into a model's attention modules, finds them, and takes them out again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from flash_dmattn_hf import doge
+from flash_dmattn_hf.config import DynamicMaskConfig
+from flash_dmattn_hf.families import AttentionShape, is_attention, is_native_doge, judge
+from flash_dmattn_hf.importance import ImportanceGate
+
+GATE_NAME = "dma"
+"""Name of the gate inside its attention module."""
+
+
+@dataclass
+class AttachReport:
+    """attached: names of the attention modules with a gate. skipped: name -> why it has none."""
+
+    attached: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def get_gate(module: nn.Module) -> ImportanceGate | None:
+    """Returns the gate of an attention module, None if it has none."""
+    return getattr(module, GATE_NAME, None)
+
+
+def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGate]]:
+    """Yields name, attention module and gate for every module with a gate, in the model's order."""
+    for name, module in model.named_modules():
+        if is_attention(module) and (gate := get_gate(module)) is not None:
+            yield name, module, gate
+
+
+def attach(model: nn.Module, config: DynamicMaskConfig) -> AttachReport:
+    """Gives every eligible attention module of the text model a gate; existing gates stay.
+
+    Raises ValueError if no module qualifies, or one that must have dynamic masks cannot.
+    """
+    report, refused = plan(model, config)
+    if refused and report.attached:
+        raise ValueError(_sentence(model, refused))
+    if not report.attached:
+        raise ValueError(_sentence(model, {**report.skipped, **refused}))
+    install(model, config, report.attached)
+    report.skipped.update(refused)
+    return report
+
+
+def plan(model: nn.Module, config: DynamicMaskConfig) -> tuple[AttachReport, dict[str, str]]:
+    """Returns what attaching would do, and the refused modules (name -> reason), without doing it."""
+    report, refused = AttachReport(), {}
+    text_config = text_config_of(model)
+    for name, module in model.named_modules():
+        if not is_attention(module):
+            continue
+        if getattr(module, "config", text_config) is not text_config:
+            report.skipped[name] = "it belongs to another part than the text model"
+            continue
+        verdict = judge(module, config)
+        if verdict.kind == "attach":
+            report.attached.append(name)
+        elif verdict.kind == "native":
+            report.skipped[name] = verdict.reason
+        else:
+            refused[name] = verdict.reason
+    return report, refused
+
+
+def install(model: nn.Module, config: DynamicMaskConfig, names: list[str]) -> None:
+    """Makes the gates of the named attention modules, on the device and in the dtype of their neighbours."""
+    for name in names:
+        module = model.get_submodule(name)
+        if get_gate(module) is not None:
+            continue
+        shape = judge(module, config).shape
+        if is_native_doge(module):
+            module.dma = doge.DogeGate(module, shape, config)
+            continue
+        module.add_module(GATE_NAME, _make_gate(module, shape, config))
+
+
+def detach(model: nn.Module) -> None:
+    """Removes every gate."""
+    for _, module, _ in list(iter_gates(model)):
+        delattr(module, GATE_NAME)
+
+
+def text_config_of(model: nn.Module) -> Any:
+    """Returns the config of the text decoder: the model's own, or the text part of a composite one."""
+    try:
+        return model.config.get_text_config()
+    except ValueError:
+        return model.config
+
+
+def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
+    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.get_default_device() if neighbour is None else neighbour.device
+    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
+    with torch.device(device):
+        gate = ImportanceGate(
+            config,
+            layer_idx=module.layer_idx,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            sliding_window=shape.sliding_window,
+            initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
+        ).to(dtype)
+    return gate.train(module.training)
+
+
+def _sentence(model: nn.Module, reasons: dict[str, str]) -> str:
+    if not reasons:
+        return f"model must have causal attention modules, got {type(model).__name__}, which has none"
+    name, reason = next(iter(reasons.items()))
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return f"{type(model).__name__} cannot use flash_dmattn: {name}: {reason}{more}"

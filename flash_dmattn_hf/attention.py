@@ -1,0 +1,194 @@
+"""The attention function that transformers calls for `attn_implementation="flash_dmattn"`."""
+
+from typing import Any
+
+import torch
+from flash_dmattn import dynamic_mask_attention, interval_attention
+from torch import nn
+
+from flash_dmattn_hf.attach import get_gate
+from flash_dmattn_hf.families import sliding_window_of
+
+UNSUPPORTED = {
+    "s_aux": "attention sinks (s_aux)",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "an indexer's indices",
+    "cache": "continuous batching",
+    "block_mask": "block masks",
+}
+"""Arguments of an attention function that would change its result and that are not supported."""
+
+
+def dynamic_mask_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
+
+    query: (B, H, T, D). key, value: (B, Hkv, S, D), S >= T, the queries last.
+    attention_mask: what `masks.dynamic_mask_mask` returned.
+
+    Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
+    """
+    gate = get_gate(module)
+    window = sliding_window_of(module) if gate is None else gate.sliding_window
+    _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
+    if sliding_window is not None and sliding_window != window:
+        raise ValueError(
+            f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {sliding_window}"
+        )
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
+    documents = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q)
+    if gate is not None:
+        if not torch.compiler.is_compiling():
+            gate.was_called = True
+        if gate.pending is not None:
+            _refuse_documents(documents)
+            return _attend_cached(gate, query, key, attention_mask, options), None
+        _refuse_dropped_keys(gate, key, attention_mask)
+        settings = gate.config
+        importance = gate(value)
+        options.update(
+            keep_window_size=settings.keep_window_size,
+            num_sink_tokens=settings.num_sink_tokens,
+            local_window_size=settings.local_window_size,
+            add_importance_bias=settings.add_importance_bias,
+        )
+    else:
+        importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
+        options.update(keep_window_size=max(key.shape[2], 1), add_importance_bias=False)
+    options["sliding_window"] = window
+    if documents is not None:
+        return _attend_packed(query, key, value, importance, documents, max_length_k, options), None
+    padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
+    out = dynamic_mask_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        importance,
+        padding_mask=padding_mask,
+        **options,
+    )
+    return out, None
+
+
+def _attend_cached(gate, query, key, attention_mask, options) -> torch.Tensor:
+    """Attends over the survivors and the new tokens that the cache left with the gate, then lets it evict."""
+    (layer, cached_key, _), gate.pending = gate.pending, None
+    if key.data_ptr() != cached_key.data_ptr() or key.shape != cached_key.shape:
+        raise RuntimeError(
+            f"layer {gate.layer_idx} changed its key between the cache and the attention function, "
+            "which a DynamicMaskCache cannot follow"
+        )
+    padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    view = layer.view(padding_mask)
+    out = interval_attention(
+        query.transpose(1, 2),
+        view.key.transpose(1, 2),
+        view.value.transpose(1, 2),
+        view.importance,
+        view.visibility,
+        query_positions=view.query_positions,
+        add_importance_bias=gate.config.add_importance_bias,
+        **options,
+    )
+    layer.evict()
+    return out
+
+
+def _attend_packed(query, key, value, importance, documents, max_seqlen, options) -> torch.Tensor:
+    """Attends within documents: the whole batch becomes one row of documents."""
+    batch, _, seqlen, _ = query.shape
+
+    def one_row(tensor):  # (B, H, S, D) -> (1, B * S, H, D)
+        return tensor.transpose(1, 2).reshape(1, batch * seqlen, tensor.shape[1], tensor.shape[3])
+
+    out = dynamic_mask_attention(
+        one_row(query),
+        one_row(key),
+        one_row(value),
+        importance.transpose(0, 1).reshape(1, importance.shape[1], batch * seqlen),
+        cu_seqlens=documents,
+        max_seqlen=max_seqlen,
+        **options,
+    )
+    return out.reshape(batch, seqlen, *out.shape[2:])
+
+
+def _documents(query, key, attention_mask, position_ids, cu_seqlens) -> torch.Tensor | None:
+    """Returns cu_seqlens (num_docs + 1,) int32 over the rows of all batch entries, None if nothing is packed."""
+    batch, _, seqlen_q, _ = query.shape
+    if cu_seqlens is not None:
+        if batch != 1 or seqlen_q != key.shape[2]:
+            raise ValueError(
+                "cu_seq_lens_q needs one packed row without cached tokens, got a batch of "
+                f"{batch} with {seqlen_q} queries and {key.shape[2]} keys"
+            )
+        return cu_seqlens.to(torch.int32)
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return None
+    numbers = attention_mask.expand(batch, -1)
+    if numbers.shape[1] != key.shape[2] or seqlen_q != key.shape[2]:
+        raise ValueError(
+            f"packed position_ids must cover all {key.shape[2]} keys, got {numbers.shape[1]} positions"
+        )
+    starts = torch.ones_like(numbers, dtype=torch.bool)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    order = starts.flatten().cumsum(0) - 1
+    if torch.compiler.is_compiling():
+        bounds = torch.arange(order.shape[0] + 1, device=order.device)
+    else:
+        bounds = torch.arange(int(order[-1]) + 2, device=order.device)
+    return torch.searchsorted(order, bounds).to(torch.int32)
+
+
+def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
+    name = type(module).__name__
+    for argument, meaning in UNSUPPORTED.items():
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"{name} passes {meaning}, which flash_dmattn does not support")
+    if kwargs.get("output_attentions"):
+        raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
+    if dropout:
+        raise ValueError(
+            f"attention dropout must be 0 with flash_dmattn, got {dropout}: set the attention dropout of "
+            f"{type(module.config).__name__} to 0"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask must have shape (B, S) with flash_dmattn, got "
+            f"{tuple(attention_mask.shape)}: custom masks are not supported"
+        )
+    if key.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            f"{name} has keys of dim {key.shape[-1]} and values of dim {value.shape[-1]}: they must be equal"
+        )
+
+
+def _refuse_documents(documents: torch.Tensor | None) -> None:
+    if documents is not None:
+        raise ValueError("packed sequences cannot be combined with a DynamicMaskCache: pass use_cache=False")
+
+
+def _refuse_dropped_keys(gate, key: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    if attention_mask is not None and attention_mask.shape[1] > key.shape[2]:
+        raise ValueError(
+            f"the cache of layer {gate.layer_idx} dropped {attention_mask.shape[1] - key.shape[2]} keys that "
+            "still compete for the window: use flash_dmattn_hf.DynamicMaskCache(model)"
+        )

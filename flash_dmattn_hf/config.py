@@ -1,0 +1,125 @@
+"""The settings of Dynamic Mask Attention in a model, as stored in `config.flash_dmattn`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+SECTION = "flash_dmattn"
+"""The attribute of a model config that holds the settings as a dict."""
+
+_NUMBERS = {"keep_window_size": 1, "num_sink_tokens": 0, "local_window_size": 0}
+_FORMS = {"importance": ("zoh", "log_zoh"), "importance_heads": ("kv", "query")}
+_SWITCHES = ("add_importance_bias", "dt_proj_bias")
+
+_load_time_values: ContextVar[dict[str, Any] | None] = ContextVar("flash_dmattn_load_time_values", default=None)
+
+
+@dataclass(frozen=True)
+class DynamicMaskConfig:
+    """Which keys stay visible and how their importance is computed.
+
+    keep_window_size: w, the most keys that a query sees, per importance head.
+    num_sink_tokens: s, leading tokens of a sequence that are always seen; None: min(4, w // 4) for a dense
+        checkpoint, 0 for a model trained with dynamic masks.
+    local_window_size: r, most recent tokens that are always seen; None: 3w // 4 and 0, in the same way.
+    importance: "log_zoh" for A * softplus(dt), "zoh" for its exponential.
+    importance_heads: "kv" for one importance per key and kv head, "query" for one per query head.
+    add_importance_bias: add the importance to the logits; without it nothing trains the importance.
+    dt_proj_bias: whether the projection of the values has a bias.
+    initializer_std: A starts as N(0, std), or exactly 0 when std is 0.
+    layers: indices of the layers to attach to; None: all that are eligible.
+
+    Raises ValueError for a value outside these ranges or s + r > w.
+    """
+
+    keep_window_size: int = 2048
+    num_sink_tokens: int | None = None
+    local_window_size: int | None = None
+    importance: str = "log_zoh"
+    importance_heads: str = "kv"
+    add_importance_bias: bool = True
+    dt_proj_bias: bool = False
+    initializer_std: float = 0.0
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, smallest in _NUMBERS.items():
+            size = getattr(self, name)
+            if size is None and name != "keep_window_size":
+                continue
+            if isinstance(size, bool) or not isinstance(size, int) or size < smallest:
+                raise ValueError(f"{name} must be an integer of at least {smallest}, got {size!r}")
+        if (self.num_sink_tokens or 0) + (self.local_window_size or 0) > self.keep_window_size:
+            raise ValueError(
+                "num_sink_tokens + local_window_size must not exceed keep_window_size, got "
+                f"{self.num_sink_tokens} + {self.local_window_size} > {self.keep_window_size}"
+            )
+        for name, choices in _FORMS.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        std = self.initializer_std
+        if isinstance(std, bool) or not isinstance(std, int | float) or not 0 <= std < float("inf"):
+            raise ValueError(f"initializer_std must be a finite number of at least 0, got {std!r}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _layer_indices(self.layers))
+
+    def resolve(self, *, dense: bool = True) -> "DynamicMaskConfig":
+        """Returns the config with its None sizes filled in.
+
+        dense: True for a checkpoint trained with dense attention, which needs sinks and a local window.
+        """
+        size, sinks, local = self.keep_window_size, self.num_sink_tokens, self.local_window_size
+        if sinks is None:
+            sinks = min(4, size // 4, size - (local or 0)) if dense else 0
+        if local is None:
+            local = min(3 * size // 4, size - sinks) if dense else 0
+        return replace(self, num_sink_tokens=sinks, local_window_size=local)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as values that JSON can hold."""
+        section = asdict(self)
+        section["layers"] = None if self.layers is None else list(self.layers)
+        return section
+
+    @classmethod
+    def from_dict(cls, section: dict[str, Any]) -> "DynamicMaskConfig":
+        """Reads a section of a model config. Raises ValueError naming the keys it does not know."""
+        if not isinstance(section, dict):
+            raise ValueError(f"config.{SECTION} must be a dict, got {type(section).__name__}")
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(str(key) for key in section if key not in known):
+            raise ValueError(f"config.{SECTION} must only have the keys {known}, got {unknown}")
+        return cls(**section)
+
+
+def _layer_indices(layers: Any) -> tuple[int, ...]:
+    if isinstance(layers, str | bytes) or not hasattr(layers, "__iter__"):
+        raise ValueError(f"layers must be None or layer indices, got {layers!r}")
+    indices = tuple(layers)
+    if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+        raise ValueError(f"layers must be None or layer indices of at least 0, got {layers!r}")
+    return tuple(sorted(set(indices)))
+
+
+@contextmanager
+def dynamic_mask_config(**values: Any) -> Iterator[None]:
+    """Gives the models made inside the block these settings; they replace those of a config's own section.
+
+    values: fields of `DynamicMaskConfig`. Raises ValueError for an unknown one.
+    """
+    DynamicMaskConfig.from_dict({"keep_window_size": DynamicMaskConfig.keep_window_size, **values})
+    token = _load_time_values.set({**(_load_time_values.get() or {}), **values})
+    try:
+        yield
+    finally:
+        _load_time_values.reset(token)
+
+
+def load_time_values() -> dict[str, Any] | None:
+    """Returns the values of the enclosing `dynamic_mask_config` block, None outside of one."""
+    return _load_time_values.get()

@@ -1,0 +1,116 @@
+"""The gate that gives every key its importance: the submodule `self_attn.dma` of an attention module."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization
+
+from flash_dmattn_hf.config import DynamicMaskConfig
+
+ZOH_MAX_EXPONENT = 80.0
+"""Largest exponent of the "zoh" form: exp(80) is still finite in float32."""
+
+
+class ValueProjection(nn.Module):
+    """The projection of a token's values to one number per importance head.
+
+    Deliberately no nn.Linear: quantizers and "all-linear" adapters must leave it alone.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """value: (..., in_features) float32 or float64. Returns (..., out_features), computed in that dtype."""
+        bias = None if self.bias is None else self.bias.to(value.dtype)
+        return F.linear(value, self.weight.to(value.dtype), bias)
+
+
+def compute_importance(
+    value: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str
+) -> torch.Tensor:
+    """Returns A * softplus(dt_proj(concat_h v)) ("log_zoh") or its exponential ("zoh", Eq. 3 of the paper).
+
+    value: (B, Hkv, S, D). A: (Hi,). Returns (B, Hi, S) in float32, float64 for float64 values: in bfloat16
+    distinct keys would tie.
+    """
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    batch, _, seqlen, _ = value.shape
+    with torch.autocast(value.device.type, enabled=False):
+        tokens = value.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
+        importance = A.to(dtype) * F.softplus(dt_proj(tokens))
+        if form == "zoh":
+            importance = importance.clamp(max=ZOH_MAX_EXPONENT).exp()
+    return importance.transpose(1, 2)
+
+
+class ImportanceGate(nn.Module):
+    """Computes the importance of keys and carries the settings that attention and cache need.
+
+    Parameters: `A` (Hi,), `dt_proj.weight` (Hi, Hkv * D) and, if configured, `dt_proj.bias` (Hi,).
+
+    config: resolved settings. layer_idx: index of the layer, as the cache counts.
+    num_heads, num_kv_heads, head_dim: shape of the attention, head_dim that of the values.
+    sliding_window: the layer's own window in tokens, None for full attention.
+    initializer_range: standard deviation of dt_proj.weight before training.
+    """
+
+    def __init__(
+        self,
+        config: DynamicMaskConfig,
+        *,
+        layer_idx: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        sliding_window: int | None = None,
+        initializer_range: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.group_size = num_heads // num_kv_heads
+        self.num_importance_heads = num_heads if config.importance_heads == "query" else num_kv_heads
+        self.sliding_window = sliding_window
+        self.initializer_range = initializer_range
+        self.pending = None
+        self.was_called = False
+        self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
+        self.dt_proj = ValueProjection(num_kv_heads * head_dim, self.num_importance_heads, config.dt_proj_bias)
+        if not config.add_importance_bias:
+            self.requires_grad_(False)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """value: (B, Hkv, S, D). Returns the importance (B, Hi, S) in float32, float64 for float64 values."""
+        expected = (self.num_kv_heads, self.head_dim)
+        if value.dim() != 4 or (value.shape[1], value.shape[3]) != expected:
+            raise ValueError(
+                f"value of layer {self.layer_idx} must have shape (B, {expected[0]}, S, {expected[1]}), "
+                f"got {tuple(value.shape)}; tensor parallelism is not supported"
+            )
+        return compute_importance(value, self.dt_proj, self.A, self.config.importance)
+
+    def initialize(self) -> None:
+        """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.
+
+        At A = 0 all keys tie; dt_proj must not be 0 as well, or nothing would ever have a gradient.
+        """
+        if self.config.initializer_std > 0:
+            initialization.normal_(self.A, mean=0.0, std=self.config.initializer_std)
+        else:
+            initialization.zeros_(self.A)
+        initialization.normal_(self.dt_proj.weight, mean=0.0, std=self.initializer_range)
+        if self.dt_proj.bias is not None:
+            initialization.zeros_(self.dt_proj.bias)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"importance={config.importance}, heads={self.num_importance_heads}, w={config.keep_window_size}, "
+            f"s={config.num_sink_tokens}, r={config.local_window_size}, sliding_window={self.sliding_window}"
+        )

@@ -1,0 +1,265 @@
+"""The wrappers around a model's construction and loading, so that gates exist before weights do."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flash_dmattn_hf import attach, doge
+from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config, load_time_values
+from flash_dmattn_hf.families import is_native_doge
+from flash_dmattn_hf.importance import ImportanceGate
+from flash_dmattn_hf.names import NAMES, is_ours
+
+
+def wrap_check_implementation(original: Callable) -> Callable:
+    """Admits our names without FlashAttention's checks, and makes ours the default where a config has our section."""
+
+    @wraps(original)
+    def check(self, attn_implementation, is_init_check=False, *args, **kwargs):
+        if is_ours(attn_implementation):
+            return self.get_correct_attn_implementation(attn_implementation, is_init_check)
+        if is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
+            if attn_implementation is None:
+                return NAMES[0]
+            warnings.warn(
+                f'this checkpoint was converted to dynamic masks, but attn_implementation="{attn_implementation}" '
+                "was chosen: its attention is dense and the importance is not used",
+                stacklevel=2,
+            )
+        return original(self, attn_implementation, is_init_check, *args, **kwargs)
+
+    return check
+
+
+def wrap_post_init(original: Callable) -> Callable:
+    """Attaches gates before the model initialises or loads weights."""
+
+    @wraps(original)
+    def post_init(self, *args, **kwargs):
+        prepare(self)
+        return original(self, *args, **kwargs)
+
+    return post_init
+
+
+def wrap_initialize_weights(original: Callable) -> Callable:
+    """Initialises the gates whose parameters no checkpoint has given."""
+
+    @wraps(original)
+    def initialize(self, module, *args, **kwargs):
+        if isinstance(module, ImportanceGate) and not getattr(module, "_is_hf_initialized", False):
+            module.initialize()
+            module._is_hf_initialized = True
+            return None
+        return original(self, module, *args, **kwargs)
+
+    return initialize
+
+
+def wrap_from_pretrained(original: Callable) -> Callable:
+    """Takes `flash_dmattn={...}`, refuses tensor parallelism, and checks that the gates' weights fit."""
+
+    @wraps(original)
+    def from_pretrained(cls, *args, flash_dmattn=None, output_loading_info=False, **kwargs):
+        with _load_time(flash_dmattn):
+            model, info = original(cls, *args, output_loading_info=True, **kwargs)
+        if uses_dynamic_masks(model):
+            parallel = [name for name in ("tp_plan", "distributed_config") if kwargs.get(name) is not None]
+            if parallel:
+                raise ValueError(
+                    f"{parallel[0]} must be None with flash_dmattn, got {kwargs[parallel[0]]!r}: "
+                    "the importance needs all heads of a token on one device"
+                )
+        _check_loaded(model, info)
+        return (model, info) if output_loading_info else model
+
+    return from_pretrained
+
+
+def wrap_load_time(original: Callable) -> Callable:
+    """Takes `flash_dmattn={...}` away from a constructor that would not know it."""
+
+    @wraps(original)
+    def load(cls, *args, flash_dmattn=None, **kwargs):
+        with _load_time(flash_dmattn):
+            return original(cls, *args, **kwargs)
+
+    return load
+
+
+def wrap_set_implementation(original: Callable) -> Callable:
+    """Attaches gates when our implementation is chosen for a model that exists already."""
+
+    @wraps(original)
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        before = {id(part.config): part.config._attn_implementation for part in _submodels(self)}
+        original(self, attn_implementation, *args, **kwargs)
+        if is_ours(attn_implementation) and not uses_dynamic_masks(self):
+            raise ValueError(
+                f"{type(self).__name__} cannot use flash_dmattn: it never calls the attention interface"
+            )
+        if not uses_dynamic_masks(self):
+            return
+        known = {id(gate) for _, _, gate in attach.iter_gates(self)}
+        prepare(self, previous=before)
+        fresh = [gate for _, _, gate in attach.iter_gates(self) if id(gate) not in known]
+        for gate in fresh:
+            if isinstance(gate, ImportanceGate):
+                gate.initialize()
+        if any(isinstance(gate, ImportanceGate) for gate in fresh):
+            _warn_untrained()
+
+    return set_attn_implementation
+
+
+def text_config_of(model: PreTrainedModel) -> Any:
+    """Returns the config of the text decoder: the model's own, or the text part of a composite one."""
+    return attach.text_config_of(model)
+
+
+def uses_dynamic_masks(model: PreTrainedModel) -> bool:
+    """True if our implementation is selected for the text part of the model."""
+    return is_ours(text_config_of(model)._attn_implementation)
+
+
+def settings_of(model: PreTrainedModel) -> DynamicMaskConfig:
+    """Returns the resolved settings: the config's section or the defaults, with load-time values on top."""
+    text_config = text_config_of(model)
+    is_doge = any(is_native_doge(module) for module in model.modules())
+    section = getattr(text_config, SECTION, None)
+    if section is None:
+        base = doge.native_config(text_config) if is_doge else DynamicMaskConfig()
+    else:
+        base = DynamicMaskConfig.from_dict(section)
+    if values := load_time_values():
+        base = DynamicMaskConfig.from_dict({**base.to_dict(), **values})
+    return base.resolve(dense=not is_doge)
+
+
+def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> None:
+    """Attaches gates if our implementation or a section asks for them; idempotent.
+
+    previous: id of a config -> the implementation its parts go back to when they cannot use ours.
+    """
+    text_config = text_config_of(model)
+    is_selected = is_ours(text_config._attn_implementation)
+    if not is_selected and getattr(text_config, SECTION, None) is None:
+        return
+    settings = settings_of(model)
+    report, refused = attach.plan(model, settings)
+    if not report.attached:
+        if is_selected:
+            _add_pre_hook(model)
+        return
+    attach.attach(model, settings)
+    if getattr(text_config, SECTION, None) is not None or not any(map(is_native_doge, model.modules())):
+        setattr(text_config, SECTION, settings.to_dict())
+    _hand_back(model, text_config, previous or {})
+    _watch_first_forward(model)
+
+
+def refuse_without_gates(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a model in which nothing qualified: raises instead of attending densely."""
+    if uses_dynamic_masks(module):
+        attach.attach(module, settings_of(module))
+
+
+def check_called(module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook, once: raises if an attached attention module was not called through the interface."""
+    if torch.compiler.is_compiling() or not uses_dynamic_masks(module):
+        return
+    if module.training and getattr(text_config_of(module), "layerdrop", 0):
+        return
+    for name, _, gate in attach.iter_gates(module):
+        if not gate.was_called:
+            raise RuntimeError(
+                f"{name} of {type(module).__name__} has a gate but its forward never called the attention "
+                "interface, so it is silently dense: leave its layer out with layers=..."
+            )
+    _remove_hook(module._forward_hooks, check_called)
+
+
+def _add_pre_hook(model: nn.Module) -> None:
+    if refuse_without_gates not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(refuse_without_gates)
+
+
+def _watch_first_forward(model: nn.Module) -> None:
+    parts = [part for part in _submodels(model) if any(True for _ in attach.iter_gates(part))]
+    if not any(check_called in part._forward_hooks.values() for part in parts):
+        parts[-1].register_forward_hook(check_called)
+
+
+def _hand_back(model: PreTrainedModel, text_config: Any, previous: dict[int, str]) -> None:
+    """Gives parts other than the text model, such as a vision tower, an implementation of their own."""
+    for part in _submodels(model):
+        _remove_hook(part._forward_pre_hooks, refuse_without_gates)
+        has_gates = any(True for _ in attach.iter_gates(part))
+        if part.config is not text_config and is_ours(part.config._attn_implementation) and not has_gates:
+            name = previous.get(id(part.config))
+            name = None if is_ours(name) else name
+            part.config._attn_implementation_internal = part.get_correct_attn_implementation(name, True)
+
+
+def _submodels(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _remove_hook(hooks: dict, function: Callable) -> None:
+    for key in [key for key, hook in hooks.items() if hook is function]:
+        del hooks[key]
+
+
+def _load_time(values: dict[str, Any] | None) -> Any:
+    if values is None:
+        return nullcontext()
+    if isinstance(values, DynamicMaskConfig):
+        values = values.to_dict()
+    if not isinstance(values, dict):
+        raise ValueError(f"flash_dmattn must be a dict of settings, got {type(values).__name__}")
+    return dynamic_mask_config(**values)
+
+
+def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raises ValueError unless the checkpoint gave all gates their weights, or none of them."""
+    has_gates = any(True for _ in attach.iter_gates(model))
+    if not has_gates:
+        if uses_dynamic_masks(model):
+            attach.attach(model, settings_of(model))
+        return
+    parameters = {
+        f"{name}.{attach.GATE_NAME}.{parameter}"
+        for name, _, gate in attach.iter_gates(model)
+        if isinstance(gate, ImportanceGate)
+        for parameter, _ in gate.named_parameters()
+    }
+    missing = parameters & set(info["missing_keys"])
+    unexpected = [key for key in info["unexpected_keys"] if f".{attach.GATE_NAME}." in key]
+    mismatched = [entry for entry in info["mismatched_keys"] if _key_of(entry) in parameters]
+    if unexpected or mismatched or (missing and missing != parameters):
+        problems = {"has no": sorted(missing), "has unused": unexpected, "has misshapen": mismatched}
+        words = ", ".join(f"{verb} {keys[0]} (of {len(keys)})" for verb, keys in problems.items() if keys)
+        raise ValueError(
+            f"the checkpoint's importance weights must fit config.{SECTION}={settings_of(model).to_dict()}, "
+            f"but it {words}"
+        )
+    if missing and uses_dynamic_masks(model):
+        _warn_untrained()
+
+
+def _key_of(entry: Any) -> str:
+    return entry if isinstance(entry, str) else entry[0]
+
+
+def _warn_untrained() -> None:
+    warnings.warn(
+        "the importance of this model is untrained: up to keep_window_size tokens it is the dense model, beyond "
+        "that it sees sinks and a sliding window; calibrate it (flash-dmattn convert) or train it",
+        stacklevel=4,
+    )

@@ -1,0 +1,134 @@
+"""The mask function: what transformers asks for instead of a T x T mask."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from flash_dmattn_hf.names import is_ours
+
+_AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
+_SLIDING_CODE = masking_utils.sliding_window_overlay(1).__code__
+
+
+def dynamic_mask_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Returns None for plain causal attention, or what the attention function must know about the tokens.
+
+    attention_mask: (B, S) bool, True for real tokens; (B, S) int64 for the document number of every token of a
+        packed batch (as `mark_documents` gives it); or None.
+
+    Returns None; (B, kv_offset + kv_length) bool if there is padding, or if keys were dropped (kv_offset > 0), so
+    that the attention function sees how many; or the document numbers as they came.
+
+    Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
+    """
+    _check_pattern(mask_function, local_size, use_vmap)
+    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
+        if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
+            raise ValueError(
+                "flash_dmattn does not support a static cache: use the default cache of generate()"
+            )
+        raise ValueError(
+            f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
+        )
+    if attention_mask is not None and not attention_mask.dtype == torch.bool:
+        return attention_mask
+    length = kv_offset + kv_length
+    if attention_mask is None:
+        return _all_real(batch_size, length, kwargs.get("device")) if kv_offset else None
+    if attention_mask.shape[-1] != length:
+        raise ValueError(
+            f"attention_mask must have {length} columns (cached and new tokens), got {attention_mask.shape[-1]}"
+        )
+    if kv_offset == 0 and not is_tracing(attention_mask) and bool(attention_mask.all()):
+        return None
+    return attention_mask
+
+
+def mark_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Returns the document number of every token where positions restart, None if they never do.
+
+    position_ids: (B, T). Returns (B, T) int64 or None. While tracing always the numbers.
+    """
+    return masking_utils.find_packed_sequence_indices(position_ids)
+
+
+def _all_real(batch: int, length: int, device: Any) -> torch.Tensor:
+    return torch.ones((batch, length), dtype=torch.bool, device=device)
+
+
+def _check_pattern(mask_function: Callable, local_size: int | None, use_vmap: bool) -> None:
+    if mask_function is masking_utils.causal_mask_function:
+        return
+    if not use_vmap and local_size is not None and _is_sliding(mask_function, local_size):
+        return
+    raise ValueError(
+        "flash_dmattn supports causal, sliding-window, padding and packed masks only, got another mask function "
+        f"({getattr(mask_function, '__qualname__', type(mask_function).__name__)}), such as a prefix, image-block, "
+        "chunked, bidirectional or custom mask"
+    )
+
+
+def _is_sliding(mask_function: Callable, local_size: int) -> bool:
+    if getattr(mask_function, "__code__", None) is not _AND_CODE:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    overlay, causal = mask_function.__closure__[0].cell_contents
+    if overlay.__code__ is not _SLIDING_CODE or causal is not masking_utils.causal_mask_function:
+        return False
+    return overlay.__closure__[0].cell_contents == local_size
+
+
+def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
+    """Finds packed documents for our implementation, with or without a cache, and hands their numbers on as mask.
+
+    transformers looks for restarting positions only when there is neither a mask nor a cache, which a model in
+    eval mode makes by default.
+    """
+
+    @wraps(original)
+    def preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs):
+        result = original(
+            config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
+        )
+        if not is_ours(config._attn_implementation):
+            return result
+        is_final, mask, packed, q_length, kv_length, q_offset, kv_offset = result
+        if is_final:
+            return result
+        if packed is None and position_ids is not None and position_ids.dim() == 2:
+            packed = _packed_despite_cache(position_ids, mask, inputs_embeds.shape[0], q_offset)
+        if packed is not None:
+            return is_final, packed, None, q_length, kv_length, q_offset, kv_offset
+        return result
+
+    return preprocess
+
+
+def _packed_despite_cache(
+    position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, q_offset: Any
+) -> torch.Tensor | None:
+    if is_tracing(position_ids) or isinstance(q_offset, torch.Tensor):
+        return None
+    if mask is not None and not bool(mask.all()):
+        return None
+    documents = mark_documents(position_ids.expand(batch, -1))
+    if documents is not None and q_offset:
+        raise ValueError("position_ids must rise by 1 after cached tokens: packed sequences need use_cache=False")
+    return documents
