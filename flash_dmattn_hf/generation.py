@@ -1,0 +1,150 @@
+"""How generate() meets the constant-size cache: it picks ours, and refuses what would be wrong with it.
+
+Each function here takes an original of transformers and returns its replacement; `PATCHES` lists them for
+`registration`, which installs and removes them.
+"""
+
+import functools
+
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.continuous_batching import ContinuousMixin
+
+from flash_dmattn_hf.attach import iter_gates
+from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf.config import SECTION
+from flash_dmattn_hf.names import is_ours
+
+_REFUSED = {
+    "quantized": "quantized values have other importances; the default DynamicMaskCache is of constant size anyway",
+    "offloaded": "evicting needs the keys on the device; the default DynamicMaskCache is of constant size anyway",
+    "paged": "its paged cache holds the same tokens for all heads, flash_dmattn keeps other tokens per head",
+}
+_REFUSED_STATIC = "the empty slots of a static cache would count as keys"
+
+
+def is_active(model: PreTrainedModel) -> bool:
+    """Whether the model's attention runs through flash_dmattn now: gates attached and implementation selected."""
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    return is_ours(implementation) and next(iter_gates(model), None) is not None
+
+
+def wrap_prepare_cache(original):
+    """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache.
+
+    The replacement raises ValueError for a `cache_implementation` other than None and "dynamic", and for a cache
+    passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
+    """
+
+    @functools.wraps(original)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if not is_active(self):
+            return original(self, generation_config, model_kwargs, *args, **kwargs)
+        _check_cache_implementation(generation_config.cache_implementation)
+        passed = model_kwargs.get("past_key_values")
+        if passed is not None:
+            check_cache(self, passed)
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        if passed is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            cache = model_kwargs["past_key_values"] = DynamicMaskCache(self)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        return result
+
+    return _prepare_cache_for_generation
+
+
+def wrap_assisted_decoding(original):
+    """Lets a cache return to its constant size when assisted decoding, which makes it record its past, is over."""
+
+    @functools.wraps(original)
+    def _assisted_decoding(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, DynamicMaskCache) or any(layer.record_past for layer in cache.mask_layers):
+            return original(self, *args, **kwargs)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            cache.stop_past_recording()
+
+    return _assisted_decoding
+
+
+def wrap_dynamic_cache(original):
+    """Makes `DynamicCache(config=...)` of a flash_dmattn model keep all keys of its sliding-window layers.
+
+    Keys older than a sliding window still compete for the top K, so a cache without importances must not drop
+    them. Models make such a cache themselves when they are called with use_cache=True and none.
+    """
+
+    @functools.wraps(original)
+    def __init__(self, ddp_cache_data=None, config=None, *args, **kwargs):
+        original(self, ddp_cache_data, config, *args, **kwargs)
+        if config is None or ddp_cache_data is not None or isinstance(self, DynamicMaskCache):
+            return
+        config = config.get_text_config(decoder=True)
+        section = getattr(config, SECTION, None)
+        if section is None or not is_ours(config._attn_implementation):
+            return
+        if any(_truncates(layer, section["keep_window_size"]) for layer in self.layers):
+            self.layers = [
+                DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.layers
+            ]
+
+    return __init__
+
+
+def wrap_init_continuous_batching(original):
+    """Refuses continuous batching with a ValueError."""
+
+    @functools.wraps(original)
+    def init_continuous_batching(self, *args, **kwargs):
+        if is_active(self):
+            raise ValueError(
+                f"continuous batching is not supported with flash_dmattn: {_REFUSED['paged']}; "
+                "call model.generate() on a padded batch"
+            )
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
+
+
+def check_cache(model: PreTrainedModel, cache) -> None:
+    """Raises ValueError unless generating with `cache` is right for a model that runs through flash_dmattn."""
+    if isinstance(cache, DynamicMaskCache):
+        if not cache.belongs_to(model):
+            raise ValueError("past_key_values must be a DynamicMaskCache of this very model, got that of another one")
+        return
+    if type(cache) is not DynamicCache:
+        raise ValueError(
+            "past_key_values must be a DynamicMaskCache or a DynamicCache with flash_dmattn, "
+            f"got a {type(cache).__name__}; use DynamicMaskCache(model), or pass none"
+        )
+    for _, _, gate in iter_gates(model):
+        if gate.layer_idx < len(cache.layers) and _truncates(
+            cache.layers[gate.layer_idx], gate.config.keep_window_size
+        ):
+            raise ValueError(
+                f"past_key_values must keep all keys of layer {gate.layer_idx}, got a DynamicCache that drops those "
+                "beyond its sliding window although they still compete; use DynamicMaskCache(model), or pass none"
+            )
+
+
+def _truncates(layer, keep_window_size: int) -> bool:
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window > keep_window_size
+
+
+def _check_cache_implementation(name: str | None) -> None:
+    if name not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation must be None or 'dynamic' with flash_dmattn, got {name!r}: "
+            f"{_REFUSED.get(name, _REFUSED_STATIC)}"
+        )
+
+
+PATCHES = [
+    (GenerationMixin, "_prepare_cache_for_generation", wrap_prepare_cache),
+    (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
+    (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
+    (DynamicCache, "__init__", wrap_dynamic_cache),
+]
