@@ -21,6 +21,7 @@ def interval_attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     add_importance_bias: bool = True,
+    max_visible: int | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -36,10 +37,12 @@ def interval_attention(
         largest float32; a key of -inf weighs 0), or None for no bias.
     visibility: birth and death, int32 (B, Hi, Sk).
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
-    query_positions: (B, Sq) int32, the row of every query instead, -1 for one that sees nothing.
+    query_positions: (B, Sq) int32, the row of every query, -1 for one that sees nothing. Alone, the rows may stand in
+        any order; together with query_start they must be query_start + i or -1.
     softmax_scale: None: D ** -0.5.
     softcap: logits are softcap * tanh(logits / softcap) before the bias; 0 is off.
     add_importance_bias: when False the importance is not added and its gradient is exactly zero.
+    max_visible: no query sees more keys than this (the w of a selection); None: a GPU engine has to count them.
     deterministic: equal inputs give bitwise equal gradients.
     return_lse: also return the natural-log sum of exp of each query's logits.
     backend: "auto" or one of `get_available_backends()`.
@@ -52,13 +55,14 @@ def interval_attention(
     arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
     arguments.check_visibility(visibility, query, key, importance)
     arguments.check_query_rows(query_start, query_positions, query)
+    if max_visible is not None and max_visible < 1:
+        raise ValueError(f"max_visible must be None or at least 1, got {max_visible}")
     check_backend_name(backend)
     batch, seqlen_q, _, head_dim = query.shape
-    if query_positions is None:
-        if query_start is None:
-            query_start = key.shape[1] - seqlen_q
-        if not isinstance(query_start, torch.Tensor):
-            query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
+    if query_positions is None and query_start is None:
+        query_start = key.shape[1] - seqlen_q
+    if query_start is not None and not isinstance(query_start, torch.Tensor):
+        query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
     bias = None
     if importance is not None and add_importance_bias:
         bias = comparable(importance)
@@ -72,6 +76,7 @@ def interval_attention(
         visibility[1],
         query_start,
         query_positions,
+        max_visible,
         head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
         float(softcap),
         deterministic,
@@ -142,10 +147,12 @@ def dynamic_mask_attention(
         value,
         importance,
         visibility,
+        query_start=seqlen_k - seqlen_q,
         query_positions=query_positions,
         softmax_scale=softmax_scale,
         softcap=softcap,
         add_importance_bias=add_importance_bias,
+        max_visible=keep_window_size,
         deterministic=deterministic,
         return_lse=return_lse,
         backend=backend,

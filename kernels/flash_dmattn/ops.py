@@ -16,6 +16,7 @@ def interval_attention_op(
     death: torch.Tensor,
     query_start: torch.Tensor | None,
     query_positions: torch.Tensor | None,
+    max_visible: int | None,
     softmax_scale: float,
     softcap: float,
     deterministic: bool,
@@ -31,6 +32,7 @@ def interval_attention_op(
         death,
         query_start,
         query_positions,
+        max_visible,
         softmax_scale,
         softcap,
         deterministic,
@@ -60,6 +62,7 @@ def interval_attention_backward_op(
     death: torch.Tensor,
     query_start: torch.Tensor | None,
     query_positions: torch.Tensor | None,
+    max_visible: int | None,
     softmax_scale: float,
     softcap: float,
     deterministic: bool,
@@ -75,6 +78,7 @@ def interval_attention_backward_op(
         death,
         query_start,
         query_positions,
+        max_visible,
         softmax_scale,
         softcap,
         deterministic,
@@ -104,7 +108,7 @@ def _backward(ctx, dout, dlse):
         dout, dlse, out, lse, query, key, value, importance, *rest, *ctx.options
     )
     dimportance = None if importance is None else dimportance
-    return dquery, dkey, dvalue, dimportance, *(None,) * 8
+    return dquery, dkey, dvalue, dimportance, *(None,) * 9
 
 
 interval_attention_op.register_autograd(_backward, setup_context=_setup_context)
