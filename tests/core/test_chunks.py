@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+
 from flash_dmattn import select_visible
 
 from .definition import NEVER, inside_intervals, visible_keys

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flash_dmattn import Visibility, select_visible
 
 from .definition import NEVER, inside_intervals
