@@ -59,8 +59,8 @@ def backward(
     dimportance = torch.zeros_like(dkey[..., 0])
     for tile in _tiles(call):
         logits, dcap = tile.logits()
-        tile_lse = tile.group(lse.transpose(1, 2)[:, tile.rows, :, None])
-        weights = torch.where(logits == -torch.inf, 0, (logits - tile_lse).exp())
+        # Not exp(logits - lse): beside a huge importance the lse has no room for the log of a sum.
+        weights = torch.where(logits == -torch.inf, 0, logits.softmax(-1))
         tile_dout = tile.group(_compute(dout[:, tile.rows]))
         delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)
         delta = delta - tile.group(_compute(dlse).transpose(1, 2)[:, tile.rows, :, None])
