@@ -76,7 +76,7 @@ def backward(
         dquery,
         _sum_to_kv_heads(dkey, call),
         _sum_to_kv_heads(dvalue, call),
-        None if call.importance is None else dimportance[..., :-1].to(call.importance.dtype),
+        None if call.importance is None else dimportance[..., :-1].to(call.importance.dtype).contiguous(),
     )
 
 
