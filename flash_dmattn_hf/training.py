@@ -19,7 +19,7 @@ IMPORTANCE_GROUP = "importance"
 def importance_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields name and parameter of everything that the importance is computed from, in the model's order.
 
-    These are the gates' parameters, or `A` and `dt_proj` of a native Doge layer. Raises ValueError for a model
+    They are the gates' parameters, or `A` and `dt_proj` of a native Doge layer. Raises ValueError for a model
     without gates.
     """
     found = False
@@ -43,8 +43,10 @@ def parameter_groups(
     """Returns the trainable parameters as groups for a torch optimizer, the importance in a group of its own.
 
     An unmodified Trainer takes them as
-    `optimizers=(torch.optim.AdamW(parameter_groups(...)), None)`: it makes its scheduler, which scales both
-    rates alike, and saves and resumes the optimizer. Make the groups last: after PEFT, freezing and `.to(device)`.
+    `optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": parameter_groups(...)})`, or as an optimizer in
+    `optimizers=(torch.optim.AdamW(parameter_groups(...)), None)` if the model is on its device already. It makes its
+    scheduler, which scales both rates alike, and saves and resumes the optimizer. Make the groups after PEFT and
+    after freezing.
 
     learning_rate: of all other parameters. importance_learning_rate: of A and dt_proj.
     weight_decay: of parameters with two or more dimensions outside of the importance.
@@ -198,7 +200,7 @@ def _all_A(model: nn.Module) -> torch.Tensor:
 
 
 def _first_example(dataset: Any) -> torch.Tensor:
-    if not hasattr(dataset, "__getitem__"):
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(
             f"probe_input_ids must be given for a dataset that cannot be indexed, got None for {type(dataset).__name__}"
         )
