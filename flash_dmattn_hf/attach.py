@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from flash_dmattn_hf import doge
 from flash_dmattn_hf.config import DynamicMaskConfig
@@ -45,7 +46,7 @@ def attach(model: nn.Module, config: DynamicMaskConfig) -> AttachReport:
     if refused and report.attached:
         raise ValueError(_sentence(model, refused))
     if not report.attached:
-        raise ValueError(_sentence(model, {**report.skipped, **refused}))
+        raise ValueError(_sentence(model, refused or report.skipped))
     install(model, config, report.attached)
     report.skipped.update(refused)
     return report
@@ -55,10 +56,8 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> tuple[AttachReport, dic
     """Returns what attaching would do, and the refused modules (name -> reason), without doing it."""
     report, refused = AttachReport(), {}
     text_config = text_config_of(model)
-    for name, module in model.named_modules():
-        if not is_attention(module):
-            continue
-        if getattr(module, "config", text_config) is not text_config:
+    for name, module, owner in _attention_modules(model):
+        if getattr(module, "config", owner) is not text_config:
             report.skipped[name] = "it belongs to another part than the text model"
             continue
         verdict = judge(module, config)
@@ -69,6 +68,16 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> tuple[AttachReport, dic
         else:
             refused[name] = verdict.reason
     return report, refused
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Yields name, module and the config of the innermost model around it, for every attention module."""
+    owners = {"": model.config}
+    for name, module in model.named_modules():
+        parent = owners[name.rpartition(".")[0]] if name else model.config
+        owners[name] = module.config if isinstance(module, PreTrainedModel) else parent
+        if is_attention(module):
+            yield name, module, parent
 
 
 def install(model: nn.Module, config: DynamicMaskConfig, names: list[str]) -> None:
@@ -92,10 +101,15 @@ def detach(model: nn.Module) -> None:
 
 def text_config_of(model: nn.Module) -> Any:
     """Returns the config of the text decoder: the model's own, or the text part of a composite one."""
+    return text_part(model.config)
+
+
+def text_part(config: Any) -> Any:
+    """Returns the text part of a composite config, the config itself if it has none or several."""
     try:
-        return model.config.get_text_config()
+        return config.get_text_config()
     except ValueError:
-        return model.config
+        return config
 
 
 def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:

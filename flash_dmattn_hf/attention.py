@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from flash_dmattn import dynamic_mask_attention, interval_attention
 from torch import nn
 
+from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.attach import get_gate
 from flash_dmattn_hf.families import sliding_window_of
 
@@ -14,8 +14,8 @@ UNSUPPORTED = {
     "sinks": "attention sinks",
     "position_bias": "a position bias",
     "indices": "an indexer's indices",
+    "block_indices": "an indexer's blocks",
     "cache": "continuous batching",
-    "block_mask": "block masks",
 }
 """Arguments of an attention function that would change its result and that are not supported."""
 
@@ -58,7 +58,7 @@ def dynamic_mask_attention_forward(
             gate.was_called = True
         if gate.pending is not None:
             _refuse_documents(documents)
-            return _attend_cached(gate, query, key, attention_mask, options), None
+            return _attend_cached(gate, query, key, value, attention_mask, options), None
         _refuse_dropped_keys(gate, key, attention_mask)
         settings = gate.config
         importance = gate(value)
@@ -72,6 +72,7 @@ def dynamic_mask_attention_forward(
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options.update(keep_window_size=max(key.shape[2], 1), add_importance_bias=False)
     options["sliding_window"] = window
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if documents is not None:
         return _attend_packed(query, key, value, importance, documents, max_length_k, options), None
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
@@ -86,19 +87,20 @@ def dynamic_mask_attention_forward(
     return out, None
 
 
-def _attend_cached(gate, query, key, attention_mask, options) -> torch.Tensor:
+def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Tensor:
     """Attends over the survivors and the new tokens that the cache left with the gate, then lets it evict."""
-    (layer, cached_key, _), gate.pending = gate.pending, None
-    if key.data_ptr() != cached_key.data_ptr() or key.shape != cached_key.shape:
-        raise RuntimeError(
-            f"layer {gate.layer_idx} changed its key between the cache and the attention function, "
-            "which a DynamicMaskCache cannot follow"
-        )
+    (layer, *cached), gate.pending = gate.pending, None
+    for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
+        if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:
+            raise RuntimeError(
+                f"layer {gate.layer_idx} changed its {name} between the cache and the attention function, "
+                "which a DynamicMaskCache cannot follow"
+            )
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     view = layer.view(padding_mask)
     out = interval_attention(
-        query.transpose(1, 2),
-        view.key.transpose(1, 2),
+        query.to(view.value.dtype).transpose(1, 2),
+        view.key.to(view.value.dtype).transpose(1, 2),
         view.value.transpose(1, 2),
         view.importance,
         view.visibility,
@@ -163,6 +165,8 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
             raise ValueError(f"{name} passes {meaning}, which flash_dmattn does not support")
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')
+    if get_gate(module) is None and getattr(module, "is_causal", None) is not True:
+        raise ValueError(f"{name} is not causal self-attention, which flash_dmattn does not support")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
     if dropout:

@@ -1,13 +1,22 @@
 """Which attention modules qualify for dynamic masks, which stay as they are, and why the rest is refused."""
 
 import inspect
+import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
+
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""What the source of a class mentions if it looks its attention function up by name."""
+
+_HARMLESS_ARGUMENTS = frozenset(
+    "query key value attention_mask scaling dropout softcap sliding_window is_causal position_ids "
+    "output_attentions cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+)
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,13 @@ class Verdict:
 
 def is_attention(module: nn.Module) -> bool:
     """True for modules that transformers calls attention, by the name of their class."""
-    return type(module).__name__.endswith("Attention")
+    cls = type(module)
+    return re.search(r"Attention\d*$", cls.__name__) is not None and not cls.__module__.startswith("torch.")
 
 
-@lru_cache(maxsize=None)
-def uses_attention_interface(cls: type) -> bool:
-    """True if the class or one of its bases looks its attention function up in the attention interface."""
-    return "ALL_ATTENTION_FUNCTIONS" in _source(cls)
+def uses_attention_interface(module: nn.Module) -> bool:
+    """True if the module's class looks its attention function up in the attention interface."""
+    return INTERFACE in _source(type(module))
 
 
 def is_native_doge(module: nn.Module) -> bool:
@@ -52,105 +61,120 @@ def is_native_doge(module: nn.Module) -> bool:
 
 
 def judge(module: nn.Module, settings: DynamicMaskConfig) -> Verdict:
-    """Says what happens to an attention module under these settings."""
+    """Says what happens to an attention module of the text model under these settings."""
     name = type(module).__name__
-    config = getattr(module, "config", None)
-    if not uses_attention_interface(type(module)):
-        return Verdict("refuse", f"{name} never calls the attention interface, so it would stay dense")
-    if config is None:
+    if not uses_attention_interface(module):
+        return _judge_without_interface(module)
+    if getattr(module, "config", None) is None:
         return Verdict("refuse", f"{name} has no config to read its shape from")
-    if is_native_doge(module):
-        return Verdict("attach", shape=read_shape(module))
-    if getattr(module, "is_causal", None) is not True:
+    if reason := _unsupported_feature(module):
+        return Verdict("refuse", f"{name} {reason}")
+    if not is_native_doge(module) and getattr(module, "is_causal", None) is not True:
         return Verdict("refuse", f"{name} is not causal: only causal self-attention has dynamic masks")
     if getattr(module, "layer_idx", None) is None:
         return Verdict("refuse", f"{name} has no layer_idx, so no cache can know its layer")
-    if reason := _unsupported_feature(module, config):
-        return Verdict("refuse", f"{name} {reason}")
-    shape = read_shape(module)
     if settings.layers is not None and module.layer_idx not in settings.layers:
         return Verdict("native", f"layer {module.layer_idx} is not among layers={list(settings.layers)}")
+    shape = read_shape(module)
     window = shape.sliding_window
     if window is not None and window <= settings.keep_window_size:
         return Verdict(
-            "native",
-            f"its sliding window of {window} is not above keep_window_size={settings.keep_window_size}",
+            "native", f"its sliding window of {window} is within keep_window_size={settings.keep_window_size}"
         )
     return Verdict("attach", shape=shape)
 
 
-def _unsupported_feature(module: nn.Module, config: Any) -> str | None:
-    """Returns what the module needs and dynamic masks do not have, None if there is nothing."""
+def _judge_without_interface(module: nn.Module) -> Verdict:
+    name = type(module).__name__
+    if any(is_attention(child) and uses_attention_interface(child) for child in list(module.modules())[1:]):
+        return Verdict("native", f"{name} only wraps the attention inside it")
+    if "linear" in (_layer_type(module) or ""):
+        return Verdict("native", f"{name} is linear attention")
+    if getattr(module, "layer_idx", None) is None and getattr(module, "is_causal", None) is not True:
+        return Verdict("native", f"{name} is not causal self-attention")
+    return Verdict("refuse", f"{name} never calls the attention interface, so it would stay dense")
+
+
+def _unsupported_feature(module: nn.Module) -> str | None:
+    """Returns what the module does that dynamic masks do not support, None if there is nothing."""
+    config, source = module.config, _source(type(module))
     if getattr(module, "sinks", None) is not None:
         return "adds attention sinks (s_aux) to its softmax, which is not supported"
-    if any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj", "kv_a_proj_with_mqa")):
-        return "is multi-head latent attention (MLA), which is not supported"
     if any("indexer" in name for name, _ in module.named_children()):
         return "chooses its keys with an indexer of its own, which is not supported"
+    if "expand_kv(" in source or any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj")):
+        return "is multi-head latent attention (MLA), which is not supported"
     if getattr(module, "is_kv_shared_layer", False) or getattr(config, "num_kv_shared_layers", 0):
         return "shares key and value between layers (num_kv_shared_layers), which is not supported"
     if _layer_type(module) == "chunked_attention":
         return "attends within chunks (attention_chunk_size), which is not supported"
-    if any("cross" in name for name, _ in module.named_children()) or getattr(
-        module, "is_cross_attention", False
-    ):
+    if "Cross" in type(module).__name__:
         return "is cross-attention, which is not supported"
+    if len(calls := _interface_calls(source)) > 1:
+        return "calls the attention interface more than once per layer, which is not supported"
+    for name in re.findall(r"^\s*(\w+)=", calls[0] if calls else "", re.MULTILINE):
+        if name not in _HARMLESS_ARGUMENTS:
+            return f"passes {name} to its attention function, which is not supported"
+    if re.search(r"(key|value)_states = (key|value)_states\.repeat\(", source):
+        return "repeats its keys and values after they are cached, which is not supported"
     return None
+
+
+def _interface_calls(source: str) -> list[str]:
+    """Returns the argument lists of the calls of the attention function that a class makes."""
+    return re.findall(r"= attention_interface\(\n(.*?)\n\s+\)\n", source, re.DOTALL)
 
 
 def read_shape(module: nn.Module) -> AttentionShape:
     """Reads heads, head dim of the values and sliding window of a causal attention module."""
     config = module.config
-    num_heads = _first(module, ("num_heads", "num_attention_heads", "n_heads"))
+    num_heads = _first(module, "num_heads", "num_attention_heads", "n_heads")
     if num_heads is None:
-        num_heads = _first(config, ("num_attention_heads", "n_head", "num_heads"))
-    num_kv_heads = _first(module, ("num_key_value_heads", "num_kv_heads"))
-    if num_kv_heads is None and (groups := _first(module, ("num_key_value_groups",))) is not None:
-        num_kv_heads = num_heads // groups
-    if num_kv_heads is None:
-        num_kv_heads = num_heads
-    head_dim = _first(module, ("v_head_dim", "head_dim", "head_size", "attention_head_size"))
+        num_heads = _first(config, "num_attention_heads", "n_head", "num_heads")
+    head_dim = _first(module, "v_head_dim", "head_dim", "head_size", "attention_head_size")
     if head_dim is None:
         head_dim = config.hidden_size // num_heads
-    projection = getattr(module, "v_proj", None)
-    out_features = getattr(projection, "out_features", None)
-    if out_features is not None and out_features % head_dim == 0:
-        num_kv_heads = out_features // head_dim
+    num_kv_heads = _first(module, "num_key_value_heads", "num_kv_heads")
+    if num_kv_heads is None:
+        num_kv_heads = num_heads // (_first(module, "num_key_value_groups") or 1)
+    width = getattr(getattr(module, "v_proj", None), "out_features", None)
+    if width is not None and width % head_dim == 0:
+        num_kv_heads = width // head_dim
     return AttentionShape(num_heads, num_kv_heads, head_dim, sliding_window_of(module))
 
 
 def sliding_window_of(module: nn.Module) -> int | None:
     """Returns the sliding window in tokens of an attention module, None for full attention."""
-    config = module.config
     layer_type = _layer_type(module)
     if layer_type is not None and "sliding" not in layer_type:
         return None
     window = getattr(module, "sliding_window", None)
     if window is None:
-        window = getattr(config, "sliding_window", None)
+        window = getattr(module.config, "sliding_window", None)
     return window or None
 
 
 def _layer_type(module: nn.Module) -> str | None:
-    layer_types = getattr(module.config, "layer_types", None)
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
     layer_idx = getattr(module, "layer_idx", None)
     if not layer_types or layer_idx is None or layer_idx >= len(layer_types):
         return None
     return layer_types[layer_idx]
 
 
-def _first(owner: Any, names: tuple[str, ...]) -> int | None:
+def _first(owner: Any, *names: str) -> int | None:
     for name in names:
         if isinstance(value := getattr(owner, name, None), int):
             return value
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _source(cls: type) -> str:
+    """Returns the source of a class and its bases, without those of torch."""
     texts = []
     for base in cls.__mro__:
-        if base.__module__.startswith("torch.") or base is object:
+        if base is object or base.__module__.startswith("torch."):
             continue
         try:
             texts.append(inspect.getsource(base))

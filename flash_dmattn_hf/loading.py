@@ -23,6 +23,7 @@ def wrap_check_implementation(original: Callable) -> Callable:
     @wraps(original)
     def check(self, attn_implementation, is_init_check=False, *args, **kwargs):
         if is_ours(attn_implementation):
+            _leave_other_parts_native(self.config)
             return self.get_correct_attn_implementation(attn_implementation, is_init_check)
         if is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
             if attn_implementation is None:
@@ -183,6 +184,17 @@ def check_called(module: nn.Module, args: tuple, output: Any) -> None:
                 "interface, so it is silently dense: leave its layer out with layers=..."
             )
     _remove_hook(module._forward_hooks, check_called)
+
+
+def _leave_other_parts_native(config: Any) -> None:
+    """Lets the parts of a composite model around the text model, such as a vision tower, choose for themselves."""
+    text_config = attach.text_part(config)
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if part is None or part is text_config or attach.text_part(part) is text_config:
+            continue
+        if is_ours(part._attn_implementation):
+            part._attn_implementation = None
 
 
 def _add_pre_hook(model: nn.Module) -> None:

@@ -1,0 +1,82 @@
+"""The definition of dynamic mask attention written out with N x N tensors, as an attention function of its own.
+
+Registered as "dense_definition": transformers gives it its own full boolean mask, so what masks our integration
+recognises is checked as well. A model switched to it keeps its gates, and only their parameters are used here.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+NAME = "dense_definition"
+
+
+def importance_of(gate, value):
+    """(B, Hi, S) from the equation of the design, in the gate's own parameters."""
+    owner = gate if hasattr(gate, "A") else gate.module
+    tokens = value.transpose(1, 2).flatten(2)
+    dt = F.linear(tokens, owner.dt_proj.weight, owner.dt_proj.bias)
+    importance = owner.A * F.softplus(dt)
+    if gate.config.importance == "zoh":
+        importance = importance.exp()
+    return importance.transpose(1, 2)
+
+
+def visible(importance, real, settings):
+    """(B, Hi, S, S) bool: may query t see key j, by counting for every pair the keys that beat j."""
+    w, s, r = settings.keep_window_size, settings.num_sink_tokens, settings.local_window_size
+    position = real.long().cumsum(-1) - 1
+    t, j = position[:, None, :, None], position[:, None, None, :]
+    ahead = importance[..., None, :] > importance[..., :, None]  # [j, i]: i beats j
+    tie = importance[..., None, :] == importance[..., :, None]
+    newer = position[:, None, None, :] > position[:, None, :, None]
+    beats = (ahead | tie & newer) & real[:, None, None, :]
+    old_enough = (j >= s) & (t - j >= r) & real[:, None, None, :]  # [t, i]: i competes at t
+    count = (old_enough.double() @ beats.double().transpose(-1, -2)).long()  # [t, j]
+    chosen = (j >= s) & (t - j >= r) & (count < w - s - r)
+    return ((j < s) | (t - j < r) | chosen) & (j <= t) & real[:, None, None, :]
+
+
+def dense_definition(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    """out (B, T, H, D): softmax over everything the mask and the definition let through."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    allowed = attention_mask
+    gate = getattr(module, "dma", None)
+    if gate is not None:
+        importance = importance_of(gate, value)
+        real = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        seen = visible(importance.detach(), real, gate.config)
+        repeat = query.shape[1] // importance.shape[1]
+        allowed = allowed & seen.repeat_interleave(repeat, 1)
+        if gate.config.add_importance_bias:
+            logits = logits + importance.repeat_interleave(repeat, 1)[:, :, None, :]
+    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+    out = weights @ value.repeat_interleave(groups, 1)
+    return out.transpose(1, 2), None
+
+
+def _full_mask(*args, **kwargs):
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+@contextlib.contextmanager
+def by_definition(model):
+    """Runs the model with the definition instead of the package."""
+    AttentionInterface.register(NAME, dense_definition)
+    AttentionMaskInterface.register(NAME, _full_mask)
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+        AttentionInterface._global_mapping.pop(NAME)
+        AttentionMaskInterface._global_mapping.pop(NAME)
