@@ -73,7 +73,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        return sum(state.nbytes for state in self._state().values())
+        return sum(getattr(self, name).nbytes for name in STATE) if self.is_initialized else 0
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in STATE} if self.is_initialized else {}

@@ -55,17 +55,28 @@ def wrap_prepare_cache(original):
 
 
 def wrap_assisted_decoding(original):
-    """Lets a cache return to its constant size when assisted decoding, which makes it record its past, is over."""
+    """Lets a cache return to its constant size when assisted decoding, which makes it record its past, is over.
+
+    The replacement raises ValueError for a cache that holds tokens already: transformers would process the whole
+    prompt a second time, on top of them.
+    """
 
     @functools.wraps(original)
     def _assisted_decoding(self, *args, **kwargs):
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, DynamicMaskCache) or any(layer.record_past for layer in cache.mask_layers):
+        if cache is None or not is_active(self):
             return original(self, *args, **kwargs)
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values must be empty for assisted decoding and prompt lookup, got a cache of "
+                f"{cache.get_seq_length()} tokens: transformers would process the prompt again on top of them"
+            )
+        was_recording = isinstance(cache, DynamicMaskCache) and any(layer.record_past for layer in cache.mask_layers)
         try:
             return original(self, *args, **kwargs)
         finally:
-            cache.stop_past_recording()
+            if isinstance(cache, DynamicMaskCache) and not was_recording:
+                cache.stop_past_recording()
 
     return _assisted_decoding
 
