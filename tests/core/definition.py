@@ -148,7 +148,8 @@ def attention(
                 if add_importance_bias:
                     logits = logits + bias[index].clamp(max=FLOAT32_MAX)
                 outs.append(torch.softmax(logits, 0) @ value[b, index, h_kv])
-                lses.append(torch.logsumexp(logits, 0))
+                largest = logits.max().detach()  # kept apart: beside a huge one the logarithm would be lost
+                lses.append(largest + (logits - largest).exp().sum().log())
     shape = (batch, seqlen_q, num_heads)
     if not outs:
         return query.new_zeros(*shape, head_dim), query.new_zeros(batch, num_heads, seqlen_q)

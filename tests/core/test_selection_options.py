@@ -22,7 +22,7 @@ def select(values, w, s=0, r=0, **options):
 @pytest.mark.parametrize("shape", [(2, 3, 17), (1, 1, 1), (2, 3, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_result_is_two_int32_tensors_shaped_like_the_importance(shape, dtype):
-    visibility = select_visible(torch.randn(shape).to(dtype), keep_window_size=4)
+    visibility = select_visible(torch.randn(shape).to(dtype).requires_grad_(), keep_window_size=4)
     assert isinstance(visibility, Visibility)
     for bound in visibility:
         assert bound.shape == shape and bound.dtype == torch.int32 and not bound.requires_grad

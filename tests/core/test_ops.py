@@ -1,0 +1,148 @@
+"""The custom ops are well-formed, and torch.compile traces the public functions without a break."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flash_dmattn import dynamic_mask_attention, interval_attention, select_visible
+
+from .attention_cases import AttentionCase, documents, padding, window
+
+NAMESPACE = "flash_dmattn"
+CASES = [
+    AttentionCase("causal", options=window(7, 1, 2)),
+    AttentionCase("group-of-4", num_heads=8, num_kv_heads=2, options=window(7, softcap=3.0)),
+    AttentionCase("per-query-head", num_heads=4, num_kv_heads=2, num_importance_heads=4),
+    AttentionCase("no-bias", options=window(7, add_importance_bias=False)),
+    AttentionCase("strided", strided=True, options=window(7, softcap=2.0)),
+    AttentionCase("last-queries", seqlen_q=3, seqlen_k=20),
+    AttentionCase("padding", options=window(7, padding_mask=padding("0" * 9 + "1" * 14, "1" * 23))),
+    AttentionCase("packed", batch=1, options=window(5, 1, cu_seqlens=documents(10, 13), max_seqlen=13)),
+    AttentionCase("not-causal", options=window(7, is_causal=False)),
+    AttentionCase("bfloat16", dtype=torch.bfloat16),
+    AttentionCase("float64", dtype=torch.float64, importance_dtype=torch.float64),
+]
+
+
+class RecordCalls(TorchDispatchMode):
+    """Remembers the calls of this package's ops, so that they can be checked with the arguments they really get."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == NAMESPACE:
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def registered_ops():
+    prefix = f"{NAMESPACE}::"
+    return {
+        name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)
+    }
+
+
+def recorded_calls(case):
+    inputs = [x.requires_grad_() for x in case.inputs()]
+    with RecordCalls() as recorder:
+        out, lse = dynamic_mask_attention(*inputs, **case.options, return_lse=True)
+        (out.sum() + lse.masked_fill(lse.isinf(), 0).sum()).backward()
+    return recorder.calls
+
+
+def as_leaf(x, function):
+    """A tensor argument cut from its history; it asks for a gradient where it did, but not of a backward op."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.detach().clone().requires_grad_(x.requires_grad and not function.name().endswith("backward"))
+
+
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_opcheck_accepts_every_op_as_it_is_called(case):
+    calls = recorded_calls(case)
+    assert {function.name() for function, _, _ in calls} == registered_ops() != set()
+    for function, args, kwargs in calls:
+        args = tuple(as_leaf(x, function) for x in args)
+        torch.library.opcheck(function, args, {name: as_leaf(x, function) for name, x in kwargs.items()})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fake_tensors_have_the_shapes_types_and_strides_of_real_ones(case):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = case.inputs()
+    real = dynamic_mask_attention(*inputs, **case.options, return_lse=True)
+    with FakeTensorMode() as mode:
+        options = {
+            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for name, x in case.options.items()
+        }
+        fake = dynamic_mask_attention(*(mode.from_tensor(x) for x in inputs), **options, return_lse=True)
+    for mine, right in zip(fake, real, strict=True):
+        assert (mine.shape, mine.dtype, mine.stride()) == (right.shape, right.dtype, right.stride())
+
+
+def test_meta_tensors_pass_through():
+    inputs = [x.to("meta") for x in AttentionCase("meta").inputs()]
+    out = dynamic_mask_attention(*inputs, **window(7, 1, 2))
+    assert out.device.type == "meta" and out.shape == inputs[0].shape
+
+
+def loss_and_gradients(function, case, inputs):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out, lse = function(*leaves, **case.options, return_lse=True)
+    loss = out.square().sum() + lse.masked_fill(lse == -math.inf, 0).sum()
+    return out, lse, *torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [*((case, "aot_eager") for case in CASES), *((case, "eager") for case in CASES[::3])],
+    ids=str,
+)
+def test_compiled_without_a_graph_break_it_gives_the_same(case, backend):
+    torch._dynamo.reset()
+    inputs = case.inputs()
+    compiled = torch.compile(dynamic_mask_attention, fullgraph=True, backend=backend)
+    for got, expected in zip(
+        loss_and_gradients(compiled, case, inputs),
+        loss_and_gradients(dynamic_mask_attention, case, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_once_it_serves_every_length(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(dynamic_mask_attention, fullgraph=True, backend=backend, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seqlen in (9, 17, 40, 26):
+            case = AttentionCase("dynamic", seqlen_q=seqlen, seqlen_k=seqlen, options=window(12, 1, 2))
+            inputs = case.inputs()
+            for got, expected in zip(
+                loss_and_gradients(compiled, case, inputs),
+                loss_and_gradients(dynamic_mask_attention, case, inputs),
+                strict=True,
+            ):
+                torch.testing.assert_close(got, expected)
+
+
+def test_the_parts_compile_too():
+    torch._dynamo.reset()
+    query, key, value, importance = AttentionCase("parts", seqlen_q=4).inputs()
+    positions = torch.randperm(46)[:23].int().expand(2, 1, 23).contiguous()
+    starts = torch.tensor([40, 13], dtype=torch.int32)
+
+    def step(query, key, value, importance, positions, starts):
+        visibility = select_visible(importance, keep_window_size=9, local_window_size=3, positions=positions)
+        return interval_attention(query, key, value, importance, visibility, query_start=starts)
+
+    arguments = (query, key, value, importance, positions, starts)
+    torch.testing.assert_close(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments), step(*arguments)
+    )
