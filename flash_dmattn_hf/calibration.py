@@ -20,6 +20,7 @@ from flash_dmattn_hf.observation import observed_attention
 from flash_dmattn_hf.progress import progress_bar
 from flash_dmattn_hf.ridge import RidgeStatistics, fit
 
+DEFAULT_TOKENS = 16384
 BIAS_SPREAD = 5e-4
 """Largest minus smallest importance over the calibration tokens: half of what any text is allowed."""
 MAX_DT = 20.0
@@ -40,13 +41,13 @@ class Calibration:
     input_ids: (N,) or (1, N) token ids of running text, in the model's vocabulary.
     stretch_length: tokens per forward pass; None: max(2048, 2 * local_window_size), at most the model's
         max_position_embeddings.
-    max_tokens: use only so many of input_ids; None: all.
+    num_tokens: use the first so many of input_ids; None: DEFAULT_TOKENS, more where the model needs more.
     progress: draw progress bars on a terminal.
     """
 
     input_ids: torch.Tensor
     stretch_length: int | None = None
-    max_tokens: int | None = None
+    num_tokens: int | None = None
     progress: bool = False
 
 
@@ -91,7 +92,7 @@ def calibrate(model: nn.Module, calibration: Calibration) -> CalibrationResult:
 
 
 def required_tokens(gate, stretch_length: int) -> int:
-    """Tokens, in whole stretches, that hold enough usable keys to fit this gate: SAMPLES_PER_FEATURE for each feature."""
+    """Tokens, in whole stretches, whose usable keys are SAMPLES_PER_FEATURE for each feature of this gate."""
     usable = int(usable_keys(gate, stretch_length).sum())
     if usable == 0:
         reach = gate.config.num_sink_tokens + gate.config.local_window_size + MIN_FAR_QUERIES
@@ -119,8 +120,9 @@ def default_stretch_length(gates, longest: int | None) -> int:
 def cut_text(gates, calibration: Calibration, longest: int | None) -> torch.Tensor:
     """Returns (stretches, stretch_length) token ids; ValueError when the text is too short for these gates."""
     length = calibration.stretch_length or default_stretch_length(gates, longest)
-    input_ids = torch.as_tensor(calibration.input_ids).flatten()[: calibration.max_tokens]
     needed = max(required_tokens(gate, length) for gate in gates)
+    num_tokens = calibration.num_tokens or max(needed, DEFAULT_TOKENS)
+    input_ids = torch.as_tensor(calibration.input_ids).flatten()[:num_tokens]
     if len(input_ids) < needed:
         raise ValueError(
             f"the calibration text must have at least {needed} tokens for this model, window and "
@@ -153,7 +155,8 @@ class _Collector:
         log_mass = mean_mass.clamp_min(MASS_FLOOR).log().T  # (T, Hi)
         tokens = _concat_heads(value)
         usable = usable_keys(gate, length, value.device)
-        held_out = torch.arange(length, device=value.device).add_(self.tokens_read[module]) // HELD_OUT_BLOCK % 5 == 4
+        order = torch.arange(length, device=value.device) + self.tokens_read[module]
+        held_out = order // HELD_OUT_BLOCK % 5 == 4
         self.tokens_read[module] += length
         train, test = self.statistics[module]
         train.add(tokens[usable & ~held_out], log_mass[usable & ~held_out])

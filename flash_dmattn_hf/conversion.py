@@ -101,8 +101,8 @@ def convert_model(
 
     config: None means the defaults; sizes that are None become those for dense checkpoints (4 sinks, a
         local window of three quarters). The model is then exactly dense up to keep_window_size tokens.
-    calibration: token ids (N,) or (1, N), or a `Calibration`; None leaves A at 0, so that beyond the window
-        the model sees its sinks and the newest keys.
+    calibration: token ids (N,) or (1, N), all of which are read, or a `Calibration`; None leaves A at 0, so
+        that beyond the window the model sees its sinks and the newest keys.
 
     What was done is left in `model.flash_dmattn_report` (a `ConversionReport`).
     Raises ValueError for a model that is converted already or cannot be, and for a text too short to
@@ -111,7 +111,7 @@ def convert_model(
     _refuse_converted(model)
     config = (DynamicMaskConfig() if config is None else config).resolve(dense=True)
     if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = Calibration(calibration)
+        calibration = Calibration(calibration, num_tokens=calibration.numel())
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
     text_config = text_config_of(model)
     before = text_config._attn_implementation

@@ -1,0 +1,68 @@
+"""The command line `flash-dmattn`: convert a checkpoint, say what runs here, measure it, generate with it."""
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+
+from flash_dmattn_hf.checkpoint import first_line
+from flash_dmattn_hf.cli import convert, evaluate, generate, info
+
+COMMANDS = (convert, info, evaluate, generate)
+BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError)
+"""What this package, transformers and torch raise for a caller's mistake; anything else is a bug and is shown."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns 0, 2 for bad input (one sentence on stderr), 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    if args.quiet or not sys.stderr.isatty():
+        _silence_progress_bars()
+    # a request to convert a repository's pickles on the Hub would be opened in the user's name
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    handler = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            args.run(args)
+    except BAD_INPUT as error:
+        if args.debug:
+            raise
+        print(f"flash-dmattn {args.command}: error: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print(f"flash-dmattn {args.command}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; `args.run` is the chosen command's function."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--quiet", action="store_true", help="no progress bars")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(prog="flash-dmattn", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands, shared)
+    return parser
+
+
+def _silence_progress_bars() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"flash-dmattn: warning: {first_line(message)}", file=sys.stderr)
+
+
+def _terminate(signum, frame) -> None:
+    sys.exit(128 + signum)

@@ -1,0 +1,104 @@
+"""What several commands share: options, loading, reading text."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from flash_dmattn_hf.checkpoint import Source, load_model, load_tokenizer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+CHUNK = 1 << 18
+"""Characters of a text that are tokenized at once."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read .bin and .pt weights too (with weights_only)"
+    )
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
+
+
+def positive_list(text: str) -> list[int]:
+    """argparse type: integers of at least 1, separated by commas; sorted, each once."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers separated by commas, got {text!r}") from None
+    if numbers[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {numbers[0]}")
+    return numbers
+
+
+def text_file(text: str) -> Path:
+    """argparse type: an existing file."""
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"must be a file, got {text}")
+    return path
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Returns the device; ValueError for one that torch does not know or that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device must be a device of this machine, got {name}") from error
+
+
+def load(source: Source, args: argparse.Namespace) -> PreTrainedModel:
+    """Loads the model of a command onto its device."""
+    device = choose_device(args.device)
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    return load_model(source, dtype=dtype, allow_pickle=args.allow_pickle).to(device).eval()
+
+
+def need_tokenizer(source: Source) -> Tokenizer:
+    """Loads the tokenizer; ValueError if the checkpoint has none."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(f"{source.path} must contain a tokenizer to read text, but has none")
+    return tokenizer
+
+
+def read_tokens(tokenizer: Tokenizer, path: Path, max_tokens: int) -> torch.Tensor:
+    """Returns the first max_tokens tokens of a UTF-8 text, (N,) int64, without special tokens.
+
+    Reads no more of the file than is needed. Raises ValueError if the file is not UTF-8.
+    """
+    tokens = []
+    with open(path, encoding="utf-8") as stream:
+        for chunk in _chunks(stream, path):
+            tokens += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(tokens) >= max_tokens:
+                break
+    return torch.tensor(tokens[:max_tokens], dtype=torch.long)
+
+
+def _chunks(stream, path: Path):
+    """Pieces of about CHUNK characters that end at the end of a line."""
+    try:
+        while chunk := stream.read(CHUNK):
+            yield chunk + stream.readline()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
