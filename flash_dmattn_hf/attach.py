@@ -1,5 +1,6 @@
 """Puts importance gates into a model's attention modules, finds them, and takes them out again."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from flash_dmattn_hf import doge
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.families import AttentionShape, is_attention, is_native_doge, judge
 from flash_dmattn_hf.importance import ImportanceGate
+
+logger = logging.getLogger(__name__)
 
 GATE_NAME = "dma"
 """Name of the gate inside its attention module."""
@@ -47,8 +50,10 @@ def attach(model: nn.Module, config: DynamicMaskConfig) -> AttachReport:
         raise ValueError(_sentence(model, refused))
     if not report.attached:
         raise ValueError(_sentence(model, refused or report.skipped))
-    install(model, config, report.attached)
-    report.skipped.update(refused)
+    num_new = install(model, config, report.attached)
+    if num_new and not config.add_importance_bias:
+        freeze_unused(model)
+        logger.warning("add_importance_bias=False: the importance cannot be trained, its parameters are frozen")
     return report
 
 
@@ -80,17 +85,27 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
             yield name, module, parent
 
 
-def install(model: nn.Module, config: DynamicMaskConfig, names: list[str]) -> None:
-    """Makes the gates of the named attention modules, on the device and in the dtype of their neighbours."""
+def install(model: nn.Module, config: DynamicMaskConfig, names: list[str]) -> int:
+    """Makes the gates of the named attention modules that have none; returns how many it made."""
+    num_new = 0
     for name in names:
         module = model.get_submodule(name)
         if get_gate(module) is not None:
             continue
+        num_new += 1
         shape = judge(module, config).shape
         if is_native_doge(module):
             module.dma = doge.DogeGate(module, shape, config)
             continue
         module.add_module(GATE_NAME, _make_gate(module, shape, config))
+    return num_new
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Freezes the gates whose importance is not added to the logits: nothing could train them."""
+    for _, _, gate in iter_gates(model):
+        if not gate.config.add_importance_bias and isinstance(gate, ImportanceGate):
+            gate.requires_grad_(False)
 
 
 def detach(model: nn.Module) -> None:
@@ -113,6 +128,7 @@ def text_part(config: Any) -> Any:
 
 
 def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
+    # on the device and in the dtype of its neighbours
     neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
     device = torch.get_default_device() if neighbour is None else neighbour.device
     dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype

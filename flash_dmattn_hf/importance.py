@@ -82,8 +82,6 @@ class ImportanceGate(nn.Module):
         self.was_called = False
         self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
         self.dt_proj = ValueProjection(num_kv_heads * head_dim, self.num_importance_heads, config.dt_proj_bias)
-        if not config.add_importance_bias:
-            self.requires_grad_(False)
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """value: (B, Hkv, S, D). Returns the importance (B, Hi, S) in float32, float64 for float64 values."""

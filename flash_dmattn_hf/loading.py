@@ -15,6 +15,7 @@ from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_conf
 from flash_dmattn_hf.families import is_native_doge
 from flash_dmattn_hf.importance import ImportanceGate
 from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.offload import materialize
 
 
 def wrap_check_implementation(original: Callable) -> Callable:
@@ -77,6 +78,11 @@ def wrap_from_pretrained(original: Callable) -> Callable:
                     f"{parallel[0]} must be None with flash_dmattn, got {kwargs[parallel[0]]!r}: "
                     "the importance needs all heads of a token on one device"
                 )
+        elif flash_dmattn is not None:
+            raise ValueError(
+                f'flash_dmattn={{...}} needs attn_implementation="{NAMES[0]}", got '
+                f'"{text_config_of(model)._attn_implementation}"'
+            )
         _check_loaded(model, info)
         return (model, info) if output_loading_info else model
 
@@ -92,6 +98,19 @@ def wrap_load_time(original: Callable) -> Callable:
             return original(cls, *args, **kwargs)
 
     return load
+
+
+def wrap_config_from_dict(original: Callable) -> Callable:
+    """Lets `flash_dmattn={...}` change single values of a section instead of replacing all of it."""
+
+    @wraps(original)
+    def from_dict(cls, config_dict, **kwargs):
+        section, values = config_dict.get(SECTION), kwargs.get(SECTION)
+        if section is not None and values is not None:
+            kwargs[SECTION] = {**section, **_as_dict(values)}
+        return original(cls, config_dict, **kwargs)
+
+    return from_dict
 
 
 def wrap_set_implementation(original: Callable) -> Callable:
@@ -228,14 +247,16 @@ def _remove_hook(hooks: dict, function: Callable) -> None:
         del hooks[key]
 
 
-def _load_time(values: dict[str, Any] | None) -> Any:
-    if values is None:
-        return nullcontext()
+def _load_time(values: Any) -> Any:
+    return nullcontext() if values is None else dynamic_mask_config(**_as_dict(values))
+
+
+def _as_dict(values: Any) -> dict[str, Any]:
     if isinstance(values, DynamicMaskConfig):
-        values = values.to_dict()
+        return values.to_dict()
     if not isinstance(values, dict):
         raise ValueError(f"flash_dmattn must be a dict of settings, got {type(values).__name__}")
-    return dynamic_mask_config(**values)
+    return values
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
@@ -261,6 +282,10 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
             f"the checkpoint's importance weights must fit config.{SECTION}={settings_of(model).to_dict()}, "
             f"but it {words}"
         )
+    for _, _, gate in attach.iter_gates(model):
+        if missing and isinstance(gate, ImportanceGate):
+            materialize(gate)
+    attach.freeze_unused(model)
     if missing and uses_dynamic_masks(model):
         _warn_untrained()
 

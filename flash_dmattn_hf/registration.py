@@ -7,8 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 
 from flash_dmattn_hf import doge, loading
 from flash_dmattn_hf.attention import dynamic_mask_attention_forward
@@ -83,7 +88,7 @@ def _patches() -> list[Patch]:
             (PreTrainedModel, "from_pretrained", loading.wrap_from_pretrained),
             (PreTrainedModel, "_from_config", loading.wrap_load_time),
             (PreTrainedModel, "set_attn_implementation", loading.wrap_set_implementation),
-            (_BaseAutoModelClass, "from_pretrained", loading.wrap_load_time),
+            (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),
             (masking_utils, "_preprocess_mask_arguments", wrap_preprocess_mask_arguments),
             (DogeAttention, "forward", doge.wrap_forward),
             *_generation_patches(),
