@@ -30,7 +30,6 @@ def dynamic_mask_attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -52,7 +51,7 @@ def dynamic_mask_attention_forward(
             f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {sliding_window}"
         )
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-    documents = _documents(query, key, attention_mask, position_ids, cu_seq_lens_q)
+    documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not torch.compiler.is_compiling():
             gate.was_called = True
@@ -131,7 +130,7 @@ def _attend_packed(query, key, value, importance, documents, max_seqlen, options
     return out.reshape(batch, seqlen, *out.shape[2:])
 
 
-def _documents(query, key, attention_mask, position_ids, cu_seqlens) -> torch.Tensor | None:
+def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> torch.Tensor | None:
     """Returns cu_seqlens (num_docs + 1,) int32 over the rows of all batch entries, None if nothing is packed."""
     batch, _, seqlen_q, _ = query.shape
     if cu_seqlens is not None:
@@ -139,6 +138,11 @@ def _documents(query, key, attention_mask, position_ids, cu_seqlens) -> torch.Te
             raise ValueError(
                 "cu_seq_lens_q needs one packed row without cached tokens, got a batch of "
                 f"{batch} with {seqlen_q} queries and {key.shape[2]} keys"
+            )
+        on_cpu = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if cu_seqlens_k is not None and on_cpu and not torch.equal(cu_seqlens, cu_seqlens_k):
+            raise ValueError(
+                f"cu_seq_lens_k must equal cu_seq_lens_q, got {cu_seqlens_k.tolist()} and {cu_seqlens.tolist()}"
             )
         return cu_seqlens.to(torch.int32)
     if attention_mask is None or attention_mask.dtype == torch.bool:

@@ -16,6 +16,7 @@ from flash_dmattn_hf.families import is_native_doge
 from flash_dmattn_hf.importance import ImportanceGate
 from flash_dmattn_hf.names import NAMES, is_ours
 from flash_dmattn_hf.offload import materialize
+from flash_dmattn_hf.packing import hides_positions, refuse_packed_positions
 
 
 def wrap_check_implementation(original: Callable) -> Callable:
@@ -225,6 +226,9 @@ def _watch_first_forward(model: nn.Module) -> None:
     parts = [part for part in _submodels(model) if any(True for _ in attach.iter_gates(part))]
     if not any(check_called in part._forward_hooks.values() for part in parts):
         parts[-1].register_forward_hook(check_called)
+    for part in parts:
+        if hides_positions(type(part)) and refuse_packed_positions not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(refuse_packed_positions, with_kwargs=True)
 
 
 def _hand_back(model: PreTrainedModel, text_config: Any, previous: dict[int, str]) -> None:
