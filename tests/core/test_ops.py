@@ -61,7 +61,7 @@ def as_leaf(x, function):
     return x.detach().clone().requires_grad_(x.requires_grad and not function.name().endswith("backward"))
 
 
-@pytest.mark.parametrize("case", CASES[:5], ids=str)
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_opcheck_accepts_every_op_as_it_is_called(case):
     calls = recorded_calls(case)
     assert {function.name() for function, _, _ in calls} == registered_ops() != set()
