@@ -175,8 +175,7 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
         raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
     if dropout:
         raise ValueError(
-            f"attention dropout must be 0 with flash_dmattn, got {dropout}: set the attention dropout of "
-            f"{type(module.config).__name__} to 0"
+            f"config.{_dropout_field(module.config, dropout)} must be 0 to train with flash_dmattn, got {dropout}"
         )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
@@ -187,6 +186,12 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
         raise ValueError(
             f"{name} has keys of dim {key.shape[-1]} and values of dim {value.shape[-1]}: they must be equal"
         )
+
+
+def _dropout_field(config: Any, dropout: float) -> str:
+    """Returns the name of the config's attention dropout."""
+    names = [name for name, value in vars(config).items() if value == dropout and "drop" in name]
+    return next((name for name in names if "att" in name), names[0] if names else "attention_dropout")
 
 
 def _refuse_documents(documents: torch.Tensor | None) -> None:

@@ -54,6 +54,16 @@ def uses_attention_interface(module: nn.Module) -> bool:
     return INTERFACE in _source(type(module))
 
 
+@cache
+def chooses_class_by_name(cls: type) -> bool:
+    """True if the file of a model class looks its self-attention class up by the name of the implementation."""
+    try:
+        source = inspect.getsource(inspect.getmodule(cls))
+    except (OSError, TypeError):
+        return False
+    return "SELF_ATTENTION_CLASSES[config._attn_implementation]" in source
+
+
 def is_native_doge(module: nn.Module) -> bool:
     """True for the attention of transformers' own Doge, which has an importance of its own."""
     cls = type(module)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from flash_dmattn_hf import attach, doge
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config, load_time_values
-from flash_dmattn_hf.families import is_native_doge
+from flash_dmattn_hf.families import chooses_class_by_name, is_native_doge
 from flash_dmattn_hf.importance import ImportanceGate
 from flash_dmattn_hf.names import NAMES, is_ours
 from flash_dmattn_hf.offload import materialize
@@ -26,6 +26,11 @@ def wrap_check_implementation(original: Callable) -> Callable:
     def check(self, attn_implementation, is_init_check=False, *args, **kwargs):
         if is_ours(attn_implementation):
             _leave_other_parts_native(self.config)
+            if is_init_check and chooses_class_by_name(type(self)):
+                raise ValueError(
+                    f"{type(self).__name__} cannot use flash_dmattn: it chooses its attention class by the name of "
+                    "the implementation, and has no class for flash_dmattn"
+                )
             return self.get_correct_attn_implementation(attn_implementation, is_init_check)
         if is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
             if attn_implementation is None:
@@ -121,22 +126,34 @@ def wrap_set_implementation(original: Callable) -> Callable:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         before = {id(part.config): part.config._attn_implementation for part in _submodels(self)}
         original(self, attn_implementation, *args, **kwargs)
-        if is_ours(attn_implementation) and not uses_dynamic_masks(self):
-            raise ValueError(
-                f"{type(self).__name__} cannot use flash_dmattn: it never calls the attention interface"
-            )
-        if not uses_dynamic_masks(self):
+        if not is_ours(attn_implementation) and not uses_dynamic_masks(self):
             return
-        known = {id(gate) for _, _, gate in attach.iter_gates(self)}
-        prepare(self, previous=before)
-        fresh = [gate for _, _, gate in attach.iter_gates(self) if id(gate) not in known]
-        for gate in fresh:
-            if isinstance(gate, ImportanceGate):
-                gate.initialize()
-        if any(isinstance(gate, ImportanceGate) for gate in fresh):
+        try:
+            fresh = _attach_to_existing(self, before)
+        except ValueError:
+            for part in _submodels(self):
+                part.config._attn_implementation_internal = before[id(part.config)]
+                _remove_hook(part._forward_pre_hooks, refuse_without_gates)
+            raise
+        if fresh:
             _warn_untrained()
 
     return set_attn_implementation
+
+
+def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[ImportanceGate]:
+    """Attaches and initialises the gates of a model that exists already; returns the new ones."""
+    if not uses_dynamic_masks(model):
+        raise ValueError(f"{type(model).__name__} cannot use flash_dmattn: it never calls the attention interface")
+    known = {id(gate) for _, _, gate in attach.iter_gates(model)}
+    prepare(model, previous=before)
+    if not any(True for _ in attach.iter_gates(model)):
+        attach.attach(model, settings_of(model))
+    fresh = [gate for _, _, gate in attach.iter_gates(model) if id(gate) not in known]
+    fresh = [gate for gate in fresh if isinstance(gate, ImportanceGate)]
+    for gate in fresh:
+        gate.initialize()
+    return fresh
 
 
 def text_config_of(model: PreTrainedModel) -> Any:
