@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from flash_dmattn import Visibility, interval_attention, select_visible
 from torch import nn
 from transformers import TrainerCallback
 
+from flash_dmattn import Visibility, interval_attention, select_visible
 from flash_dmattn_hf.attach import get_gate, iter_gates
 from flash_dmattn_hf.families import is_native_doge
 from flash_dmattn_hf.observation import observed_attention

@@ -1,7 +1,7 @@
 """Fine-tunes a checkpoint with dynamic masks on text files, with an unmodified Trainer.
 
     python scripts/train.py configs/full.yaml model=out/model train_files='["corpus/**/*.txt"]'
-    python scripts/train.py configs/importance_only.yaml model=out/model train_files='["book.txt"]' training.max_steps=200
+    python scripts/train.py configs/importance_only.yaml model=out/model train_files='["book.txt"]'
     python scripts/train.py ... --resume
 
 A configuration file holds the fields of `TrainConfig`; arguments of the form key=value replace them, with dots for
