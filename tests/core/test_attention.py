@@ -83,6 +83,14 @@ def test_the_order_of_the_keys_does_not_matter():
     )
 
 
+def test_knowing_how_many_keys_a_query_sees_changes_nothing():
+    query, key, value = torch.randn(1, 40, 4, 8), *torch.randn(2, 1, 40, 2, 8)
+    importance = torch.randn(1, 2, 40)
+    visibility = select_visible(importance, keep_window_size=6, local_window_size=2)
+    arguments = (query, key, value, importance, visibility)
+    torch.testing.assert_close(interval_attention(*arguments, max_visible=6), interval_attention(*arguments))
+
+
 def test_a_query_that_sees_nothing_gets_zero():
     query, key, value = torch.randn(3, 1, 4, 2, 8)
     nothing = Visibility(*torch.full((2, 1, 2, 4), 2, dtype=torch.int32))
