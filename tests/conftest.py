@@ -3,6 +3,12 @@
 import os
 import random
 
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be said before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Workers of pytest-xdist inherit the environment, so all of them draw the same cases.
 SEED = int(os.environ.setdefault("FLASH_DMATTN_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 

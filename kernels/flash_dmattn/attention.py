@@ -37,12 +37,12 @@ def interval_attention(
         largest float32; a key of -inf weighs 0), or None for no bias.
     visibility: birth and death, int32 (B, Hi, Sk).
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
-    query_positions: (B, Sq) int32, the row of every query, -1 for one that sees nothing. Alone, the rows may stand in
-        any order; together with query_start they must be query_start + i or -1.
+    query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing.
     softmax_scale: None: D ** -0.5.
     softcap: logits are softcap * tanh(logits / softcap) before the bias; 0 is off.
     add_importance_bias: when False the importance is not added and its gradient is exactly zero.
-    max_visible: no query sees more keys than this (the w of a selection); None: a GPU engine has to count them.
+    max_visible: n consecutive rows see no more than max_visible + n keys altogether (the w of a causal selection), a
+        promise that saves a GPU engine from counting them; None: it counts.
     deterministic: equal inputs give bitwise equal gradients.
     return_lse: also return the natural-log sum of exp of each query's logits.
     backend: "auto" or one of `get_available_backends()`.
@@ -58,31 +58,23 @@ def interval_attention(
     if max_visible is not None and max_visible < 1:
         raise ValueError(f"max_visible must be None or at least 1, got {max_visible}")
     check_backend_name(backend)
-    batch, seqlen_q, _, head_dim = query.shape
     if query_positions is None and query_start is None:
-        query_start = key.shape[1] - seqlen_q
-    if query_start is not None and not isinstance(query_start, torch.Tensor):
-        query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
-    bias = None
-    if importance is not None and add_importance_bias:
-        bias = comparable(importance)
-        bias = bias if query.dtype == torch.float64 else bias.float()
-    out, lse = interval_attention_op(
+        query_start = key.shape[1] - query.shape[1]
+    return _attend(
         query,
         key,
         value,
-        bias,
-        visibility[0],
-        visibility[1],
+        importance if add_importance_bias else None,
+        visibility,
         query_start,
         query_positions,
         max_visible,
-        head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
-        float(softcap),
+        softmax_scale,
+        softcap,
         deterministic,
+        return_lse,
         backend,
     )
-    return (out, lse) if return_lse else out
 
 
 def dynamic_mask_attention(
@@ -124,6 +116,7 @@ def dynamic_mask_attention(
     if importance is None:
         raise ValueError("importance must be a tensor, got None")
     arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
+    check_backend_name(backend)
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     if cu_seqlens is not None and seqlen_q != seqlen_k:
         raise ValueError(f"query must have key's {seqlen_k} rows when cu_seqlens is given, got {seqlen_q}")
@@ -141,19 +134,59 @@ def dynamic_mask_attention(
     if padding_mask is not None:
         rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, dtype=torch.int32, device=query.device)
         query_positions = torch.where(padding_mask[:, seqlen_k - seqlen_q :], rows, -1)
-    return interval_attention(
+    return _attend(
+        query,
+        key,
+        value,
+        importance if add_importance_bias else None,
+        visibility,
+        seqlen_k - seqlen_q,
+        query_positions,
+        # Not causal, a packed document shows its w keys at once: rows can see the end of one and all of the next.
+        keep_window_size if is_causal else 2 * keep_window_size,
+        softmax_scale,
+        softcap,
+        deterministic,
+        return_lse,
+        backend,
+    )
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    importance: torch.Tensor | None,
+    visibility: Visibility,
+    query_start: int | torch.Tensor | None,
+    query_positions: torch.Tensor | None,
+    max_visible: int | None,
+    softmax_scale: float | None,
+    softcap: float,
+    deterministic: bool,
+    return_lse: bool,
+    backend: str,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Calls the operator with checked arguments; given both, query_positions is query_start + i or -1."""
+    batch, _, _, head_dim = query.shape
+    if query_start is not None and not isinstance(query_start, torch.Tensor):
+        query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
+    if importance is not None:
+        importance = comparable(importance)
+        importance = importance if query.dtype == torch.float64 else importance.float()
+    out, lse = interval_attention_op(
         query,
         key,
         value,
         importance,
-        visibility,
-        query_start=seqlen_k - seqlen_q,
-        query_positions=query_positions,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        add_importance_bias=add_importance_bias,
-        max_visible=keep_window_size,
-        deterministic=deterministic,
-        return_lse=return_lse,
-        backend=backend,
+        visibility[0],
+        visibility[1],
+        query_start,
+        query_positions,
+        max_visible,
+        head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+        float(softcap),
+        deterministic,
+        backend,
     )
+    return (out, lse) if return_lse else out

@@ -23,10 +23,10 @@ def get_available_backends() -> list[str]:
     return [name for name, reason in explain_backends().items() if reason is None]
 
 
-def check_backend_name(name: str) -> None:
-    """Raises ValueError unless `name` is "auto" or a backend of this version."""
+def check_backend_name(name: str, argument: str = "backend") -> None:
+    """Raises ValueError, naming `argument`, unless `name` is "auto" or a backend of this version."""
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {['auto', *BACKENDS]}, got {name!r}")
 
 
 def choose_backend(call: AttentionCall, name: str):
@@ -37,7 +37,7 @@ def choose_backend(call: AttentionCall, name: str):
     """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        check_backend_name(name)
+        check_backend_name(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
     if name != "auto":
         reason = _why_not(name, call)
         if reason is not None:
@@ -45,7 +45,7 @@ def choose_backend(call: AttentionCall, name: str):
         return BACKENDS[name]
     refusals = []
     for name, backend in BACKENDS.items():
-        if not backend.CHOSEN_AUTOMATICALLY:
+        if not backend.is_automatic(call):
             continue
         reason = _why_not(name, call)
         if reason is None:

@@ -2,7 +2,7 @@
 
 A backend is a module with
 
-    CHOSEN_AUTOMATICALLY: bool                       whether "auto" may take it
+    is_automatic(call) -> bool                       whether "auto" may take it for this call
     why_unavailable() -> str | None                  why it cannot run on this machine at all
     reject(call) -> str | None                       why it refuses this call
     forward(call) -> (out, lse)                      out like query; lse (B, H, Sq) float32
@@ -11,6 +11,6 @@ A backend is a module with
 so a new engine is a new file here and a line below.
 """
 
-from flash_dmattn.backends import reference
+from flash_dmattn.backends import reference, triton
 
-BACKENDS = {"reference": reference}
+BACKENDS = {"triton": triton, "reference": reference}

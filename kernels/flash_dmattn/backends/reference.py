@@ -12,10 +12,12 @@ import torch
 
 from flash_dmattn.call import AttentionCall
 
-CHOSEN_AUTOMATICALLY = True
-
 _MAX_TILE = 256  # query rows
 _MAX_LOGITS = 2**22  # logits of a tile, over batch and heads, that are alive at once
+
+
+def is_automatic(call: AttentionCall) -> bool:
+    return True
 
 
 def why_unavailable() -> str | None:
@@ -32,14 +34,11 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
     lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
     for tile in _tiles(call):
-        logits, _ = tile.logits()
-        highest = logits.amax(-1, keepdim=True)
-        weights = (logits - highest.masked_fill(highest == -torch.inf, 0)).exp()
-        total = weights.sum(-1, keepdim=True)
-        attended = _matmul(weights, tile.value) / total.masked_fill(total == 0, 1)
-        out[:, tile.rows] = tile.ungroup(attended).to(out.dtype)
-        tile_lse = (highest + total.log()).squeeze(-1)  # (B, Hi, G * T)
+        weights, highest, _ = tile.weights()
+        # The largest weight is 1 / sum(exp(logits - highest)).
+        tile_lse = highest - weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()  # (B, Hi, G * T)
         lse[:, :, tile.rows] = tile_lse.reshape(batch, num_heads, -1)
+        out[:, tile.rows] = tile.ungroup(_matmul(weights, tile.value)).to(out.dtype)
     return out, lse
 
 
@@ -58,18 +57,19 @@ def backward(
     dvalue = torch.zeros_like(dkey)
     dimportance = torch.zeros_like(dkey[..., 0])
     for tile in _tiles(call):
-        logits, dcap = tile.logits()
         # Not exp(logits - lse): beside a huge importance the lse has no room for the log of a sum.
-        weights = torch.where(logits == -torch.inf, 0, logits.softmax(-1))
+        weights, _, dcap = tile.weights()
         tile_dout = tile.group(_compute(dout[:, tile.rows]))
         delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)
-        delta = delta - tile.group(_compute(dlse).transpose(1, 2)[:, tile.rows, :, None])
-        dlogits = torch.where(weights == 0, 0, weights * (tile_dout @ tile.value.transpose(-1, -2) - delta))
+        delta -= tile.group(_compute(dlse).transpose(1, 2)[:, tile.rows, :, None])
         tile.accumulate(dvalue, _matmul(weights.transpose(-1, -2), tile_dout))
+        dlogits = (tile_dout @ tile.value.transpose(-1, -2)).sub_(delta).mul_(weights)
+        if not torch.isfinite(dlogits.sum()):
+            dlogits.masked_fill_(weights == 0, 0)
         tile.accumulate(dimportance, dlogits.sum(-2))
-        dscores = dlogits * call.softmax_scale
+        dscores = dlogits.mul_(call.softmax_scale)
         if dcap is not None:
-            dscores = torch.where(dlogits == 0, 0, dscores * dcap)
+            dscores = torch.where(weights == 0, 0, dscores.mul_(dcap))
         tile.accumulate(dkey, _matmul(dscores.transpose(-1, -2), tile.query))
         dquery[:, tile.rows] = tile.ungroup(_matmul(dscores, tile.key)).to(dquery.dtype)
     return (
@@ -85,7 +85,8 @@ class _Tile:
     """A run of query rows with the keys that they see.
 
     rows: the queries, a slice of Sq (T of them). query: (B, Hi, G * T, D). key, value: (B, Hi, L, D).
-    bias: (B, Hi, L) or None. is_visible: (B, Hi, T, L). index: (B, Hi, L), the keys; Sk stands for filler.
+    mask_bias: (B, Hi, T, L), the importance where a query sees a key, -inf elsewhere.
+    index: (B, Hi, L), the keys; Sk stands for filler.
     """
 
     call: AttentionCall
@@ -93,22 +94,33 @@ class _Tile:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    bias: torch.Tensor | None
-    is_visible: torch.Tensor
+    mask_bias: torch.Tensor
     index: torch.Tensor
 
-    def logits(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the masked logits (B, Hi, G * T, L) and the derivative of the softcap, None without one."""
-        logits = self.query @ self.key.transpose(-1, -2) * self.call.softmax_scale
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns the softmax (B, Hi, G * T, L), each row's highest logit (B, Hi, G * T), and the softcap's slope.
+
+        A row that sees nothing has weights 0 and the highest logit -inf. The slope, d capped / d logit, is like the
+        weights, or None without a softcap.
+        """
+        logits = (self.query * self.call.softmax_scale) @ self.key.transpose(-1, -2)
         dcap = None
         if self.call.softcap > 0:
-            capped = torch.tanh(logits / self.call.softcap)
+            capped = logits.div_(self.call.softcap).tanh_()
             logits, dcap = capped * self.call.softcap, 1 - capped * capped
-        if self.bias is not None:
-            logits = logits + self.bias[:, :, None]
-        batch, heads, num_rows, num_keys = self.is_visible.shape
-        logits = logits.view(batch, heads, -1, num_rows, num_keys)
-        return logits.masked_fill(~self.is_visible[:, :, None], -torch.inf).flatten(2, 3), dcap
+        batch, heads, num_rows, num_keys = self.mask_bias.shape
+        grouped = logits.view(batch, heads, -1, num_rows, num_keys)
+        if torch.isfinite(logits.sum()):
+            grouped += self.mask_bias[:, :, None]
+        else:  # -inf does not hide NaN and +inf
+            grouped += self.mask_bias.clamp(min=torch.finfo(logits.dtype).min)[:, :, None]
+            grouped.masked_fill_(self.mask_bias[:, :, None] == -torch.inf, -torch.inf)
+        highest = logits.amax(-1)
+        weights = logits.softmax(-1)
+        is_empty = highest == -torch.inf
+        if is_empty.any():
+            weights.masked_fill_(is_empty[..., None], 0)
+        return weights, highest, dcap
 
     def group(self, tensor: torch.Tensor) -> torch.Tensor:
         """Lays (B, T, H, D) out as (B, Hi, G * T, D)."""
@@ -159,17 +171,17 @@ def _gather(call: AttentionCall, rows: slice, row: torch.Tensor, is_seen: torch.
     kv_head = heads // (index.shape[1] // num_kv_heads)
     birth, death = call.birth[batch, heads, source], call.death[batch, heads, source]
     row = row[:, None, :, None]
-    is_visible = (birth[:, :, None] <= row) & (row < death[:, :, None]) & ~is_filler[:, :, None] & (row >= 0)
+    birth = birth.masked_fill(is_filler, torch.iinfo(torch.int32).max)
+    is_visible = (birth[:, :, None] <= row) & (row < death[:, :, None]) & (row >= 0)
     query = _group(_compute(call.query[:, rows]), index.shape[1])
-    bias = None if call.importance is None else call.importance[batch, heads, source].to(query.dtype)
+    bias = query.new_zeros(()) if call.importance is None else call.importance[batch, heads, source][:, :, None]
     return _Tile(
         call=call,
         rows=rows,
         query=query,
         key=_compute(call.key[batch, source, kv_head]),
         value=_compute(call.value[batch, source, kv_head]),
-        bias=bias,
-        is_visible=is_visible,
+        mask_bias=torch.where(is_visible, bias.to(query.dtype), -torch.inf),
         index=index,
     )
 

@@ -1,0 +1,78 @@
+"""The portable GPU engine: kernels in Triton, compiled at run time, for any NVIDIA GPU.
+
+With TRITON_INTERPRET=1 the same kernels run on a CPU, slowly, for tests; only when the backend is asked for by name.
+"""
+
+import functools
+import os
+
+import torch
+
+from flash_dmattn.call import AttentionCall
+
+_MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def is_automatic(call: AttentionCall) -> bool:
+    return call.query.device.type == "cuda"
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if not _is_interpreted() and not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
+    return None
+
+
+def reject(call: AttentionCall) -> str | None:
+    if call.query.device.type != "cuda" and not _is_interpreted():
+        return f"tensors are on {call.query.device}, not on a CUDA GPU"
+    if call.query.dtype not in _DTYPES:
+        return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
+    if call.query.shape[-1] > _MAX_HEAD_DIM:
+        return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    group_size = call.query.shape[2] // call.num_interval_heads
+    if group_size > 32:
+        return f"{group_size} query heads per interval head are above 32"
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        if tensor.stride(-1) != 1:
+            return f"{name} is not contiguous in the head dim"
+    return None
+
+
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D) in query's dtype and lse (B, H, Sq) float32."""
+    from flash_dmattn.backends.triton.forward_kernels import run_forward
+    from flash_dmattn.backends.triton.launch import Launch
+
+    if call.query.numel() == 0 or call.key.shape[1] == 0:
+        return _empty_forward(call)
+    return run_forward(Launch(call))
+
+
+def backward(
+    call: AttentionCall, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
+    from flash_dmattn.backends.triton.backward_kernels import run_backward
+    from flash_dmattn.backends.triton.launch import Launch
+
+    if call.query.numel() == 0 or call.key.shape[1] == 0:
+        gradients = [torch.zeros_like(tensor) for tensor in (call.query, call.key, call.value)]
+        return *gradients, None if call.importance is None else torch.zeros_like(call.importance)
+    return run_backward(Launch(call), out, lse, dout, dlse)
+
+
+def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, seqlen_q, num_heads, _ = call.query.shape
+    out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+    return out, torch.full((batch, num_heads, seqlen_q), -torch.inf, device=out.device)
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -1,0 +1,173 @@
+"""Forward: one program attends one query tile (tokens x group heads of one kv head) to its stretch of a key list."""
+
+import torch
+import triton
+import triton.language as tl
+
+from flash_dmattn.backends.triton.launch import Launch
+from flash_dmattn.backends.triton.tiles import LOG2E, gather_rows, load_keys, query_rows, query_tile, tanh
+
+
+def run_forward(launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D) in query's dtype and lse (B, H, Sq) float32."""
+    call, lists, config = launch.call, launch.lists, launch.forward_config
+    batch, seqlen_q, num_heads, _ = call.query.shape
+    out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=out.device)
+    grid = (lists.num_epochs * lists.tiles_per_epoch, lists.entries.shape[0])
+    _forward[grid](
+        out,
+        lse,
+        *launch.shared_arguments(),
+        **launch.constants(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, lse
+
+
+@triton.jit
+def _forward(
+    out_ptr,  # (B, Sq, H, D)
+    lse_ptr,  # (B, H, Sq)
+    query_ptr,  # (B, Sq, H, D)
+    key_ptr,  # (B, Sk, Hkv, D)
+    value_ptr,  # (B, Sk, Hkv, D)
+    importance_ptr,  # (B, Hi, Sk)
+    birth_ptr,  # (B, Hi, Sk)
+    death_ptr,  # (B, Hi, Sk)
+    start_ptr,  # (B,)
+    positions_ptr,  # (B, Sq)
+    entries_ptr,  # (B, Hi, epochs, capacity)
+    sections_ptr,  # (B, Hi, epochs, 3)
+    stretches_ptr,  # (B, Hi, epochs, tiles, 2)
+    softmax_scale,
+    softcap,
+    query_batch_stride,
+    query_row_stride,
+    query_head_stride,
+    key_batch_stride,
+    key_row_stride,
+    key_head_stride,
+    value_batch_stride,
+    value_row_stride,
+    value_head_stride,
+    seqlen_q,
+    seqlen_k,
+    num_epochs,
+    capacity,
+    tiles_per_epoch,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EPOCH: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Late tiles first within an epoch's neighborhood: programs that run together share a head's keys in L2.
+    epoch = tl.program_id(0) // tiles_per_epoch
+    tile = tl.program_id(0) % tiles_per_epoch
+    head = tl.program_id(1)
+    batch = head // HEADS
+    head_in_batch = head % HEADS
+    list_index = head.to(tl.int64) * num_epochs + epoch
+    entries_ptr += list_index * capacity
+    stretches_ptr += (list_index * tiles_per_epoch + tile) * 2
+    begin = tl.load(stretches_ptr)
+    end = tl.load(stretches_ptr + 1)
+    num_dying = tl.load(sections_ptr + list_index * 3)
+    num_alive = tl.load(sections_ptr + list_index * 3 + 1)
+    birth_ptr += head.to(tl.int64) * seqlen_k
+    death_ptr += head.to(tl.int64) * seqlen_k
+    importance_ptr += head.to(tl.int64) * seqlen_k
+    key_ptr += batch.to(tl.int64) * key_batch_stride + head_in_batch // HEADS_PER_KV * key_head_stride
+    value_ptr += batch.to(tl.int64) * value_batch_stride + head_in_batch // HEADS_PER_KV * value_head_stride
+
+    query_index, group_head, exists = query_tile(epoch, tile, seqlen_q, EPOCH, TILE, GROUP, BLOCK_M)
+    row = query_rows(start_ptr, positions_ptr, batch, query_index, exists, seqlen_q, HAS_START, HAS_POSITIONS)
+    query_head = head_in_batch * GROUP + group_head
+    dim = tl.arange(0, BLOCK_D)
+    query_address = query_ptr + batch.to(tl.int64) * query_batch_stride + query_index.to(tl.int64) * query_row_stride
+    query_address = (query_address + query_head * query_head_stride)[:, None] + dim[None, :]
+    is_query = exists[:, None] & (dim < HEAD_DIM)[None, :]
+    query = tl.load(query_address, mask=is_query, other=0.0)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    # Three runs: keys of which some have died, keys that the whole epoch sees, keys of which some are not born.
+    first_full = begin + tl.cdiv(tl.maximum(num_dying - begin, 0), BLOCK_N) * BLOCK_N
+    last_full = first_full + tl.maximum(num_alive - first_full, 0) // BLOCK_N * BLOCK_N
+    acc, highest, total = _attend(
+        acc, highest, total, query, row, begin, tl.minimum(first_full, end), end,
+        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+        key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+    )  # fmt: skip
+    acc, highest, total = _attend(
+        acc, highest, total, query, row, first_full, last_full, end,
+        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+        key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
+    )  # fmt: skip
+    acc, highest, total = _attend(
+        acc, highest, total, query, row, last_full, end, end,
+        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+        key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+    )  # fmt: skip
+
+    sees_any = (row >= 0) & (total > 0)
+    acc = tl.where(sees_any[:, None], acc / tl.where(sees_any, total, 1.0)[:, None], 0.0)
+    lse = tl.where(sees_any, (highest + tl.log2(tl.where(sees_any, total, 1.0))) / LOG2E, float("-inf"))
+    num_heads = HEADS * GROUP
+    out_row = (batch.to(tl.int64) * seqlen_q + query_index) * num_heads + query_head
+    tl.store(out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=is_query)
+    lse_row = (batch * num_heads + query_head).to(tl.int64) * seqlen_q + query_index
+    tl.store(lse_ptr + lse_row, lse, mask=exists)
+
+
+@triton.jit
+def _attend(
+    acc, highest, total, query, row, begin, stop, end,
+    key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+    key_row_stride, value_row_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Folds the list's keys from `begin` up to `stop` into the running softmax; lanes past `end` do not count."""
+    for offset in range(begin, stop, BLOCK_N):
+        key_index, is_listed = load_keys(entries_ptr, offset, end, BLOCK_N, MASKED)
+        key = gather_rows(key_ptr, key_index, key_row_stride, is_listed, HEAD_DIM, BLOCK_D, MASKED)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        if HAS_SOFTCAP:
+            logits = tanh(logits * (softmax_scale / softcap)) * (softcap * LOG2E)
+        else:
+            logits = logits * (softmax_scale * LOG2E)
+        if HAS_BIAS:
+            bias = tl.load(importance_ptr + key_index) * LOG2E
+            logits += bias[None, :]
+        if MASKED:
+            birth = tl.load(birth_ptr + key_index)
+            death = tl.load(death_ptr + key_index)
+            is_visible = (birth[None, :] <= row[:, None]) & (row[:, None] < death[None, :]) & is_listed[None, :]
+            logits = tl.where(is_visible, logits, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(logits, axis=1))
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
+        weights = tl.exp2(logits - shift[:, None])
+        rescale = tl.exp2(highest - shift)
+        total = total * rescale + tl.sum(weights, axis=1)
+        value = gather_rows(value_ptr, key_index, value_row_stride, is_listed, HEAD_DIM, BLOCK_D, MASKED)
+        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        highest = new_highest
+    return acc, highest, total
