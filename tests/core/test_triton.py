@@ -154,9 +154,7 @@ def run(case, seed, backend, dtype=None):
     if dtype is not None:
         tensors = [tensor.to(dtype) for tensor in tensors[:3]] + [tensors[3].to(dtype)]
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    out, lse = flash_dmattn.dynamic_mask_attention(
-        *tensors, **masks, **case.options, return_lse=True, backend=backend
-    )
+    out, lse = flash_dmattn.dynamic_mask_attention(*tensors, **masks, **case.options, return_lse=True, backend=backend)
     loss = (out.double() * weights[..., :-1]).sum()
     loss = loss + (lse.masked_fill(lse.isneginf(), 0).double() * weights[..., -1].transpose(1, 2)).sum()
     loss.backward()
@@ -221,9 +219,7 @@ def test_keys_in_any_order_and_queries_by_position(seed):
 def test_an_understated_max_visible_stays_inside_memory():
     query, key, value = torch.randn(3, 1, 600, 1, 16, device=DEVICE)
     visibility = flash_dmattn.select_visible(torch.randn(1, 1, 600, device=DEVICE), keep_window_size=600)
-    out = flash_dmattn.interval_attention(
-        query, key, value, None, visibility, max_visible=1, backend="triton"
-    )
+    out = flash_dmattn.interval_attention(query, key, value, None, visibility, max_visible=1, backend="triton")
     assert out.isfinite().all()
 
 

@@ -1,0 +1,206 @@
+"""Times Dynamic Mask Attention against dense attention, correctness first.
+
+    python scripts/benchmark_attention.py --seqlens 8192 32768 131072 --json docs/benchmarks/attention_h100.json
+
+"total" is what a layer pays: selection, key lists and kernel for the forward; key lists and kernels for the backward.
+Useful FLOP count visible (query, key) pairs only: forward 4 D H pairs, backward 2.5 times that.
+"""
+
+import argparse
+import contextlib
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import flash_dmattn
+from benchmark_report import environment, header, median_milliseconds, save_json
+
+DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+IMPORTANCE = ("iid", "ar1", "drift", "constant")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seqlens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--num-heads", type=int, default=32)
+    parser.add_argument("--num-kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--keep-window-size", type=int, default=2048)
+    parser.add_argument("--local-window-size", type=int, default=0)
+    parser.add_argument("--importance", choices=IMPORTANCE, default="iid")
+    parser.add_argument("--engines", nargs="+", default=["triton", "cudnn", "flash"])
+    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for dense engines")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--png", help="draw time and peak memory against the sequence length")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA GPU is needed")
+
+    where = environment("cuda")
+    print(header(where))
+    print({name: value for name, value in vars(arguments).items() if name not in ("json", "png")})
+    print(f"{'N':>8} {'engine':>8} {'work':>10} {'ms':>9} {'useful TF/s':>12} {'peak MiB':>9} {'vs cudnn':>9}")
+    rows = []
+    for seqlen in arguments.seqlens:
+        inputs = make_inputs(arguments, seqlen)
+        for engine in arguments.engines:
+            if engine in DENSE and seqlen > arguments.dense_limit:
+                continue
+            rows += measure(arguments, engine, seqlen, inputs)
+        report(rows, seqlen)
+        del inputs
+        torch.cuda.empty_cache()
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
+    if arguments.json:
+        save_json(arguments.json, {"environment": where, "settings": settings, "rows": rows})
+    if arguments.png:
+        draw(arguments.png, where, settings, rows)
+
+
+def make_inputs(arguments, seqlen: int) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(arguments.seed)
+    shape = (arguments.batch, seqlen)
+
+    def rand(*sizes):
+        return torch.randn(*sizes, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    query = rand(*shape, arguments.num_heads, arguments.head_dim)
+    key, value = (rand(*shape, arguments.num_kv_heads, arguments.head_dim) for _ in range(2))
+    importance = rand(arguments.batch, arguments.num_kv_heads, seqlen).float()
+    if arguments.importance == "ar1":
+        importance = torch.nn.functional.conv1d(
+            torch.nn.functional.pad(importance.flatten(0, 1)[:, None], (63, 0)),
+            (0.95 ** torch.arange(64, device="cuda").flip(0))[None, None],
+        ).view_as(importance)
+    elif arguments.importance == "drift":
+        importance += torch.arange(seqlen, device="cuda") / 500
+    elif arguments.importance == "constant":
+        importance.zero_()
+    return [tensor.requires_grad_() for tensor in (query, key, value, importance)]
+
+
+def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> list[dict]:
+    """Checks one engine, then times its parts. Returns a row per part."""
+    options = {
+        "keep_window_size": arguments.keep_window_size,
+        "local_window_size": arguments.local_window_size,
+    }
+    dout = torch.randn_like(inputs[0])
+    context = contextlib.nullcontext()
+    wanted = list(inputs[:3]) if engine in DENSE else list(inputs)
+    if engine in DENSE:
+        context = sdpa_kernel(DENSE[engine])
+        pairs = seqlen * (seqlen + 1) / 2
+
+        def forward():
+            query, key, value = (tensor.transpose(1, 2) for tensor in inputs[:3])
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            return out.transpose(1, 2)
+    else:
+        visible = min(arguments.keep_window_size, seqlen)
+        pairs = visible * (visible + 1) / 2 + (seqlen - visible) * visible
+
+        def forward():
+            return flash_dmattn.dynamic_mask_attention(*inputs, **options, backend=engine)
+
+        check(inputs, forward().detach(), options)
+    flop = 4 * arguments.head_dim * arguments.num_heads * arguments.batch * pairs
+    rows = []
+
+    def row(work: str, function, useful: float | None) -> None:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        milliseconds = median_milliseconds(function, "cuda", runs=arguments.runs, warmup=2)
+        rows.append(
+            {
+                "seqlen": seqlen,
+                "engine": engine,
+                "work": work,
+                "milliseconds": milliseconds,
+                "useful_tflops": None if useful is None else useful / milliseconds / 1e9,
+                "peak_mib": peak,
+            }
+        )
+
+    with context:
+        with torch.no_grad():
+            row("forward", forward, flop)
+        out = forward()
+        row("backward", lambda out=out: torch.autograd.grad(out, wanted, dout, retain_graph=True), 2.5 * flop)
+        del out
+        row("both", lambda: torch.autograd.grad(forward(), wanted, dout), 3.5 * flop)
+        if engine not in DENSE:
+            row("selection", lambda: flash_dmattn.select_visible(inputs[3], **options), None)
+    return rows
+
+
+def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict) -> None:
+    """Raises unless 64 rows spread over the sequence equal a float64 softmax over the sorted top keys."""
+    query, key, value, importance = (tensor.detach()[0].double() for tensor in inputs)
+    seqlen, num_heads, head_dim = query.shape
+    group = num_heads // key.shape[1]
+    contested = options["keep_window_size"] - options["local_window_size"]
+    for row in torch.linspace(0, seqlen - 1, 64).long().tolist():
+        old = max(0, row + 1 - options["local_window_size"])
+        seen = torch.zeros(key.shape[1], row + 1, dtype=torch.bool, device=out.device)
+        seen[:, old:] = True
+        # Stable and newest first, because the newer key wins a tie.
+        order = importance[:, :old].flip(-1).argsort(dim=-1, descending=True, stable=True)[:, :contested]
+        seen.scatter_(-1, old - 1 - order, True)
+        logits = torch.einsum("hgd,nhd->hgn", query[row].view(-1, group, head_dim), key[: row + 1]) * head_dim**-0.5
+        logits = (logits + importance[:, None, : row + 1]).masked_fill(~seen[:, None], -torch.inf)
+        expected = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), value[: row + 1]).flatten(0, 1)
+        error = (out[0, row].double() - expected).norm() / expected.norm()
+        if not error < 1e-2:
+            raise RuntimeError(f"row {row} of {seqlen} is wrong: relative error {error:.2e}")
+
+
+def report(rows: list[dict], seqlen: int) -> None:
+    dense = {row["work"]: row["milliseconds"] for row in rows if row["seqlen"] == seqlen and row["engine"] == "cudnn"}
+    for row in rows:
+        if row["seqlen"] != seqlen:
+            continue
+        if row["work"] in dense:
+            row["ratio_to_cudnn"] = dense[row["work"]] / row["milliseconds"]
+        rate = "" if row["useful_tflops"] is None else f"{row['useful_tflops']:.0f}"
+        ratio = f"{row['ratio_to_cudnn']:.2f}x" if "ratio_to_cudnn" in row else ""
+        print(
+            f"{seqlen:>8} {row['engine']:>8} {row['work']:>10} {row['milliseconds']:>9.3f} {rate:>12} "
+            f"{row['peak_mib']:>9.0f} {ratio:>9}"
+        )
+
+
+def draw(path: str, where: dict, settings: dict, rows: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    panels = (("forward", "milliseconds"), ("backward", "milliseconds"), ("both", "peak_mib"))
+    for axis, (work, quantity) in zip(axes, panels, strict=True):
+        for engine in settings["engines"]:
+            points = [(row["seqlen"], row[quantity]) for row in rows if row["engine"] == engine and row["work"] == work]
+            if points:
+                axis.loglog(*zip(*points, strict=True), marker="o", label=engine)
+        axis.set_title(f"{work}: {'time (ms)' if quantity == 'milliseconds' else 'peak extra memory (MiB)'}")
+        axis.set_xlabel("sequence length")
+        axis.grid(True, which="both", alpha=0.3)
+        axis.legend()
+    figure.suptitle(
+        f"{where['device']}, w = {settings['keep_window_size']}, {settings['num_heads']}:{settings['num_kv_heads']} "
+        f"heads of {settings['head_dim']}, bf16, importance {settings['importance']} ({where['date']})"
+    )
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
