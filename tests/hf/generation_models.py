@@ -48,6 +48,7 @@ KINDS = {
         {**_GPT2, "attn_pdrop": 0},
         {"keep_window_size": 12, "num_sink_tokens": 4, "local_window_size": 4},
     ),
+    "doge": ("doge", {"keep_window_size": 12}, {"keep_window_size": 12}),
 }
 
 
@@ -59,9 +60,10 @@ def make_model(kind, *, seed=0, implementation="flash_dmattn", dtype=torch.float
     if implementation == "flash_dmattn":
         with dynamic_mask_config(**settings):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-        for _, _, gate in iter_gates(model):
-            torch.nn.init.normal_(gate.A, std=1.0)
-            torch.nn.init.normal_(gate.dt_proj.weight, std=0.5)
+        for _, module, gate in iter_gates(model):
+            owner = gate if isinstance(gate, torch.nn.Module) else module  # Doge has its own A and dt_proj
+            torch.nn.init.normal_(owner.A, std=1.0)
+            torch.nn.init.normal_(owner.dt_proj.weight, std=0.5)
     else:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     put_importance_on_a_grid(model)
@@ -76,8 +78,9 @@ def put_importance_on_a_grid(model):
     that bit changes between one long product and many short ones. Recomputing everything would then break ties
     differently from a cache that computed each importance once.
     """
-    for _, _, gate in iter_gates(model):
-        gate.register_forward_hook(lambda module, args, importance: importance.round(decimals=9))
+    for _, module, gate in iter_gates(model):
+        projection = gate if isinstance(gate, torch.nn.Module) else module.v_proj
+        projection.register_forward_hook(lambda module, args, out: out.round(decimals=9))
 
 
 def make_prompt(batch=1, length=PROMPT, seed=0):

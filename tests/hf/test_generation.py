@@ -116,9 +116,9 @@ def test_a_cache_is_reused_over_several_turns(model):
     ids, mask = left_padded_prompt()
     past = DynamicMaskCache(model)
     for turn in range(3):
-        found = greedy(model, ids, mask, past_key_values=past, new=9)
-        assert_same_ids(found, without_cache(model, ids, mask, new=9))
-        more, _ = make_prompt(batch=3, length=(1, 6, 19)[turn], seed=turn)
+        found = greedy(model, ids, mask, past_key_values=past, new=4)
+        assert_same_ids(found, without_cache(model, ids, mask, new=4))
+        more, _ = make_prompt(batch=3, length=(1, 14, 6)[turn], seed=turn)
         ids = torch.cat([found, more], dim=1)
         mask = torch.cat([mask, torch.ones(3, ids.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
 
