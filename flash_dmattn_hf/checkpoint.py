@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PICKLES = (".bin", ".pt", ".pth")
 INDEX = "model.safetensors.index.json"
+NO_REMOTE_CODE = {"trust_remote_code": False}
+"""Without it transformers would ask on the terminal."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,13 @@ def _local_source(path: Path, allow_pickle: bool) -> Source:
 
 
 def _hub_source(model: str, allow_pickle: bool) -> Source:
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(model, "config.json"), str):
         return Source(model)
     try:
         files = HfApi().list_repo_files(model)
     except Exception as error:
-        if _is_cached(model):
-            return Source(model)
         raise ValueError(
             f"MODEL must be a local path or a repository of the Hub, got {model}: {first_line(error)}"
         ) from error
@@ -90,12 +92,6 @@ def _hub_source(model: str, allow_pickle: bool) -> Source:
         return Source(model, gguf_file=_only(ggufs, model))
     _refuse_pickle([name for name in files if name.endswith(PICKLES)], model, allow_pickle)
     return Source(model)
-
-
-def _is_cached(model: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(model, "config.json"), str)
 
 
 def _only(names: list[str], path: Path | str) -> str:
@@ -164,17 +160,15 @@ def load_model(source: Source, *, dtype: torch.dtype | str = "auto", allow_pickl
     Code that comes with a checkpoint is never run. Raises ValueError when the checkpoint lacks weights of
     the model or they do not fit it.
     """
-    options = {"dtype": dtype, "output_loading_info": True, "weights_only": True}
     if source.pickle:
         return _load_pickle(source, dtype)
+    options = {"dtype": dtype, "output_loading_info": True, "weights_only": True, **NO_REMOTE_CODE}
     if source.gguf_file:
         options.update(gguf_file=source.gguf_file, quantization_config=GgufConfig(dequantize=True))
     elif not allow_pickle:
         options["use_safetensors"] = True
-    try:
+    with _naming(source):
         model, info = AutoModelForCausalLM.from_pretrained(source.path, **options)
-    except RuntimeError as error:
-        raise ValueError(f"{source.path} does not fit its own config: {first_line(error)}") from error
     _check_complete(source, info["missing_keys"])
     return model
 
@@ -185,9 +179,11 @@ def _load_pickle(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the damage happens to trip over
         raise ValueError(f"{file} must be a state dict that weights_only can read: {first_line(error)}") from error
-    config = AutoConfig.from_pretrained(source.path)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype if dtype != "auto" else config.dtype)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    with _naming(source):
+        config = AutoConfig.from_pretrained(source.path, **NO_REMOTE_CODE)
+        dtype = config.dtype if dtype == "auto" else dtype
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_REMOTE_CODE)
+        missing, _ = model.load_state_dict(weights, strict=False)
     model.tie_weights()
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     _check_complete(source, set(missing) - tied)
@@ -205,11 +201,24 @@ def load_tokenizer(source: Source) -> Tokenizer | None:
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     if not options and source.is_local and not _has_tokenizer(Path(source.path)):
         return None
-    return AutoTokenizer.from_pretrained(source.path, **options)
+    with _naming(source):
+        return AutoTokenizer.from_pretrained(source.path, **options, **NO_REMOTE_CODE)
 
 
 def _has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+@contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint makes transformers raise into a ValueError that names the checkpoint."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        name = source.path if source.gguf_file is None else f"{source.path}/{source.gguf_file}"
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

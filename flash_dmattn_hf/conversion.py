@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flash_dmattn_hf.attach import attach, detach, iter_gates, text_config_of
-from flash_dmattn_hf.calibration import Calibration, calibrate
+from flash_dmattn_hf.calibration import Calibration, CalibrationResult, calibrate
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.families import is_native_doge
 from flash_dmattn_hf.names import NAMES
@@ -122,26 +122,27 @@ def convert_model(
         setattr(text_config, SECTION, config.to_dict())
         model.set_attn_implementation(NAMES[0])
         fitted = None if calibration is None else calibrate(model, calibration)
+        layers = tuple(_describe(name, gate, fitted) for name, _, gate in iter_gates(model))
+        model.flash_dmattn_report = ConversionReport(
+            model_class=type(model).__name__,
+            config=config,
+            layers=layers,
+            skipped=report.skipped,
+            parameters_before=parameters_before,
+            calibration_tokens=fitted.num_tokens if fitted else 0,
+        )
     except BaseException:
         detach(model)
         setattr(text_config, SECTION, None)
         delattr(text_config, SECTION)
         model.set_attn_implementation(before)
         raise
-    model.flash_dmattn_report = ConversionReport(
-        model_class=type(model).__name__,
-        config=config,
-        layers=tuple(
-            LayerReport(
-                name, sum(p.numel() for p in gate.parameters()), tuple(fitted.r2[name].tolist()) if fitted else ()
-            )
-            for name, _, gate in iter_gates(model)
-        ),
-        skipped=report.skipped,
-        parameters_before=parameters_before,
-        calibration_tokens=fitted.num_tokens if fitted else 0,
-    )
     return model
+
+
+def _describe(name: str, gate, fitted: CalibrationResult | None) -> LayerReport:
+    parameters = sum(parameter.numel() for parameter in gate.parameters())
+    return LayerReport(name, parameters, tuple(fitted.r2[name].tolist()) if fitted else ())
 
 
 def _refuse_converted(model: PreTrainedModel) -> None:

@@ -71,6 +71,8 @@ def cut(input_ids: torch.Tensor, stretch_length: int, max_stretches: int | None 
         input_ids = input_ids[0]
     if input_ids.dim() != 1:
         raise ValueError(f"input_ids must have shape (N,) or (1, N), got {tuple(input_ids.shape)}")
+    if max_stretches is not None and max_stretches < 1:
+        raise ValueError(f"max_stretches must be at least 1, got {max_stretches}")
     count = len(input_ids) // stretch_length
     if count == 0:
         raise ValueError(f"input_ids must hold at least {stretch_length} tokens, got {len(input_ids)}")

@@ -54,10 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _silence_progress_bars() -> None:
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging
 
-    disable_progress_bar()
-    os.environ["TQDM_DISABLE"] = "1"
+    logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # the one bar that does not ask
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
