@@ -52,7 +52,7 @@ KINDS = {
 }
 
 
-def make_model(kind, *, seed=0, implementation="flash_dmattn", dtype=torch.float64, **changes):
+def make_model(kind, *, seed=0, implementation="flash_dmattn", dtype=torch.float64, on_grid=True, **changes):
     """A tiny model whose importances spread widely; `changes` go into its config."""
     model_type, fields, settings = KINDS[kind]
     torch.manual_seed(seed)
@@ -66,7 +66,8 @@ def make_model(kind, *, seed=0, implementation="flash_dmattn", dtype=torch.float
             torch.nn.init.normal_(owner.dt_proj.weight, std=0.5)
     else:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    put_importance_on_a_grid(model)
+    if on_grid:
+        put_importance_on_a_grid(model)
     model.generation_config.pad_token_id = 1
     return model.to(dtype).eval()
 
