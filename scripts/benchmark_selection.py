@@ -1,6 +1,6 @@
 """Times the selection (importance -> one interval per key) and checks it against the sorted definition first.
 
-    python scripts/benchmark_selection.py --json docs/benchmarks/selection_cpu.json
+python scripts/benchmark_selection.py --json docs/benchmarks/selection_cpu.json
 """
 
 import argparse
