@@ -111,12 +111,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         attended to by flash_dmattn.
         """
         gate = self.gate
-        if self._num_new:
-            raise RuntimeError(
-                f"the last {self._num_new} tokens of this DynamicMaskCache were never attended to by flash_dmattn: "
-                "the model runs another attention implementation, or its forward was interrupted; "
-                "call cache.reset() or use a DynamicCache"
-            )
+        self.check_attended()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.keys.shape[0]:
@@ -136,6 +131,15 @@ class DynamicMaskCacheLayer(DynamicLayer):
         self.num_rows += self._num_new
         gate.pending = (self, self.keys, self.values)
         return self.keys, self.values
+
+    def check_attended(self) -> None:
+        """Raises RuntimeError when the attention function never saw the last tokens of `update`."""
+        if self._num_new:
+            raise RuntimeError(
+                f"the last {self._num_new} tokens of this DynamicMaskCache were never attended to by flash_dmattn: the "
+                "model is not the one the cache was made for, or runs another attention implementation, or its forward "
+                "was interrupted; call cache.reset() or make a new DynamicMaskCache(model)"
+            )
 
     def view(self, padding_mask: torch.Tensor | None = None) -> CacheView:
         """Gives the new tokens their positions and says which keys each of them sees.
@@ -225,8 +229,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
             )
         if not self.is_initialized:
             return
-        if self._num_new:
-            raise RuntimeError("crop must come after the attention over the last tokens, which never happened")
+        self.check_attended()
         remove = -tokens_to_remove
         if remove > self._num_undoable:
             raise ValueError(
@@ -256,6 +259,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         """Moves the layer's tensors; later updates move them to where the model is."""
         if self.is_initialized and self.keys.device != torch.device(device):
             self._transform(lambda state: state.to(device))
+            self.device = self.keys.device
         return self
 
     def offload(self) -> None:
@@ -300,6 +304,18 @@ class DynamicMaskCache(DynamicCache):
                     f"layer {index} of model must have a cache of keys and values alone, got a {type(layer).__name__}, "
                     "which drops keys that still compete"
                 )
+
+        self._last_updated = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in transformers. RuntimeError when the layer before was updated but not attended to by flash_dmattn."""
+        if self._last_updated is not None:
+            self._last_updated.check_attended()
+        layer = self.layers[layer_idx]
+        self._last_updated = layer if isinstance(layer, DynamicMaskCacheLayer) else None
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def mask_layers(self) -> list[DynamicMaskCacheLayer]:

@@ -128,12 +128,23 @@ def test_a_converted_model_that_runs_densely_uses_a_plain_cache():
 
 
 def test_dense_attention_over_our_cache_is_an_error():
+    """At once: the second layer finds that the first was never attended to."""
     model = make_model("llama-sinks-local")
     past, (ids, _) = DynamicMaskCache(model), make_prompt()
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="never attended to by flash_dmattn"), torch.no_grad():
         model(ids, past_key_values=past)
-        model(ids[:, :1], past_key_values=past)
+
+
+def test_a_forward_with_the_cache_of_another_model_is_an_error(model):
+    other = make_model("llama-sinks-local", seed=1)
+    past, (ids, _) = DynamicMaskCache(model), make_prompt()
+    with torch.no_grad():
+        model(ids, past_key_values=past)
+        with pytest.raises(RuntimeError, match="model is not the one the cache was made for"):
+            other(ids[:, :1], past_key_values=past)
+        past.reset()
+        model(ids, past_key_values=past)
 
 
 def test_unregister_restores_generation(dense):
