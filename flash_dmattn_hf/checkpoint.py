@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging
 
 PICKLES = (".bin", ".pt", ".pth")
 INDEX = "model.safetensors.index.json"
@@ -167,9 +168,13 @@ def load_model(source: Source, *, dtype: torch.dtype | str = "auto", allow_pickl
         options.update(gguf_file=source.gguf_file, quantization_config=GgufConfig(dequantize=True))
     elif not allow_pickle:
         options["use_safetensors"] = True
-    with _naming(source):
-        model, info = AutoModelForCausalLM.from_pretrained(source.path, **options)
+    with _naming(source), _without_load_report():
+        model, info = AutoModelForCausalLM.from_pretrained(source.path, ignore_mismatched_sizes=True, **options)
     _check_complete(source, info["missing_keys"])
+    for key, found, needed in info["mismatched_keys"]:
+        raise ValueError(
+            f"{source.path} must fit its config.json, which needs {key} of shape {tuple(needed)}, got {tuple(found)}"
+        )
     return model
 
 
@@ -219,6 +224,17 @@ def _naming(source: Source) -> Iterator[None]:
     except Exception as error:
         name = source.path if source.gguf_file is None else f"{source.path}/{source.gguf_file}"
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """What the table of transformers would warn of is an error here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def first_line(error: BaseException) -> str:
