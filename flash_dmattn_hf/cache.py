@@ -223,6 +223,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         tokens_to_remove: zero or negative, as in transformers; zero only returns the cache to its constant size.
         Raises ValueError for a positive number, and for more tokens than can be undone without loss.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove must be zero or minus the number of tokens, got {tokens_to_remove}"
