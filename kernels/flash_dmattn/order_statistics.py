@@ -7,6 +7,8 @@ time: log2(N) passes over the data answer a query for every element, without a l
 
 import torch
 
+from flash_dmattn.backends import triton
+
 
 def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k: int) -> torch.Tensor:
     """Returns, for every i, the k-th smallest (from 0) value of `sequence[..., low_i:high_i]`.
@@ -16,6 +18,10 @@ def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torc
         meaningless (but in [0, 2 * N)).
     Returns (R, M) int64.
     """
+    if sequence.device.type == "cuda" and low.shape == sequence.shape and triton.why_unavailable() is None:
+        from flash_dmattn.backends.triton import order_statistics
+
+        return order_statistics.kth_smallest_in_ranges(sequence, low, high, k)
     length = sequence.shape[-1]
     places = torch.arange(length, device=sequence.device)
     remaining = torch.full_like(low, k)

@@ -135,20 +135,30 @@ def _competition(axis, competes: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     sorted order, `order` (B, Hi, Sk), the key at each place, and `start` (B, Hi, Sk), the first place that belongs
     to the same sequence. Keys that do not compete come last.
     """
-    importance = axis.importance
-    length = importance.shape[-1]
-    places = torch.arange(length, device=importance.device).expand(importance.shape)
-    newest_first = importance.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    order = length - 1 - newest_first
-    segment = torch.where(competes, axis.segment, axis.num_segments).expand(importance.shape)
-    segment = segment.gather(-1, order)
-    regrouped = segment.argsort(dim=-1, stable=True)
-    order, segment = order.gather(-1, regrouped), segment.gather(-1, regrouped)
-    is_first = torch.ones_like(segment, dtype=torch.bool)
-    is_first[..., 1:] = segment[..., 1:] != segment[..., :-1]
-    start = torch.where(is_first, places, 0).cummax(-1).values
+    length = axis.importance.shape[-1]
+    places = torch.arange(length, device=axis.importance.device).expand(axis.importance.shape)
+    segment = torch.where(competes, axis.segment, axis.num_segments).expand(axis.importance.shape)
+    # The newest stands first, and every sort is stable: so it wins a tie.
+    order = length - 1 - _argsort_best_first(axis.importance.flip(-1), segment.flip(-1))
+    if axis.num_segments == 1:
+        start = torch.zeros_like(order)  # right for all that compete
+    else:
+        segment = segment.gather(-1, order)
+        is_first = torch.ones_like(segment, dtype=torch.bool)
+        is_first[..., 1:] = segment[..., 1:] != segment[..., :-1]
+        start = torch.where(is_first, places, 0).cummax(-1).values
     rank = torch.empty_like(order).scatter_(-1, order, places - start)
     return rank, order, start
+
+
+def _argsort_best_first(importance: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """Sorts stably by segment, rising, then by importance, falling. Returns the indices, int64."""
+    if importance.dtype == torch.float32:
+        bits = importance.contiguous().view(torch.int32)
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
+        return ((segment << 32) - ordered).argsort(dim=-1, stable=True)
+    order = importance.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, segment.gather(-1, order).argsort(dim=-1, stable=True))
 
 
 def _eviction_positions(axis, competes: torch.Tensor, num_contested: int) -> torch.Tensor:

@@ -238,3 +238,36 @@ def test_refusals_name_the_reason(change, words, seed):
     (query, key, value, importance), _, _ = make_inputs(Case("refused", **change), seed)
     with pytest.raises(RuntimeError, match=words):
         flash_dmattn.dynamic_mask_attention(query, key, value, importance, keep_window_size=8, backend="triton")
+
+
+@pytest.mark.parametrize(("length", "k"), [(1, 0), (7, 2), (1500, 37), (2100, 500)])
+def test_order_statistics_equal_those_of_torch(length, k, seed):
+    from flash_dmattn import order_statistics
+    from flash_dmattn.backends.triton import order_statistics as kernels
+
+    generator = torch.Generator().manual_seed(seed)
+    sequence = torch.stack([torch.randperm(length, generator=generator) for _ in range(2)])
+    high = torch.arange(length).expand(2, length)
+    low = torch.randint(0, length, (2, length), generator=generator).minimum(high)
+    expected = order_statistics.kth_smallest_in_ranges(sequence, low, high, k)
+    got = kernels.kth_smallest_in_ranges(sequence.to(DEVICE), low.to(DEVICE), high.to(DEVICE), k)
+    holds_enough = high - low > k
+    assert torch.equal(got.cpu()[holds_enough], expected[holds_enough])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU: selection there runs other kernels than on a CPU")
+@pytest.mark.parametrize("seqlen", [1, 1000, 1025, 40_000])
+def test_selection_on_the_gpu_equals_selection_on_the_cpu(seqlen, seed):
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.randn(2, 3, seqlen, generator=generator).mul(8).round().div(8)
+    padding_mask = torch.rand(2, seqlen, generator=generator) > 0.2
+    bounds = torch.tensor([0, seqlen // 3, seqlen // 3, seqlen], dtype=torch.int32)
+    for arguments in ({}, {"padding_mask": padding_mask}, {"cu_seqlens": bounds}):
+        for windows in (options(), options(num_sink_tokens=0, local_window_size=0), options(keep_window_size=700)):
+            given = importance[:1] if "cu_seqlens" in arguments else importance
+            expected = flash_dmattn.select_visible(given, **windows, **arguments)
+            moved = {name: tensor.cuda() for name, tensor in arguments.items()}
+            got = flash_dmattn.select_visible(given.cuda(), **windows, **moved)
+            for one, other in zip(got, expected, strict=True):
+                assert torch.equal(one.cpu(), other)
