@@ -163,7 +163,7 @@ def test_beam_search(model, prompt):
     assert result.sequences.tolist() == whole.sequences.tolist()
     log_probs = uncached_logits(model, result.sequences, NEW).log_softmax(-1)
     log_prob = log_probs.gather(-1, result.sequences[:, -NEW:, None]).sum()
-    torch.testing.assert_close(result.sequences_scores.double(), log_prob[None], rtol=0, atol=1e-3)
+    torch.testing.assert_close(result.sequences_scores.double(), log_prob[None], rtol=0, atol=1e-2)
 
 
 def test_several_turns(model, prompt):
