@@ -6,15 +6,20 @@ Importing this package registers the attention implementation "flash_dmattn", so
 
 from flash_dmattn_hf.attach import AttachReport, get_gate, iter_gates
 from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf.calibration import Calibration
 from flash_dmattn_hf.config import DynamicMaskConfig, dynamic_mask_config
+from flash_dmattn_hf.conversion import ConversionReport, convert_model
 from flash_dmattn_hf.importance import ImportanceGate
 from flash_dmattn_hf.registration import register, unregister
 
 __all__ = [
     "AttachReport",
+    "Calibration",
+    "ConversionReport",
     "DynamicMaskCache",
     "DynamicMaskConfig",
     "ImportanceGate",
+    "convert_model",
     "dynamic_mask_config",
     "get_gate",
     "iter_gates",
