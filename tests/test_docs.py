@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hf.cli_models import save_dense
+from hf.cli_models import tokenizer
+from hf.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -27,7 +28,9 @@ def with_python() -> list[Path]:
 def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     (folder / "text.txt").write_text("".join(f"def add_{i}(a, b):\n    return a + {i * i} * b\n\n" for i in range(400)))
-    save_dense(folder / "checkpoint")
+    model = tiny_model("llama", initializer_range=0.3, eos_token_id=None, max_position_embeddings=8192)
+    model.save_pretrained(folder / "checkpoint")
+    tokenizer().save_pretrained(folder / "checkpoint")
     return folder
 
 
