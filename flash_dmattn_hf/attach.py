@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from flash_dmattn_hf import doge
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.families import AttentionShape, is_attention, is_native_doge, judge
+from flash_dmattn_hf.families import AttentionShape, is_attention, is_native_doge, judge, read_shape
 from flash_dmattn_hf.importance import ImportanceGate
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ def attach(model: nn.Module, config: DynamicMaskConfig) -> AttachReport:
     """
     report, refused = plan(model, config)
     if refused and report.attached:
-        raise ValueError(_sentence(model, refused))
+        raise ValueError(refusal(model, refused))
     if not report.attached:
-        raise ValueError(_sentence(model, refused or report.skipped))
+        raise ValueError(refusal(model, refused or report.skipped))
     num_new = install(model, config, report.attached)
     if num_new and not config.add_importance_bias:
         freeze_unused(model)
@@ -65,7 +65,7 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> tuple[AttachReport, dic
         if getattr(module, "config", owner) is not text_config:
             report.skipped[name] = "it belongs to another part than the text model"
             continue
-        verdict = judge(module, config)
+        verdict = judge(module, config, text_config)
         if verdict.kind == "attach":
             report.attached.append(name)
         elif verdict.kind == "native":
@@ -93,7 +93,7 @@ def install(model: nn.Module, config: DynamicMaskConfig, names: list[str]) -> in
         if get_gate(module) is not None:
             continue
         num_new += 1
-        shape = judge(module, config).shape
+        shape = read_shape(module)
         if is_native_doge(module):
             module.dma = doge.DogeGate(module, shape, config)
             continue
@@ -145,7 +145,8 @@ def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConf
     return gate.train(module.training)
 
 
-def _sentence(model: nn.Module, reasons: dict[str, str]) -> str:
+def refusal(model: nn.Module, reasons: dict[str, str]) -> str:
+    """Returns the sentence that says why a model cannot be attached to; reasons: module name -> reason."""
     if not reasons:
         return f"model must have causal attention modules, got {type(model).__name__}, which has none"
     name, reason = next(iter(reasons.items()))

@@ -8,6 +8,7 @@ from torch import nn
 from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.attach import get_gate
 from flash_dmattn_hf.families import sliding_window_of
+from flash_dmattn_hf.masks import tag_of
 
 UNSUPPORTED = {
     "s_aux": "attention sinks (s_aux)",
@@ -46,10 +47,10 @@ def dynamic_mask_attention_forward(
     gate = get_gate(module)
     window = sliding_window_of(module) if gate is None else gate.sliding_window
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
-    if sliding_window is not None and sliding_window != window:
-        raise ValueError(
-            f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {sliding_window}"
-        )
+    tag = tag_of(attention_mask)
+    _check_sliding_window(module, window, sliding_window, attention_mask, tag)
+    if tag is not None and tag.is_full and attention_mask.shape[1] <= key.shape[2]:
+        attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
     documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
@@ -186,6 +187,21 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
         raise ValueError(
             f"{name} has keys of dim {key.shape[-1]} and values of dim {value.shape[-1]}: they must be equal"
         )
+
+
+def _check_sliding_window(module, window, argument, attention_mask, tag) -> None:
+    """Raises ValueError if the layer's window, its argument and its mask do not say the same."""
+    given = [argument] if argument is not None else []
+    if tag is not None:
+        given.append(tag.sliding_window)
+    elif attention_mask is None and not given and not torch.compiler.is_compiling():
+        given.append(None)
+    for other in given:
+        if other != window:
+            raise ValueError(
+                f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {other} from "
+                f"the forward of {type(module).__name__}"
+            )
 
 
 def _dropout_field(config: Any, dropout: float) -> str:

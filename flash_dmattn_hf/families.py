@@ -13,6 +13,7 @@ from flash_dmattn_hf.config import DynamicMaskConfig
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What the source of a class mentions if it looks its attention function up by name."""
 
+_CACHE_UPDATE = re.compile(r"past_key_values?\.update\(\s*([^()]*?),?\s*\)")
 _HARMLESS_ARGUMENTS = frozenset(
     "query key value attention_mask scaling dropout softcap sliding_window is_causal position_ids "
     "output_attentions cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
@@ -54,14 +55,9 @@ def uses_attention_interface(module: nn.Module) -> bool:
     return INTERFACE in _source(type(module))
 
 
-@cache
 def chooses_class_by_name(cls: type) -> bool:
     """True if the file of a model class looks its self-attention class up by the name of the implementation."""
-    try:
-        source = inspect.getsource(inspect.getmodule(cls))
-    except (OSError, TypeError):
-        return False
-    return "SELF_ATTENTION_CLASSES[config._attn_implementation]" in source
+    return "SELF_ATTENTION_CLASSES[config._attn_implementation]" in _module_source(cls)
 
 
 def is_native_doge(module: nn.Module) -> bool:
@@ -70,11 +66,11 @@ def is_native_doge(module: nn.Module) -> bool:
     return cls.__name__ == "DogeAttention" and cls.__module__.startswith("transformers.")
 
 
-def judge(module: nn.Module, settings: DynamicMaskConfig) -> Verdict:
-    """Says what happens to an attention module of the text model under these settings."""
+def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> Verdict:
+    """Says what happens to an attention module of the text model with this config, under these settings."""
     name = type(module).__name__
     if not uses_attention_interface(module):
-        return _judge_without_interface(module)
+        return _judge_without_interface(module, text_config)
     if getattr(module, "config", None) is None:
         return Verdict("refuse", f"{name} has no config to read its shape from")
     if reason := _unsupported_feature(module):
@@ -94,11 +90,11 @@ def judge(module: nn.Module, settings: DynamicMaskConfig) -> Verdict:
     return Verdict("attach", shape=shape)
 
 
-def _judge_without_interface(module: nn.Module) -> Verdict:
+def _judge_without_interface(module: nn.Module, text_config: Any) -> Verdict:
     name = type(module).__name__
     if any(is_attention(child) and uses_attention_interface(child) for child in list(module.modules())[1:]):
         return Verdict("native", f"{name} only wraps the attention inside it")
-    if "linear" in (_layer_type(module) or ""):
+    if "linear" in (_layer_type(module, text_config) or ""):
         return Verdict("native", f"{name} is linear attention")
     if getattr(module, "layer_idx", None) is None and getattr(module, "is_causal", None) is not True:
         return Verdict("native", f"{name} is not causal self-attention")
@@ -116,7 +112,7 @@ def _unsupported_feature(module: nn.Module) -> str | None:
         return "is multi-head latent attention (MLA), which is not supported"
     if getattr(module, "is_kv_shared_layer", False) or getattr(config, "num_kv_shared_layers", 0):
         return "shares key and value between layers (num_kv_shared_layers), which is not supported"
-    if _layer_type(module) == "chunked_attention":
+    if _layer_type(module, config) == "chunked_attention":
         return "attends within chunks (attention_chunk_size), which is not supported"
     if "Cross" in type(module).__name__:
         return "is cross-attention, which is not supported"
@@ -125,6 +121,8 @@ def _unsupported_feature(module: nn.Module) -> str | None:
     for name in re.findall(r"^\s*(\w+)=", calls[0] if calls else "", re.MULTILINE):
         if name not in _HARMLESS_ARGUMENTS:
             return f"passes {name} to its attention function, which is not supported"
+    if any("self.layer_idx" not in re.split(r",\s*", call) for call in _CACHE_UPDATE.findall(source)):
+        return "caches its keys under another index than its layer_idx, which is not supported"
     if re.search(r"(key|value)_states = (key|value)_states\.repeat\(", source):
         return "repeats its keys and values after they are cached, which is not supported"
     return None
@@ -154,18 +152,20 @@ def read_shape(module: nn.Module) -> AttentionShape:
 
 
 def sliding_window_of(module: nn.Module) -> int | None:
-    """Returns the sliding window in tokens of an attention module, None for full attention."""
-    layer_type = _layer_type(module)
-    if layer_type is not None and "sliding" not in layer_type:
-        return None
-    window = getattr(module, "sliding_window", None)
-    if window is None:
-        window = getattr(module.config, "sliding_window", None)
-    return window or None
+    """Returns the sliding window in tokens of an attention module, None for full attention.
+
+    A wrong guess is noticed: the attention function compares it with what the model's mask says.
+    """
+    cls, config = type(module), module.config
+    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+    if layer_type := _layer_type(module, config):
+        return window if window and "sliding" in layer_type else None
+    mentioned = "sliding_window" in _source(cls) or "create_sliding_window_causal_mask" in _module_source(cls)
+    return window if window and mentioned else None
 
 
-def _layer_type(module: nn.Module) -> str | None:
-    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+def _layer_type(module: nn.Module, config: Any) -> str | None:
+    layer_types = getattr(config, "layer_types", None)
     layer_idx = getattr(module, "layer_idx", None)
     if not layer_types or layer_idx is None or layer_idx >= len(layer_types):
         return None
@@ -191,3 +191,12 @@ def _source(cls: type) -> str:
         except (OSError, TypeError):
             continue
     return "\n".join(texts)
+
+
+@cache
+def _module_source(cls: type) -> str:
+    """Returns the source of the file that defines a class."""
+    try:
+        return inspect.getsource(inspect.getmodule(cls))
+    except (OSError, TypeError):
+        return ""

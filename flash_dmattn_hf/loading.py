@@ -148,7 +148,7 @@ def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[
     known = {id(gate) for _, _, gate in attach.iter_gates(model)}
     prepare(model, previous=before)
     if not any(True for _ in attach.iter_gates(model)):
-        attach.attach(model, settings_of(model))
+        raise ValueError(model._flash_dmattn_refusal)
     fresh = [gate for _, _, gate in attach.iter_gates(model) if id(gate) not in known]
     fresh = [gate for gate in fresh if isinstance(gate, ImportanceGate)]
     for gate in fresh:
@@ -193,7 +193,9 @@ def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> N
     report, refused = attach.plan(model, settings)
     if not report.attached:
         if is_selected:
-            _add_pre_hook(model)
+            model._flash_dmattn_refusal = attach.refusal(model, refused or report.skipped)
+            if refuse_without_gates not in model._forward_pre_hooks.values():
+                model.register_forward_pre_hook(refuse_without_gates)
         return
     attach.attach(model, settings)
     if getattr(text_config, SECTION, None) is not None or not any(map(is_native_doge, model.modules())):
@@ -205,7 +207,7 @@ def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> N
 def refuse_without_gates(module: nn.Module, args: tuple) -> None:
     """Forward pre-hook of a model in which nothing qualified: raises instead of attending densely."""
     if uses_dynamic_masks(module):
-        attach.attach(module, settings_of(module))
+        raise ValueError(module._flash_dmattn_refusal)
 
 
 def check_called(module: nn.Module, args: tuple, output: Any) -> None:
@@ -232,11 +234,6 @@ def _leave_other_parts_native(config: Any) -> None:
             continue
         if is_ours(part._attn_implementation):
             part._attn_implementation = None
-
-
-def _add_pre_hook(model: nn.Module) -> None:
-    if refuse_without_gates not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(refuse_without_gates)
 
 
 def _watch_first_forward(model: nn.Module) -> None:
@@ -285,7 +282,7 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     has_gates = any(True for _ in attach.iter_gates(model))
     if not has_gates:
         if uses_dynamic_masks(model):
-            attach.attach(model, settings_of(model))
+            raise ValueError(model._flash_dmattn_refusal)
         return
     parameters = {
         f"{name}.{attach.GATE_NAME}.{parameter}"

@@ -1,6 +1,7 @@
 """The mask function: what transformers asks for instead of a T x T mask."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.utils.import_utils import is_tracing
 
 from flash_dmattn_hf.names import is_ours
 
+_TAG = "_flash_dmattn_tag"
 _AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _SLIDING_CODE = masking_utils.sliding_window_overlay(1).__code__
 
@@ -32,12 +34,13 @@ def dynamic_mask_mask(
     attention_mask: (B, S) bool, True for real tokens; (B, S) int64 for the document number of every token of a
         packed batch (as `mark_documents` gives it); or None.
 
-    Returns None; (B, kv_offset + kv_length) bool if there is padding, or if keys were dropped (kv_offset > 0), so
-    that the attention function sees how many; or the document numbers as they came.
+    Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides, or if keys were dropped
+    (kv_offset > 0), so that the attention function sees how many; or the document numbers as they came. A mask
+    carries a tag (`tag_of`), by which the attention function checks that the layer slides as its mask does.
 
     Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
     """
-    _check_pattern(mask_function, local_size, use_vmap)
+    window = _sliding_window(mask_function, local_size, use_vmap)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
             raise ValueError(
@@ -46,18 +49,41 @@ def dynamic_mask_mask(
         raise ValueError(
             f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
         )
-    if attention_mask is not None and not attention_mask.dtype == torch.bool:
-        return attention_mask
     length = kv_offset + kv_length
     if attention_mask is None:
-        return _all_real(batch_size, length, kwargs.get("device")) if kv_offset else None
-    if attention_mask.shape[-1] != length:
-        raise ValueError(
-            f"attention_mask must have {length} columns (cached and new tokens), got {attention_mask.shape[-1]}"
-        )
-    if kv_offset == 0 and not is_tracing(attention_mask) and bool(attention_mask.all()):
-        return None
-    return attention_mask
+        if not kv_offset and (window is None or torch.compiler.is_compiling()):
+            return None
+        attention_mask = torch.ones((batch_size, length), dtype=torch.bool, device=kwargs.get("device"))
+    elif attention_mask.dtype == torch.bool:
+        if attention_mask.shape[-1] != length:
+            raise ValueError(
+                f"attention_mask must have {length} columns (cached and new tokens), got {attention_mask.shape[-1]}"
+            )
+        if not kv_offset and window is None and not is_tracing(attention_mask) and bool(attention_mask.all()):
+            return None
+    return _tag(attention_mask, window)
+
+
+@dataclass(frozen=True)
+class MaskTag:
+    """What a mask says beyond its entries: the sliding window in tokens, and whether all tokens are real."""
+
+    sliding_window: int | None
+    is_full: bool
+
+
+def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
+    """Returns the tag of a mask of `dynamic_mask_mask`, None if it has none or lost it on the way."""
+    return getattr(mask, _TAG, None)
+
+
+def _tag(mask: torch.Tensor, window: int | None) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return mask
+    is_full = mask.dtype == torch.bool and bool(mask.all())
+    mask = mask.view(mask.shape)  # the caller's own tensor stays as it is
+    setattr(mask, _TAG, MaskTag(window, is_full))
+    return mask
 
 
 def mark_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -68,15 +94,12 @@ def mark_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
     return masking_utils.find_packed_sequence_indices(position_ids)
 
 
-def _all_real(batch: int, length: int, device: Any) -> torch.Tensor:
-    return torch.ones((batch, length), dtype=torch.bool, device=device)
-
-
-def _check_pattern(mask_function: Callable, local_size: int | None, use_vmap: bool) -> None:
+def _sliding_window(mask_function: Callable, local_size: int | None, use_vmap: bool) -> int | None:
+    """Returns the window of a sliding mask, None for a causal one. Raises ValueError for every other."""
     if mask_function is masking_utils.causal_mask_function:
-        return
+        return None
     if not use_vmap and local_size is not None and _is_sliding(mask_function, local_size):
-        return
+        return local_size
     raise ValueError(
         "flash_dmattn supports causal, sliding-window, padding and packed masks only, got another mask function "
         f"({getattr(mask_function, '__qualname__', type(mask_function).__name__)}), such as a prefix, image-block, "

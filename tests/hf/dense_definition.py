@@ -59,7 +59,7 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
             logits = logits + importance.repeat_interleave(repeat, 1)[:, :, None, :]
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
     out = weights @ value.repeat_interleave(groups, 1)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _full_mask(*args, **kwargs):

@@ -56,6 +56,20 @@ def test_family_equals_the_definition(model_type):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+def test_family_starts_as_the_dense_model(model_type):
+    torch.manual_seed(0)
+    wide = {"sliding_window": 64} if FAMILIES[model_type].get("sliding_window") else {}
+    dense = build(tiny_config(model_type, **wide), attn_implementation="eager").eval()
+    with dynamic_mask_config(keep_window_size=24):
+        ours = build(tiny_config(model_type, **wide), attn_implementation="flash_dmattn").eval()
+    assert not ours.load_state_dict(dense.state_dict(), strict=False).unexpected_keys
+    inputs = left_padded()
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs).logits[real], dense(**inputs).logits[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_family_generates_as_without_a_cache(model_type):
     model = converted(model_type)
     inputs = left_padded(14)

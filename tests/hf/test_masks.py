@@ -7,6 +7,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
+from flash_dmattn_hf.masks import MaskTag, dynamic_mask_mask, tag_of
 
 from .dense_definition import by_definition
 from .tiny import build, tiny_config, tokens
@@ -44,8 +45,11 @@ def test_plain_causal_needs_no_mask():
     assert create_causal_mask(config_of(), **arguments(position_ids=torch.arange(6)[None])) is None
 
 
-def test_sliding_needs_no_mask():
-    assert create_sliding_mask(config_of(sliding_window=3), **arguments()) is None
+@pytest.mark.parametrize("padding", [None, torch.ones(2, 6)], ids=["none", "all_ones"])
+def test_sliding_masks_carry_their_window(padding):
+    mask = create_sliding_mask(config_of(sliding_window=3), **arguments(padding))
+    assert mask.dtype == torch.bool and mask.shape == (2, 6) and mask.all()
+    assert tag_of(mask) == MaskTag(sliding_window=3, is_full=True)
 
 
 @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_mask], ids=["causal", "sliding"])
@@ -53,6 +57,7 @@ def test_padding_gives_a_two_dimensional_bool_mask(create):
     padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
     mask = create(config_of(sliding_window=3), **arguments(padding))
     assert mask.dtype == torch.bool and torch.equal(mask, padding.bool())
+    assert tag_of(mask) == MaskTag(3 if create is create_sliding_mask else None, is_full=False)
 
 
 def test_packed_positions_give_document_numbers():
@@ -95,8 +100,6 @@ def test_chunked_masks_raise():
 
 
 def test_recognition_does_not_trust_the_flags():
-    from flash_dmattn_hf.masks import dynamic_mask_mask
-
     two = masking_utils.and_masks(masking_utils.causal_mask_function, _everything)
     chunked = masking_utils.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
     other = masking_utils.sliding_window_causal_mask_function(4)
