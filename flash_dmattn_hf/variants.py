@@ -64,9 +64,12 @@ def without_importance(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model attends to every key, through the best implementation transformers has."""
-    before = text_config_of(model)._attn_implementation
-    model.set_attn_implementation(model.get_correct_attn_implementation(None))
+    """Inside the block the model attends to every key, through transformers' own default implementation."""
+    text_config = text_config_of(model)
+    before = text_config._attn_implementation
+    # some versions of transformers would choose sdpa here, which drops the softcap
+    has_softcap = getattr(text_config, "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if has_softcap else model.get_correct_attn_implementation(None))
     try:
         yield
     finally:

@@ -46,10 +46,10 @@ def save_gguf(path: Path, model) -> Path:
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    words = ["<unk>", "<s>", "</s>", "he", *(chr(33 + i) for i in range(config.vocab_size - 4))]
+    words = ["<unk>", "<s>", "</s>", "he", "ll", *(chr(33 + i) for i in range(config.vocab_size - 5))]
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3] + [1] * (len(words) - 3))
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "l l"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

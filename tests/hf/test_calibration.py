@@ -104,6 +104,7 @@ def test_attention_and_mass_hold_no_square_of_the_length():
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2", "opt", "cohere2", "qwen3_next", "llava"])
 def test_observed_attention_is_the_dense_model(model_type):
     model = gated(model_type)
+    model.set_attn_implementation("eager")  # sdpa of some versions drops the softcap
     ids = tokens(1, 40)
     expected = model(ids).logits
     seen = []

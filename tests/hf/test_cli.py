@@ -291,7 +291,7 @@ def test_a_terminated_run_leaves_nothing(dense, tmp_path):
                 break
         siblings = [path.name for path in tmp_path.iterdir()]
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(120)
     assert len(siblings) == 1 and siblings[0].startswith(".out.partial-")
     assert process.returncode == 128 + signal.SIGTERM
     assert not any(tmp_path.iterdir())

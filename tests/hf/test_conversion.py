@@ -38,6 +38,7 @@ def same(before, after):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_dense_up_to_the_window_and_sparse_beyond(model_type, calibration, tolerance):
     model = tiny_model(model_type, initializer_range=0.3)
+    model.set_attn_implementation("eager")  # sdpa of some versions drops the softcap
     ids = tokens(2, 80)
     expected = model(ids).logits
     convert_model(model, WINDOW, calibration=calibration)
