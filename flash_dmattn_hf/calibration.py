@@ -26,12 +26,13 @@ BIAS_SPREAD = 5e-4
 MAX_DT = 20.0
 """Outputs of dt_proj are scaled into this range, where softplus is strictly increasing in float32."""
 MIN_FAR_QUERIES = 64
-"""A key seen by fewer far queries has too noisy a mean to learn from."""
+"""A key seen by fewer far queries, or by less than a quarter of a stretch's, has too noisy a mean to learn from."""
 SAMPLES_PER_FEATURE = 4
 MIN_SAMPLES = 512
 HELD_OUT_BLOCK = 16
 """Keys are dealt in blocks of so many, every fifth block to the test of the fit."""
-MASS_FLOOR = 1e-12
+MASS_FLOOR = 1e-4
+"""Added to the mean mass before its log: how far below it a key is does not matter, it never stays anyway."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def required_tokens(gate, stretch_length: int) -> int:
 def usable_keys(gate, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(T,) bool: keys of a sequence of `length` that compete and that enough far queries see."""
     count = far_queries(length, gate.config.local_window_size, gate.sliding_window, device)
-    usable = count >= MIN_FAR_QUERIES
+    usable = count >= max(MIN_FAR_QUERIES, int(count.max()) // 4)
     usable[: gate.config.num_sink_tokens] = False
     return usable
 
@@ -152,7 +153,7 @@ class _Collector:
         length = value.shape[2]
         count = far_queries(length, gate.config.local_window_size, gate.sliding_window, value.device)
         mean_mass = mass.view(gate.num_importance_heads, -1, length).mean(1) / count.clamp(min=1)
-        log_mass = mean_mass.clamp_min(MASS_FLOOR).log().T  # (T, Hi)
+        log_mass = (mean_mass + MASS_FLOOR).log().T  # (T, Hi)
         tokens = _concat_heads(value)
         usable = usable_keys(gate, length, value.device)
         order = torch.arange(length, device=value.device) + self.tokens_read[module]
