@@ -112,7 +112,7 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
             if not isinstance(section, dict):
                 raise ValueError(f"{part} must be a mapping to set {name}, got {section!r}")
         section[key] = yaml.safe_load(text)
-    values = _with_numbers(values)
+    values = _as_meant(values)
     refuse_unknown(path, values, TrainConfig)
     missing = [name for name in ("model", "output_dir", "train_files") if name not in values]
     if missing:
@@ -120,10 +120,12 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _with_numbers(value: Any) -> Any:
-    """YAML reads 1e-3 as a string; here it is a number, as everyone means it."""
+def _as_meant(value: Any, name: str = "") -> Any:
+    """YAML reads 1e-3 as a string and `save_strategy: no` as False; here they are a number and "no"."""
     if isinstance(value, dict):
-        return {key: _with_numbers(item) for key, item in value.items()}
+        return {key: _as_meant(item, key) for key, item in value.items()}
+    if value is False and name.endswith("_strategy"):
+        return "no"
     if isinstance(value, str):
         try:
             return float(value)

@@ -136,9 +136,12 @@ def test_it_refuses(script, workplace, override, message):
     assert not (workplace / "out").exists()
 
 
-def test_a_rate_may_be_written_as_everyone_does(script):
-    overrides = ["model=m", "output_dir=o", "train_files=[t]", "importance_learning_rate=1e-2"]
-    assert script.read_config(str(CONFIGS[0]), overrides).importance_learning_rate == 0.01
+def test_values_may_be_written_as_everyone_does(script):
+    overrides = ["model=m", "output_dir=o", "train_files=[t]"]
+    config = script.read_config(
+        str(CONFIGS[0]), [*overrides, "importance_learning_rate=1e-2", "training.save_strategy=no"]
+    )
+    assert (config.importance_learning_rate, config.training["save_strategy"]) == (0.01, "no")
 
 
 def test_documents_end_with_the_end_of_text_and_are_cut(script, workplace):
