@@ -223,7 +223,6 @@ class DynamicMaskCacheLayer(DynamicLayer):
         tokens_to_remove: zero or negative, as in transformers; zero only returns the cache to its constant size.
         Raises ValueError for a positive number, and for more tokens than can be undone without loss.
         """
-        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove must be zero or minus the number of tokens, got {tokens_to_remove}"
@@ -317,6 +316,11 @@ class DynamicMaskCache(DynamicCache):
         layer = self.layers[layer_idx]
         self._last_updated = layer if isinstance(layer, DynamicMaskCacheLayer) else None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens without loss; ValueError for more than can be undone."""
+        # Assisted decoding of transformers 5.17 passes a tensor, which would end up in the layers' lengths.
+        super().crop(int(tokens_to_remove))
 
     @property
     def mask_layers(self) -> list[DynamicMaskCacheLayer]:

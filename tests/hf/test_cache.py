@@ -141,6 +141,14 @@ def test_a_user_takes_back_tokens_that_were_recorded(model):
     assert found.tolist() == greedy(model, more, more_mask, new=4, use_cache=False).tolist()
 
 
+def test_crop_takes_a_number_in_a_tensor():
+    """As transformers 5.17 passes it in assisted decoding."""
+    past = filled(make_model("qwen2-sliding-below-w"), length=6)
+    past.crop(torch.tensor(-2))
+    assert [type(layer.get_seq_length()) for layer in past.layers] == [int, int]
+    assert past.get_seq_length(0) == past.get_seq_length(1) == 4
+
+
 def test_cropping_what_is_gone_is_an_error(model):
     past = filled(model)
     with pytest.raises(ValueError, match="tokens_to_remove must be at least 0, got -1.*activate_past_recording"):

@@ -174,7 +174,7 @@ def test_a_turn_with_drafts_leaves_a_cache_that_later_turns_use():
     model, helper = model_of("llama-topk"), make_model("llama-topk", seed=1)
     past = DynamicMaskCache(model)
     ids, mask = make_prompt()
-    for options in ({"assistant_model": helper}, {}, {"prefill_chunk_size": 2}):
+    for options in ({"assistant_model": helper}, {}, {}):
         found = greedy(model, ids, mask, past_key_values=past, new=8, **options)
         assert_same_ids(found, without_cache(model, ids, mask, new=8))
         assert past.max_keys == 12
