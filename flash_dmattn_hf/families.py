@@ -56,8 +56,9 @@ def uses_attention_interface(module: nn.Module) -> bool:
 
 
 def chooses_class_by_name(cls: type) -> bool:
-    """True if the file of a model class looks its self-attention class up by the name of the implementation."""
-    return "SELF_ATTENTION_CLASSES[config._attn_implementation]" in _module_source(cls)
+    """True if the file of a model class looks its attention class up by the name of the implementation."""
+    pattern = r"\b(?!\w*VISION)\w*ATTENTION_CLASSES\[config\._attn_implementation\]"
+    return re.search(pattern, _module_source(cls)) is not None
 
 
 def is_native_doge(module: nn.Module) -> bool:

@@ -29,6 +29,8 @@ _MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_h
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "n_inner": 32, "vocab_size": 99}
 
+_NOT_DISPATCHED = "never calls the attention interface|has no class for flash_dmattn"
+
 REFUSED = {
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "attention sinks"),
     "deepseek_v2": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
@@ -58,14 +60,14 @@ REFUSED = {
         },
         "attention_chunk_size",
     ),
-    "falcon": ({}, "never calls the attention interface"),
-    "gptj": (_GPT, "never calls the attention interface"),
+    "falcon": ({}, _NOT_DISPATCHED),
+    "gptj": (_GPT, _NOT_DISPATCHED),
     "gpt_neo": (
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-        "never calls the attention interface",
+        _NOT_DISPATCHED,
     ),
-    "bloom": ({"n_layer": 2, "n_head": 4}, "never calls the attention interface"),
-    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "never calls the attention interface"),
+    "bloom": ({"n_layer": 2, "n_head": 4}, _NOT_DISPATCHED),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, _NOT_DISPATCHED),
     "mamba": ({"state_size": 4}, "must have causal attention modules"),
     "bert": ({}, "not causal"),
     "bart": (
