@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.triton.tiles import query_rows
 from flash_dmattn.call import AttentionCall
 
 _CHUNK = 1024
@@ -59,70 +60,67 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     batch, seqlen_q = call.query.shape[:2]
     heads, seqlen_k = call.birth.shape[1:]
     device = call.query.device
-    is_listed = call.birth < call.death
-    if call.importance is not None:
-        is_listed = is_listed & (call.importance > -torch.inf)
-    birth = torch.where(is_listed, call.birth, torch.iinfo(torch.int32).max).view(batch * heads, seqlen_k)
-    death = torch.where(is_listed, call.death, -1).view(batch * heads, seqlen_k)
+    num_lists = batch * heads
+
+    birth = torch.empty(num_lists, seqlen_k, dtype=torch.int32, device=device)
+    death = torch.empty_like(birth)
+    out_of_order = torch.zeros(num_lists, dtype=torch.int32, device=device)
+    _mark_listed[(triton.cdiv(seqlen_k, _CHUNK), num_lists)](
+        call.birth,
+        call.death,
+        call.birth if call.importance is None else call.importance,
+        birth,
+        death,
+        out_of_order,
+        seqlen_k,
+        HAS_BIAS=call.importance is not None,
+        CHUNK=_CHUNK,
+    )
+    death_sorted, by_death = death.sort(dim=-1)
 
     max_visible = call.max_visible
     if max_visible is None:
-        max_visible = max(1, _count_visible(birth, death, call))
+        max_visible = max(1, _count_visible(birth, death))
     epoch_size = choose_epoch_size(seqlen_q, max_visible)
     num_epochs = triton.cdiv(seqlen_q, epoch_size)
     # Rows in no order tell nothing about how many keys an epoch spans.
     capacity = seqlen_k if call.query_start is None else min(seqlen_k, max_visible + epoch_size)
-
-    death_sorted, by_death = death.sort(dim=-1)
-    birth_by_death = birth.gather(-1, by_death)
-    rows = torch.arange(seqlen_k, device=device, dtype=torch.int32)
-    born_in_order = ((birth == rows) | ~is_listed.view(birth.shape)).all(dim=-1).to(torch.int32)
-
-    first, last = _epoch_bounds(call, num_epochs, epoch_size)
-    start = torch.searchsorted(death_sorted, first.repeat_interleave(heads, 0), right=True, out_int32=True)
-    entries = torch.empty(batch * heads, num_epochs, capacity, dtype=torch.int32, device=device)
-    sections = torch.empty(batch * heads, num_epochs, 3, dtype=torch.int32, device=device)
-    _fill_lists[(num_epochs, batch * heads)](
-        by_death,
-        death_sorted,
-        birth_by_death,
-        birth,
-        death,
-        born_in_order,
-        start,
-        first,
-        last,
-        entries,
-        sections,
-        seqlen_k,
-        num_epochs,
-        capacity,
-        heads,
-        CHUNK=_CHUNK,
-    )
     tiles = triton.cdiv(epoch_size, tile_size)
-    first, last = _tile_bounds(call, num_epochs, epoch_size, tiles, tile_size)
-    stretches = torch.empty(batch * heads, num_epochs, tiles, 2, dtype=torch.int32, device=device)
-    _find_stretches[(num_epochs, batch * heads)](
+    entries = torch.empty(num_lists, num_epochs, capacity, dtype=torch.int32, device=device)
+    sections = torch.empty(num_lists, num_epochs, 3, dtype=torch.int32, device=device)
+    stretches = torch.empty(num_lists, num_epochs, tiles, 2, dtype=torch.int32, device=device)
+    rows = (
+        death if call.query_start is None else call.query_start,
+        death if call.query_positions is None else call.query_positions,
+    )
+    sizes = (heads, seqlen_q, seqlen_k, num_epochs, capacity)
+    constants = {
+        "EPOCH": epoch_size,
+        "HAS_POSITIONS": call.query_positions is not None,
+    }
+    _fill_lists[(num_epochs, num_lists)](
+        by_death, death_sorted, birth, death, out_of_order, *rows, entries, sections, *sizes, CHUNK=_CHUNK, **constants
+    )
+    _find_stretches[(num_epochs, num_lists)](
         entries,
         sections,
         birth,
         death,
-        first,
-        last,
+        *rows,
         stretches,
-        seqlen_k,
-        num_epochs,
-        capacity,
-        heads,
+        *sizes,
         tiles,
+        TILE=tile_size,
         TILES=triton.next_power_of_2(tiles),
+        LANES=triton.next_power_of_2(tile_size),
+        HAS_START=call.query_start is not None,
         CHUNK=128,
+        **constants,
     )
     return KeyLists(entries, sections, stretches, epoch_size, tile_size)
 
 
-def _count_visible(birth: torch.Tensor, death: torch.Tensor, call: AttentionCall) -> int:
+def _count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:
     """Returns the largest number of keys that are alive at once, read back from the device."""
     births = birth.sort(dim=-1).values
     deaths = torch.where(death < 0, torch.iinfo(torch.int32).max, death).sort(dim=-1).values
@@ -133,29 +131,60 @@ def _count_visible(birth: torch.Tensor, death: torch.Tensor, call: AttentionCall
     return int(alive.max())
 
 
-def _row_bounds(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the lowest and the highest row of the last axis; rows below 0 do not count."""
-    first = torch.where(rows < 0, torch.iinfo(torch.int32).max, rows).amin(-1)
-    return first.contiguous(), rows.amax(-1).contiguous()
+@triton.jit
+def _mark_listed(
+    birth_in_ptr,  # (R, Sk)
+    death_in_ptr,  # (R, Sk)
+    importance_ptr,  # (R, Sk)
+    birth_ptr,  # (R, Sk), int32 maximum for keys that weigh nothing
+    death_ptr,  # (R, Sk), -1 for them
+    out_of_order_ptr,  # (R,), set where a listed key's birth is not its own number
+    seqlen_k,
+    HAS_BIAS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    key = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    place = row * seqlen_k + key
+    birth = tl.load(birth_in_ptr + place, mask=key < seqlen_k, other=0)
+    death = tl.load(death_in_ptr + place, mask=key < seqlen_k, other=0)
+    is_listed = birth < death
+    if HAS_BIAS:
+        importance = tl.load(importance_ptr + place, mask=key < seqlen_k, other=0.0)
+        is_listed = is_listed & (importance > float("-inf"))
+    tl.store(birth_ptr + place, tl.where(is_listed, birth, 2147483647), mask=key < seqlen_k)
+    tl.store(death_ptr + place, tl.where(is_listed, death, -1), mask=key < seqlen_k)
+    if tl.max((is_listed & (birth != key)).to(tl.int32), axis=0) > 0:
+        tl.store(out_of_order_ptr + row, 1)
 
 
-def _epoch_bounds(call: AttentionCall, num_epochs: int, epoch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the lowest and the highest query row of every epoch, int32 (B, epochs)."""
-    return _row_bounds(_padded_rows(call, num_epochs * epoch_size).unflatten(-1, (num_epochs, epoch_size)))
-
-
-def _tile_bounds(
-    call: AttentionCall, num_epochs: int, epoch_size: int, tiles: int, tile_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the lowest and the highest query row of every tile, int32 (B, epochs, tiles)."""
-    rows = _padded_rows(call, num_epochs * epoch_size).unflatten(-1, (num_epochs, epoch_size))
-    rows = torch.nn.functional.pad(rows, (0, tiles * tile_size - epoch_size), value=-1)
-    return _row_bounds(rows.unflatten(-1, (tiles, tile_size)))
-
-
-def _padded_rows(call: AttentionCall, length: int) -> torch.Tensor:
-    rows = call.query_rows()
-    return torch.nn.functional.pad(rows, (0, length - rows.shape[-1]), value=-1)
+@triton.jit
+def _epoch_rows(
+    start_ptr,
+    positions_ptr,
+    batch,
+    epoch,
+    seqlen_q,
+    EPOCH: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Returns the lowest and the highest query row of an epoch; int32 maximum and -1 when it has none."""
+    begin = epoch * EPOCH
+    end = tl.minimum(begin + EPOCH, seqlen_q)
+    if HAS_POSITIONS:
+        first = 2147483647
+        last = -1
+        for offset in range(begin, end, CHUNK):
+            query = offset + tl.arange(0, CHUNK)
+            row = tl.load(positions_ptr + batch.to(tl.int64) * seqlen_q + query, mask=query < end, other=-1)
+            first = tl.minimum(first, tl.min(tl.where(row < 0, 2147483647, row), axis=0))
+            last = tl.maximum(last, tl.max(row, axis=0))
+    else:
+        start = tl.load(start_ptr + batch)
+        first = start + begin
+        last = start + end - 1
+    return first, last
 
 
 @triton.jit
@@ -169,45 +198,55 @@ def _append(entries_ptr, count, keys, is_wanted, capacity):
 def _fill_lists(
     by_death_ptr,  # (R, Sk) int64, keys by death
     death_sorted_ptr,  # (R, Sk)
-    birth_by_death_ptr,  # (R, Sk)
     birth_ptr,  # (R, Sk)
     death_ptr,  # (R, Sk)
-    born_in_order_ptr,  # (R,)
-    start_ptr,  # (R, epochs), the first place in by_death that outlives the epoch's first row
-    first_ptr,  # (B, epochs)
-    last_ptr,  # (B, epochs)
+    out_of_order_ptr,  # (R,)
+    start_ptr,  # (B,)
+    positions_ptr,  # (B, Sq)
     entries_ptr,  # (R, epochs, capacity)
     sections_ptr,  # (R, epochs, 3)
+    heads,
+    seqlen_q,
     seqlen_k,
     num_epochs,
     capacity,
-    heads,
+    EPOCH: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     epoch = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    first = tl.load(first_ptr + head // heads * num_epochs + epoch)
-    last = tl.load(last_ptr + head // heads * num_epochs + epoch)
+    first, last = _epoch_rows(start_ptr, positions_ptr, head // heads, epoch, seqlen_q, EPOCH, HAS_POSITIONS, CHUNK)
     entries_ptr += (head * num_epochs + epoch) * capacity
     sections_ptr += (head * num_epochs + epoch) * 3
     birth_ptr += head * seqlen_k
     death_ptr += head * seqlen_k
     lanes = tl.arange(0, CHUNK)
 
+    # The first place, by death, that outlives the epoch's first row.
+    low = 0
+    high = seqlen_k
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(death_sorted_ptr + head * seqlen_k + middle) > first:
+            high = middle
+        else:
+            low = middle + 1
+
     count = 0
     num_dying = 0
-    for offset in range(tl.load(start_ptr + head * num_epochs + epoch), seqlen_k, CHUNK):
+    for offset in range(low, seqlen_k, CHUNK):
         place = offset + lanes
         is_inside = place < seqlen_k
-        birth = tl.load(birth_by_death_ptr + head * seqlen_k + place, mask=is_inside, other=2147483647)
         death = tl.load(death_sorted_ptr + head * seqlen_k + place, mask=is_inside, other=-1)
         key = tl.load(by_death_ptr + head * seqlen_k + place, mask=is_inside, other=0).to(tl.int32)
+        birth = tl.load(birth_ptr + key, mask=is_inside, other=2147483647)
         is_alive = (birth <= first) & (death > first)
         num_dying += tl.sum((is_alive & (death <= last)).to(tl.int32), axis=0)
         count = _append(entries_ptr, count, key, is_alive, capacity)
     num_alive = tl.minimum(count, capacity)
 
-    in_order = tl.load(born_in_order_ptr + head) != 0
+    in_order = tl.load(out_of_order_ptr + head) == 0
     lowest = tl.where(in_order, tl.minimum(first, seqlen_k) + 1, 0)
     highest = tl.where(last < 0, 0, tl.where(in_order, tl.minimum(last + 1, seqlen_k), seqlen_k))
     for offset in range(tl.minimum(lowest, highest), highest, CHUNK):
@@ -228,23 +267,33 @@ def _find_stretches(
     sections_ptr,  # (R, epochs, 3)
     birth_ptr,  # (R, Sk)
     death_ptr,  # (R, Sk)
-    first_ptr,  # (B, epochs, tiles)
-    last_ptr,  # (B, epochs, tiles)
+    start_ptr,  # (B,)
+    positions_ptr,  # (B, Sq)
     stretches_ptr,  # (R, epochs, tiles, 2)
+    heads,
+    seqlen_q,
     seqlen_k,
     num_epochs,
     capacity,
-    heads,
     tiles,
+    EPOCH: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    TILE: tl.constexpr,
     TILES: tl.constexpr,
+    LANES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     epoch = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     tile = tl.arange(0, TILES)
-    bounds = (head // heads * num_epochs + epoch) * tiles + tile
-    first = tl.load(first_ptr + bounds, mask=tile < tiles, other=0)
-    last = tl.load(last_ptr + bounds, mask=tile < tiles, other=-1)
+    lane = tl.arange(0, LANES)
+    token = tile[:, None] * TILE + lane[None, :]
+    query = epoch * EPOCH + token
+    exists = (lane < TILE)[None, :] & (token < EPOCH) & (query < seqlen_q)
+    row = query_rows(start_ptr, positions_ptr, head // heads, query, exists, seqlen_q, HAS_START, HAS_POSITIONS)
+    first = tl.min(tl.where(row < 0, 2147483647, row), axis=1)
+    last = tl.max(row, axis=1)
     entries_ptr += (head * num_epochs + epoch) * capacity
     sections_ptr += (head * num_epochs + epoch) * 3
     num_dying = tl.load(sections_ptr)
