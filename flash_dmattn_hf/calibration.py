@@ -15,6 +15,7 @@ from torch import nn
 
 from flash_dmattn_hf.attach import iter_gates
 from flash_dmattn_hf.evaluation import cut
+from flash_dmattn_hf.importance import ImportanceGate
 from flash_dmattn_hf.mass import attention_and_mass, far_queries
 from flash_dmattn_hf.observation import observed_attention
 from flash_dmattn_hf.progress import progress_bar
@@ -70,6 +71,8 @@ def calibrate(model: nn.Module, calibration: Calibration) -> CalibrationResult:
     """
     layers = {module: (name, gate) for name, module, gate in iter_gates(model)}
     gates = {module: gate for module, (_, gate) in layers.items()}
+    if not all(isinstance(gate, ImportanceGate) for gate in gates.values()) or not gates:
+        raise ValueError(f"model must have importance gates to calibrate, got {type(model).__name__} without")
     stretches = cut_text(gates.values(), calibration, _longest_input(model))
 
     statistics = {

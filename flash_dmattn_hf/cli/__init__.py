@@ -4,14 +4,17 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import warnings
+
+import torch
 
 from flash_dmattn_hf.checkpoint import first_line
 from flash_dmattn_hf.cli import convert, evaluate, generate, info
 
 COMMANDS = (convert, info, evaluate, generate)
-BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError)
-"""What this package, transformers and torch raise for a caller's mistake; anything else is a bug and is shown."""
+BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfMemoryError)
+"""What this package, transformers and torch raise for a request they cannot serve; anything else is a bug."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         _silence_progress_bars()
     # a request to convert a repository's pickles on the Hub would be opened in the user's name
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    handler = signal.signal(signal.SIGTERM, _terminate)
+    can_handle = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, _terminate) if can_handle else None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -37,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"flash-dmattn {args.command}: interrupted", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        if can_handle:
+            signal.signal(signal.SIGTERM, handler)
     return 0
 
 

@@ -73,6 +73,14 @@ def load(source: Source, args: argparse.Namespace) -> PreTrainedModel:
     return load_model(source, dtype=dtype, allow_pickle=args.allow_pickle).to(device).eval()
 
 
+def check_length(model: PreTrainedModel, length: int, option: str) -> None:
+    """Raises ValueError if a sequence is longer than the model's table of position embeddings, if it has one."""
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and length > longest and getattr(config, "rope_parameters", None) is None:
+        raise ValueError(f"{option} must not make sequences longer than {longest}, the model's limit, got {length}")
+
+
 def need_tokenizer(source: Source) -> Tokenizer:
     """Loads the tokenizer; ValueError if the checkpoint has none."""
     tokenizer = load_tokenizer(source)

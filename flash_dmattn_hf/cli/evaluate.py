@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if len(input_ids) < stretch_length:
         raise ValueError(f"--text must hold at least {stretch_length} tokens, got {len(input_ids)} in {args.text}")
     model = common.load(source, args)
+    common.check_length(model, stretch_length, "--contexts")
     if next(iter_gates(model), None) is None:
         convert_model(model)
     windows = args.windows or [next(iter_gates(model))[2].config.keep_window_size]

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = common.need_tokenizer(source)
     input_ids = _prompt_ids(tokenizer, args)
     model = common.load(source, args)
+    common.check_length(model, input_ids.shape[1] + args.max_new_tokens, "--max-new-tokens")
     sampling = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}

@@ -226,6 +226,15 @@ def test_too_short_stretches_name_what_is_needed():
         calibrate(model, Calibration(tokens(1, 4000), stretch_length=40))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "doge"])
+def test_only_gates_of_our_own_can_be_calibrated(model_type):
+    model = tiny_model(model_type, **({"head_dim": 8} if model_type == "doge" else {}))
+    if model_type == "doge":
+        model.set_attn_implementation("flash_dmattn")
+    with pytest.raises(ValueError, match="must have importance gates"):
+        calibrate(model, Calibration(tokens(1, 4000)))
+
+
 def test_sinks_and_keys_that_few_queries_see_are_not_learned_from():
     gate = next(iter_gates(gated("llama")))[2]
     for length, fewest in ((STRETCH, MIN_FAR_QUERIES), (1016, 250)):

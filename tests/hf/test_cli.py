@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from flash_dmattn_hf import iter_gates
 from flash_dmattn_hf.cli import main
 
-from .cli_models import save_dense, save_gguf
+from .cli_models import save_dense, save_gguf, tokenizer
 from .tiny import tiny_model, tokens
 
 WINDOW = ["--keep-window-size", "32", "--local-window-size", "16"]
@@ -378,6 +378,14 @@ def test_sampling_follows_the_seed(converted, capsys):
 )
 def test_generate_names_what_is_wrong(options, message, converted, capsys):
     assert message in refused(capsys, "generate", converted, *options)
+
+
+def test_tables_of_position_embeddings_are_not_exceeded(text, tmp_path, capsys):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    sentence = refused(capsys, "generate", tmp_path, "--prompt", "abc", "--max-new-tokens", "254")
+    assert "longer than 256, the model's limit, got 257" in sentence
+    assert "got 512" in refused(capsys, "eval", tmp_path, "--text", text, "--contexts", "64,512")
 
 
 def test_info_names_every_engine_and_why_it_is_not_there(capsys):
