@@ -90,10 +90,9 @@ def test_left_padded_beams():
     assert_same_ids(greedy(model, ids, mask, num_beams=2), without_cache(model, ids, mask, num_beams=2))
 
 
-@pytest.mark.parametrize("size", [5, PROMPT - 1])
-def test_prefill_in_chunks(model, size):
+def test_prefill_in_chunks(model):
     ids, mask = left_padded_prompt()
-    assert_same_ids(greedy(model, ids, mask, prefill_chunk_size=size), without_cache(model, ids, mask))
+    assert_same_ids(greedy(model, ids, mask, prefill_chunk_size=5), without_cache(model, ids, mask))
 
 
 def test_prefill_by_hand(model):
@@ -183,6 +182,22 @@ def test_a_turn_with_drafts_leaves_a_cache_that_later_turns_use():
         mask = torch.ones_like(ids)
     with pytest.raises(ValueError, match="past_key_values must be empty for assisted decoding .* got a cache of"):
         greedy(model, ids, mask, past_key_values=past, prompt_lookup_num_tokens=3)
+
+
+def test_a_model_with_adapters():
+    """LoRA on the queries and a trainable copy of every gate: the cache asks the copy in use."""
+    peft = pytest.importorskip("peft", reason="peft is an optional dependency")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["dma"], init_lora_weights=False)
+    model = peft.get_peft_model(make_model("llama-sinks-local"), config).eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    ids, mask = make_prompt()
+    found = greedy(model, ids, mask, return_dict_in_generate=True)
+    assert isinstance(found.past_key_values, DynamicMaskCache)
+    assert_same_ids(found.sequences, without_cache(model, ids, mask))
+    with model.disable_adapter():
+        assert without_cache(model, ids, mask, new=NEW - 1).tolist() != found.sequences[:, :-1].tolist()
 
 
 def test_logits_of_every_step_agree(model):

@@ -25,8 +25,8 @@ from .generation_models import put_importance_on_a_grid
 from .replay import ReplayedLayer
 
 WINDOW = 64
-NEW = int(os.environ.get("FLASH_DMATTN_NEW_TOKENS", "24"))
-NEW_IN_BATCH = max(NEW, 96)
+NEW = int(os.environ.get("FLASH_DMATTN_NEW_TOKENS", "16"))
+NEW_IN_BATCH = max(NEW, 64)
 TEXT = """The lighthouse keeper wrote in his log every evening, even when nothing had happened. On Monday a storm
 broke two windows of the lower room; on Tuesday the supply boat brought flour, oil, and a letter from his sister, who
 asked again whether he would not rather live in town. He answered, as he always did, that somebody had to keep the
