@@ -82,8 +82,15 @@ def calibrate(model: nn.Module, calibration: Calibration) -> CalibrationResult:
         ]
         for module, gate in gates.items()
     }
-    _read(model, stretches, _Collector(gates, statistics), calibration.progress and "calibrating (1/2)")
-    fits = {module: fit(*statistics.pop(module)) for module in layers}
+    collector = _Collector(gates, statistics)
+    _read(model, stretches, collector, calibration.progress and "calibrating (1/2)")
+    fits = {}
+    for module, (name, _) in layers.items():
+        if not collector.tokens_read[module]:
+            raise ValueError(f"{name} must be called through the attention interface to be calibrated, but never was")
+        fits[module] = fit(*statistics.pop(module))
+        if not fits[module][0].isfinite().all():
+            raise ValueError(f"{name} must have finite values and attention on the calibration text, got NaN or inf")
 
     ranges = _Ranges(gates, {module: weight for module, (weight, _, _) in fits.items()})
     _read(model, stretches, ranges, calibration.progress and "calibrating (2/2)")

@@ -112,6 +112,16 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(model_type, calibration,
     assert len(list(iter_gates(model))) == 2
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_layer_is_named(bad):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = bad
+    with pytest.raises(ValueError, match="model.layers.1.self_attn must have finite values"):
+        convert_model(model, WINDOW, calibration=TEXT)
+    assert not hasattr(model.config, "flash_dmattn")
+
+
 @pytest.mark.parametrize("model_type", ["bloom", "gptj"])
 def test_a_refused_family_stays_as_it_was(model_type):
     sizes = {"n_head": 4, "n_layer": 2, "n_embd": 32, "rotary_dim": 4} if model_type == "gptj" else {"n_head": 4}
