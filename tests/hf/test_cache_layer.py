@@ -10,7 +10,7 @@ import torch
 from conftest import SEED
 
 from flash_dmattn import select_visible
-from flash_dmattn_hf.cache import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
 
 from .cache_definition import positions_of, sees, survives
@@ -162,7 +162,7 @@ def test_what_is_kept_without_padding_is_exactly_what_is_needed():
 
 def test_the_single_token_step_agrees_with_the_general_path(monkeypatch):
     """Visibility, and what survives, are those of select_visible and of an eviction by sorting."""
-    from flash_dmattn_hf import cache as cache_module
+    from flash_dmattn_hf import cache_layer
 
     num_victims = 0
     for number in range(400, 420):
@@ -174,7 +174,7 @@ def test_the_single_token_step_agrees_with_the_general_path(monkeypatch):
             view = process(quick, case, row, row + 1)
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    cache_module,
+                    cache_layer,
                     "decode_visibility",
                     lambda importance, positions, query, **kw: select_visible(importance, positions=positions, **kw),
                 )
