@@ -59,12 +59,12 @@ FULL = Amounts(
     windows=(256, 512, 1024),
     context=2048,
     stretches=2,
-    equality_stretches=8,
-    calibration_tokens=16384,
+    equality_stretches=4,
+    calibration_tokens=8192,
     new_tokens=64,
     train_length=1024,
-    train_steps=16,
-    eval_pieces=4,
+    train_steps=8,
+    eval_pieces=3,
     cache_context=4096,
 )
 QUICK = Amounts(
