@@ -46,6 +46,7 @@ def attach(model: nn.Module, config: DynamicMaskConfig) -> AttachReport:
     Raises ValueError if no module qualifies, or one that must have dynamic masks cannot.
     """
     report, refused = plan(model, config)
+    _check_layers(model, config)
     if refused and report.attached:
         raise ValueError(refusal(model, refused))
     if not report.attached:
@@ -73,6 +74,12 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> tuple[AttachReport, dic
         else:
             refused[name] = verdict.reason
     return report, refused
+
+
+def _check_layers(model: nn.Module, config: DynamicMaskConfig) -> None:
+    indices = {getattr(module, "layer_idx", None) for _, module, _ in _attention_modules(model)}
+    if absent := [index for index in config.layers or () if index not in indices]:
+        raise ValueError(f"layers must be indices of attention layers of {type(model).__name__}, got {absent}")
 
 
 def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

@@ -15,6 +15,8 @@ class DogeGate:
     """The protocol of `ImportanceGate` for a DogeAttention; it owns no parameters and reads the module's."""
 
     def __init__(self, module: nn.Module, shape: Any, config: DynamicMaskConfig) -> None:
+        if config.importance_heads != "kv":
+            raise ValueError(f'importance_heads must be "kv" for native Doge, got {config.importance_heads!r}')
         self.module = module
         self.config = config
         self.layer_idx = module.layer_idx

@@ -198,7 +198,8 @@ def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> N
                 model.register_forward_pre_hook(refuse_without_gates)
         return
     attach.attach(model, settings)
-    if getattr(text_config, SECTION, None) is not None or not any(map(is_native_doge, model.modules())):
+    is_doge = any(map(is_native_doge, model.modules()))
+    if not is_doge or load_time_values() or getattr(text_config, SECTION, None) is not None:
         setattr(text_config, SECTION, settings.to_dict())
     _hand_back(model, text_config, previous or {})
     _watch_first_forward(model)

@@ -159,6 +159,19 @@ def test_another_window_at_load_time():
         assert (wide(input_ids).logits - make()(input_ids).logits).abs().max() > 1e-3
 
 
+def test_another_window_is_saved(tmp_path):
+    with dynamic_mask_config(keep_window_size=16):
+        make().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "flash_dmattn"
+    assert next(iter_gates(again))[2].config.keep_window_size == 16
+
+
+def test_importance_per_query_head_is_refused():
+    with dynamic_mask_config(importance_heads="query"), pytest.raises(ValueError, match="importance_heads"):
+        make()
+
+
 def reference(input_ids, keep_window_size):
     native = make("eager")
     for module in native.modules():
