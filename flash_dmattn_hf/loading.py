@@ -6,17 +6,24 @@ from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf import attach, doge
-from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config, load_time_values
-from flash_dmattn_hf.families import chooses_class_by_name, is_native_doge
+from flash_dmattn_hf import attach
+from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config
+from flash_dmattn_hf.families import chooses_class_by_name
 from flash_dmattn_hf.importance import ImportanceGate
 from flash_dmattn_hf.names import NAMES, is_ours
 from flash_dmattn_hf.offload import materialize
-from flash_dmattn_hf.packing import hides_positions, refuse_packed_positions
+from flash_dmattn_hf.preparation import (
+    leave_other_parts_native,
+    prepare,
+    refuse_without_gates,
+    remove_hook,
+    settings_of,
+    submodels,
+    text_config_of,
+    uses_dynamic_masks,
+)
 
 
 def wrap_check_implementation(original: Callable) -> Callable:
@@ -25,7 +32,7 @@ def wrap_check_implementation(original: Callable) -> Callable:
     @wraps(original)
     def check(self, attn_implementation, is_init_check=False, *args, **kwargs):
         if is_ours(attn_implementation):
-            _leave_other_parts_native(self.config)
+            leave_other_parts_native(self.config)
             if is_init_check and chooses_class_by_name(type(self)):
                 raise ValueError(
                     f"{type(self).__name__} cannot use flash_dmattn: it chooses its attention class by the name of "
@@ -124,16 +131,16 @@ def wrap_set_implementation(original: Callable) -> Callable:
 
     @wraps(original)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        before = {id(part.config): part.config._attn_implementation for part in _submodels(self)}
+        before = {id(part.config): part.config._attn_implementation for part in submodels(self)}
         original(self, attn_implementation, *args, **kwargs)
         if not is_ours(attn_implementation) and not uses_dynamic_masks(self):
             return
         try:
             fresh = _attach_to_existing(self, before)
         except ValueError:
-            for part in _submodels(self):
+            for part in submodels(self):
                 part.config._attn_implementation_internal = before[id(part.config)]
-                _remove_hook(part._forward_pre_hooks, refuse_without_gates)
+                remove_hook(part._forward_pre_hooks, refuse_without_gates)
             raise
         if fresh:
             _warn_untrained()
@@ -154,116 +161,6 @@ def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[
     for gate in fresh:
         gate.initialize()
     return fresh
-
-
-def text_config_of(model: PreTrainedModel) -> Any:
-    """Returns the config of the text decoder: the model's own, or the text part of a composite one."""
-    return attach.text_config_of(model)
-
-
-def uses_dynamic_masks(model: PreTrainedModel) -> bool:
-    """True if our implementation is selected for the text part of the model."""
-    return is_ours(text_config_of(model)._attn_implementation)
-
-
-def settings_of(model: PreTrainedModel) -> DynamicMaskConfig:
-    """Returns the resolved settings: the config's section or the defaults, with load-time values on top."""
-    text_config = text_config_of(model)
-    is_doge = any(is_native_doge(module) for module in model.modules())
-    section = getattr(text_config, SECTION, None)
-    if section is None:
-        base = doge.native_config(text_config) if is_doge else DynamicMaskConfig()
-    else:
-        base = DynamicMaskConfig.from_dict(section)
-    if values := load_time_values():
-        base = DynamicMaskConfig.from_dict({**base.to_dict(), **values})
-    return base.resolve(dense=not is_doge)
-
-
-def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> None:
-    """Attaches gates if our implementation or a section asks for them; idempotent.
-
-    previous: id of a config -> the implementation its parts go back to when they cannot use ours.
-    """
-    text_config = text_config_of(model)
-    is_selected = is_ours(text_config._attn_implementation)
-    if not is_selected and getattr(text_config, SECTION, None) is None:
-        return
-    settings = settings_of(model)
-    report, refused = attach.plan(model, settings)
-    if not report.attached:
-        if is_selected:
-            model._flash_dmattn_refusal = attach.refusal(model, refused or report.skipped)
-            if refuse_without_gates not in model._forward_pre_hooks.values():
-                model.register_forward_pre_hook(refuse_without_gates)
-        return
-    attach.attach(model, settings)
-    is_doge = any(map(is_native_doge, model.modules()))
-    if not is_doge or load_time_values() or getattr(text_config, SECTION, None) is not None:
-        setattr(text_config, SECTION, settings.to_dict())
-    _hand_back(model, text_config, previous or {})
-    _watch_first_forward(model)
-
-
-def refuse_without_gates(module: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a model in which nothing qualified: raises instead of attending densely."""
-    if uses_dynamic_masks(module):
-        raise ValueError(module._flash_dmattn_refusal)
-
-
-def check_called(module: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook, once: raises if an attached attention module was not called through the interface."""
-    if torch.compiler.is_compiling() or not uses_dynamic_masks(module):
-        return
-    if module.training and getattr(text_config_of(module), "layerdrop", 0):
-        return
-    for name, _, gate in attach.iter_gates(module):
-        if not gate.was_called:
-            raise RuntimeError(
-                f"{name} of {type(module).__name__} has a gate but its forward never called the attention "
-                "interface, so it is silently dense: leave its layer out with layers=..."
-            )
-    _remove_hook(module._forward_hooks, check_called)
-
-
-def _leave_other_parts_native(config: Any) -> None:
-    """Lets the parts of a composite model around the text model, such as a vision tower, choose for themselves."""
-    text_config = attach.text_part(config)
-    for key in config.sub_configs:
-        part = getattr(config, key, None)
-        if part is None or part is text_config or attach.text_part(part) is text_config:
-            continue
-        if is_ours(part._attn_implementation):
-            part._attn_implementation = None
-
-
-def _watch_first_forward(model: nn.Module) -> None:
-    parts = [part for part in _submodels(model) if any(True for _ in attach.iter_gates(part))]
-    if not any(check_called in part._forward_hooks.values() for part in parts):
-        parts[-1].register_forward_hook(check_called)
-    for part in parts:
-        if hides_positions(type(part)) and refuse_packed_positions not in part._forward_pre_hooks.values():
-            part.register_forward_pre_hook(refuse_packed_positions, with_kwargs=True)
-
-
-def _hand_back(model: PreTrainedModel, text_config: Any, previous: dict[int, str]) -> None:
-    """Gives parts other than the text model, such as a vision tower, an implementation of their own."""
-    for part in _submodels(model):
-        _remove_hook(part._forward_pre_hooks, refuse_without_gates)
-        has_gates = any(True for _ in attach.iter_gates(part))
-        if part.config is not text_config and is_ours(part.config._attn_implementation) and not has_gates:
-            name = previous.get(id(part.config))
-            name = None if is_ours(name) else name
-            part.config._attn_implementation_internal = part.get_correct_attn_implementation(name, True)
-
-
-def _submodels(model: nn.Module) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-
-
-def _remove_hook(hooks: dict, function: Callable) -> None:
-    for key in [key for key, hook in hooks.items() if hook is function]:
-        del hooks[key]
 
 
 def _load_time(values: Any) -> Any:
