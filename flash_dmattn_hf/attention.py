@@ -105,6 +105,7 @@ def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Te
         view.importance,
         view.visibility,
         query_positions=view.query_positions,
+        max_visible=gate.config.keep_window_size,
         add_importance_bias=gate.config.add_importance_bias,
         **options,
     )
