@@ -332,7 +332,7 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[d
         "amounts": asdict(amounts),
         "claims": claims.entries,
         "uncalibrated_difference_float32": in_float32,
-        "perplexity": json.loads((output / "eval.json").read_text()),
+        "perplexity": {**json.loads((output / "eval.json").read_text()), "model": "converted", "text": "held_out.txt"},
         "generation": generated,
         "cache_bytes": memory,
         "fine_tuning": tuned,
