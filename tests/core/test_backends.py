@@ -18,9 +18,13 @@ def test_the_reference_is_always_available_and_last():
 
 @pytest.mark.parametrize("backend", get_available_backends())
 def test_a_backend_asked_for_by_name_gives_what_auto_gives(backend):
-    inputs = AttentionCase("by-name").inputs()
+    # A GPU engine takes GPU tensors; "auto" serves those of the CPU by the reference.
+    device = "cuda" if backend != "reference" and torch.cuda.is_available() else "cpu"
+    inputs = [tensor.float() for tensor in AttentionCase("by-name").inputs()]
     expected = dynamic_mask_attention(*inputs, **window(7, 1, 2))
-    torch.testing.assert_close(dynamic_mask_attention(*inputs, **window(7, 1, 2), backend=backend), expected)
+    moved = [tensor.to(device) for tensor in inputs]
+    out = dynamic_mask_attention(*moved, **window(7, 1, 2), backend=backend)
+    torch.testing.assert_close(out.cpu(), expected)
 
 
 def test_the_environment_overrides_auto(monkeypatch):
