@@ -1,7 +1,5 @@
 """Every change to transformers: what `register()` wraps and `unregister()` puts back."""
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from transformers import (
     masking_utils,
 )
 
-from flash_dmattn_hf import doge, loading
+from flash_dmattn_hf import doge, generation, loading
 from flash_dmattn_hf.attention import dynamic_mask_attention_forward
 from flash_dmattn_hf.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
 from flash_dmattn_hf.names import NAMES
@@ -91,13 +89,7 @@ def _patches() -> list[Patch]:
             (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),
             (masking_utils, "_preprocess_mask_arguments", wrap_preprocess_mask_arguments),
             (DogeAttention, "forward", doge.wrap_forward),
-            *_generation_patches(),
+            *generation.PATCHES,
         ]
         _PATCHES.extend(Patch(*entry) for entry in entries)
     return _PATCHES
-
-
-def _generation_patches() -> list[tuple[Any, str, Callable]]:
-    if importlib.util.find_spec("flash_dmattn_hf.generation") is None:
-        return []
-    return importlib.import_module("flash_dmattn_hf.generation").PATCHES

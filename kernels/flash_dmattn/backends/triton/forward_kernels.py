@@ -74,7 +74,7 @@ def _forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Late tiles first within an epoch's neighborhood: programs that run together share a head's keys in L2.
+    # Tiles of a head follow each other: programs that run together share its keys in L2.
     epoch = tl.program_id(0) // tiles_per_epoch
     tile = tl.program_id(0) % tiles_per_epoch
     head = tl.program_id(1)
