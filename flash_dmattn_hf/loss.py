@@ -1,8 +1,8 @@
 """Makes a causal language model compute its loss in chunks of tokens, whoever trains it.
 
 While a forward with labels runs, the output layer returns a note of its logits (`DeferredLogits`). The model's own code
-scales or softcaps the note and hands it to the model's loss function, which here computes the loss from hidden states and
-weight. So no forward is rewritten, and an unmodified Trainer needs to know nothing.
+scales or softcaps the note and hands it to the model's loss function, which here computes the loss from hidden states
+and weight. So no forward is rewritten, and an unmodified Trainer needs to know nothing.
 """
 
 import functools

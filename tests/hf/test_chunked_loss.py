@@ -1,16 +1,11 @@
 """The chunked loss and its gradients are those of the whole logits, for every kind of output layer and batch."""
 
-import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from torch import nn
 
-from flash_dmattn_hf import liger
 from flash_dmattn_hf.chunked_loss import chunked_cross_entropy
-from flash_dmattn_hf.deferred_logits import DeferredLogits
 from flash_dmattn_hf.loss import use_chunked_loss
 
 from .test_families import converted
@@ -88,7 +83,9 @@ def test_weight_gradients_add_up_in_float32():
 
 def test_tokens_without_a_label_count_for_nothing_whatever_they_hold():
     hidden, weight, bias, labels = make_inputs(torch.float64)
-    expected = loss_and_gradients(chunked_cross_entropy(hidden, weight, labels, bias, chunk_size=7), (hidden, weight, bias))
+    expected = loss_and_gradients(
+        chunked_cross_entropy(hidden, weight, labels, bias, chunk_size=7), (hidden, weight, bias)
+    )
     spoilt, weight, bias, labels = make_inputs(torch.float64)
     with torch.no_grad():
         spoilt[labels == -100] = torch.nan
@@ -167,10 +164,6 @@ def test_output_layers_of_many_kinds(model_type, values, items):
         output, got = of_model(model, **inputs)
     assert output.logits is None and plain.logits is not None
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
-
-
-def loss_is_of_its_own(model_type):
-    return model_type in {"llava", "idefics3"}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
