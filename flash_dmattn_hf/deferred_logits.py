@@ -69,7 +69,7 @@ class DeferredLogits:
 
 def _cannot_follow(operation: str) -> TypeError:
     return TypeError(
-        f"the chunked loss cannot follow what this model does to its logits: {operation}; train without the chunked loss"
+        f"the chunked loss cannot follow what this model does to its logits: {operation}; train without it"
     )
 
 

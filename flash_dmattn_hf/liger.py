@@ -5,7 +5,7 @@ import re
 
 import torch
 
-_SOFTCAP = re.compile(r"(?:float32,)?/([\d.e+-]+),tanh,\*\1")
+SOFTCAP = re.compile(r"(?:float32,)?/([\d.e+-]+),tanh,\*\1")
 
 
 def is_installed() -> bool:
@@ -20,7 +20,7 @@ def reject(hidden: torch.Tensor, operations: str) -> str | None:
         return f"its kernels run on a GPU, not on {hidden.device.type}"
     if hidden.dtype == torch.float64:
         return "it computes in float32"
-    if operations not in ("", "float32") and _SOFTCAP.fullmatch(operations) is None:
+    if operations not in ("", "float32") and SOFTCAP.fullmatch(operations) is None:
         return f"it knows a softcap of the logits, not {operations}"
     return None
 
@@ -36,7 +36,7 @@ def cross_entropy(
     """The sum that `chunked_cross_entropy` returns; gradients of weight and bias add up in float32."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    softcap = _SOFTCAP.fullmatch(operations)
+    softcap = SOFTCAP.fullmatch(operations)
     return liger_fused_linear_cross_entropy(
         hidden,
         weight,

@@ -68,7 +68,7 @@ class ChunkedLoss:
         self._model = model
         self._head = model.get_output_embeddings()
         self._attributes = {name: vars(model)[name] for name in ("forward", "_loss_function") if name in vars(model)}
-        self._forward = _wrap_forward(getattr(model.forward, "__func__", model.forward))
+        self._forward = _wrap_forward(model.forward.__func__)
         setattr(model, SETTINGS, settings)
         model.forward = MethodType(self._forward, model)
         model.loss_function = causal_lm_loss
@@ -203,6 +203,8 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"{name} has a chunked loss already: remove() it first")
     if model.loss_function is not ForCausalLMLoss or "labels" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"model must have transformers' causal language model loss, got {name}")
+    if not isinstance(model.forward, MethodType):
+        raise ValueError(f"the forward of {name} must be a method, got {type(model.forward).__name__}")
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or "forward" in vars(head):
         raise ValueError(

@@ -1,15 +1,10 @@
-"""The chunked loss and its gradients are those of the whole logits, for every kind of output layer and batch."""
-
+"""The cross-entropy in chunks and its gradients are those of the whole logits."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from flash_dmattn_hf.chunked_loss import chunked_cross_entropy
-from flash_dmattn_hf.loss import use_chunked_loss
-
-from .test_families import converted
-from .tiny import FAMILIES, tiny_model, tokens
 
 OPERATIONS = {
     "none": ("", lambda logits: logits),
@@ -126,51 +121,3 @@ def test_it_refuses(changes, message):
     arguments = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, **changes}
     with pytest.raises(ValueError, match=message):
         chunked_cross_entropy(**arguments)
-
-
-def labelled():
-    """Left-padded and partly unlabelled: what a Trainer gives."""
-    input_ids = tokens()
-    attention_mask, labels = torch.ones_like(input_ids), input_ids.clone()
-    attention_mask[0, :5], labels[0, :9], labels[1, 20:] = 0, -100, -100
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "use_cache": False}
-
-
-def of_model(model, **inputs):
-    """Loss and gradients of one step."""
-    model.zero_grad()
-    output = model(**inputs)
-    output.loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return output, {"loss": output.loss.detach(), **gradients}
-
-
-HEADS = {
-    "gemma2 with softcap": ("gemma2", {"final_logit_softcapping": 3.0}),
-    "granite with scaling": ("granite", {"logits_scaling": 4.0}),
-    "cohere with scaling": ("cohere", {"logit_scale": 0.25}),
-    "mixtral with router loss": ("mixtral", {"output_router_logits": True}),
-    "llama tied": ("llama", {"tie_word_embeddings": True}),
-}
-
-
-@pytest.mark.parametrize(("model_type", "values"), HEADS.values(), ids=HEADS.keys())
-@pytest.mark.parametrize("items", [None, 11, torch.tensor(11)], ids=["mean", "int", "tensor"])
-def test_output_layers_of_many_kinds(model_type, values, items):
-    model = tiny_model(model_type, **values).train()
-    inputs = {**labelled(), "num_items_in_batch": items}
-    plain, expected = of_model(model, **inputs)
-    with use_chunked_loss(model, chunk_size=7):
-        output, got = of_model(model, **inputs)
-    assert output.logits is None and plain.logits is not None
-    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_with_dynamic_masks(model_type):
-    model = converted(model_type).float().train()
-    _, expected = of_model(model, **labelled())
-    with use_chunked_loss(model, chunk_size=7):
-        output, got = of_model(model, **labelled())
-    assert output.logits is None
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-3)
