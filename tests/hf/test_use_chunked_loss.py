@@ -1,4 +1,4 @@
-"""A model with a chunked loss trains as without, whatever its output layer, batch and Trainer; and is left as it was."""
+"""A model with a chunked loss trains as without, for every output layer, batch and Trainer; and is left as it was."""
 
 import copy
 import functools
