@@ -240,8 +240,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("batches", ["padded", "packed with cu_seqlens"])
+@pytest.mark.parametrize(
+    ("batches", "option"),
+    [*(("padded", option) for option in OPTIONS), ("packed", "accumulation"), ("packed with cu_seqlens", "plain")],
+)
 def test_an_unmodified_trainer_gets_the_same_weights_and_losses(tmp_path, batches, option):
     torch.compiler.reset()
     results = []
