@@ -1,0 +1,48 @@
+// What the forward of interval attention is launched with. Plain C: the Python side mirrors the struct.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// Strides count elements and are those of batch, row and head; the head dim is contiguous, rows are 16-byte aligned.
+struct flash_dmattn_forward_params {
+    const void* query;               // (B, Sq, H, D)
+    const void* key;                 // (B, Sk, Hkv, D)
+    const void* value;               // (B, Sk, Hkv, D)
+    void* out;                       // (B, Sq, H, D), contiguous
+    float* lse;                      // (B, H, Sq)
+    const float* importance;         // (B, Hi, Sk), or null
+    const int32_t* birth;            // (B, Hi, Sk)
+    const int32_t* death;            // (B, Hi, Sk)
+    const int32_t* query_start;      // (B,), or null when query_positions is given
+    const int32_t* query_positions;  // (B, Sq), or null
+    const int32_t* entries;          // (B, Hi, epochs, capacity)
+    const int32_t* sections;         // (B, Hi, epochs, 3)
+    const int32_t* stretches;        // (B, Hi, epochs, tiles, 2)
+    int64_t query_strides[3];
+    int64_t key_strides[3];
+    int64_t value_strides[3];
+    float softmax_scale;  // above 0
+    float softcap;        // 0 is off
+    int32_t batch;
+    int32_t seqlen_q;
+    int32_t seqlen_k;
+    int32_t num_interval_heads;            // Hi
+    int32_t interval_heads_per_kv_head;    // Hi / Hkv
+    int32_t group_size;                    // H / Hi
+    int32_t num_epochs;
+    int32_t epoch_size;      // query tokens
+    int32_t tiles_per_epoch;
+    int32_t tile_size;       // query tokens
+    int32_t capacity;
+    int32_t head_dim;
+    int32_t is_bfloat16;     // otherwise float16
+};
+
+// Query rows (tokens x group heads) of a tile, or 0 when there is no kernel for the head dim.
+int flash_dmattn_forward_tile_rows(int head_dim);
+
+// Returns 0, a cudaError_t, or -1 when there is no kernel for the arguments.
+int flash_dmattn_forward(const flash_dmattn_forward_params* params, void* stream);
+}
