@@ -21,6 +21,41 @@ namespace flash_dmattn {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Division by a number that is known before the launch.
+struct Divisor {
+    uint32_t divisor;
+    uint32_t multiplier;
+    uint32_t shift;
+
+    explicit Divisor(int number) : divisor(number), shift(0) {
+        while (uint64_t(1) << shift < divisor) ++shift;
+        multiplier = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - divisor)) / divisor + 1);
+    }
+
+    // Returns dividend / divisor for a dividend from 0 to 2^31 - 1.
+    __device__ __forceinline__ int divide(int dividend) const {
+        return int((__umulhi(uint32_t(dividend), multiplier) + uint32_t(dividend)) >> shift);
+    }
+};
+
+struct KernelParams : ForwardParams {
+    Divisor by_tiles_of_head;
+    Divisor by_tiles_of_epoch;
+    Divisor by_interval_heads;
+    Divisor by_heads_of_kv_head;
+    Divisor by_group;
+    int num_query_tiles;
+
+    explicit KernelParams(const ForwardParams& p)
+        : ForwardParams(p),
+          by_tiles_of_head(p.num_epochs * p.tiles_per_epoch),
+          by_tiles_of_epoch(p.tiles_per_epoch),
+          by_interval_heads(p.num_interval_heads),
+          by_heads_of_kv_head(p.interval_heads_per_kv_head),
+          by_group(p.group_size),
+          num_query_tiles(p.batch * p.num_interval_heads * p.num_epochs * p.tiles_per_epoch) {}
+};
+
 template <typename Element_, int kHeadDim_>
 struct ForwardTraits : ForwardShape<kHeadDim_> {
     using Element = Element_;
@@ -96,37 +131,32 @@ struct QueryTile {
     int first_query;
     int num_tokens;  // at most 0 beyond the last query
 
-    __device__ QueryTile(const ForwardParams& p, int number) {
+    __device__ QueryTile(const KernelParams& p, int number) {
         const int tiles = p.num_epochs * p.tiles_per_epoch;
-        list_head = number / tiles;
+        list_head = p.by_tiles_of_head.divide(number);
         // The late tiles of a causal head are the long ones: they go first.
         const int tile_of_head = tiles - 1 - (number - list_head * tiles);
-        batch = list_head / p.num_interval_heads;
+        batch = p.by_interval_heads.divide(list_head);
         head = list_head - batch * p.num_interval_heads;
-        epoch = tile_of_head / p.tiles_per_epoch;
+        epoch = p.by_tiles_of_epoch.divide(tile_of_head);
         tile = tile_of_head - epoch * p.tiles_per_epoch;
         first_query = epoch * p.epoch_size + tile * p.tile_size;
         const int end = min(first_query + p.tile_size, min((epoch + 1) * p.epoch_size, p.seqlen_q));
         num_tokens = end - first_query;
     }
 
-    __device__ int64_t list(const ForwardParams& p) const { return int64_t(list_head) * p.num_epochs + epoch; }
+    __device__ int64_t list(const KernelParams& p) const { return int64_t(list_head) * p.num_epochs + epoch; }
 
     // The first entry of the list that the tile needs and the one after its last.
-    __device__ int2 stretch(const ForwardParams& p) const {
+    __device__ int2 stretch(const KernelParams& p) const {
         return reinterpret_cast<const int2*>(p.stretches)[list(p) * p.tiles_per_epoch + tile];
     }
 };
 
-__device__ __forceinline__ int num_query_tiles(const ForwardParams& p) {
-    return p.batch * p.num_interval_heads * p.num_epochs * p.tiles_per_epoch;
-}
-
 // Returns the number of the block's next tile from `number` on that has queries, or the number of all tiles.
-__device__ __forceinline__ int skip_empty_tiles(const ForwardParams& p, int number) {
-    const int total = num_query_tiles(p);
-    while (number < total && QueryTile(p, number).num_tokens <= 0) number += gridDim.x;
-    return min(number, total);
+__device__ __forceinline__ int skip_empty_tiles(const KernelParams& p, int number) {
+    while (number < p.num_query_tiles && QueryTile(p, number).num_tokens <= 0) number += gridDim.x;
+    return min(number, p.num_query_tiles);
 }
 
 // Key tiles of a query tile: one of nothing when it sees nothing, so that every tile takes the same way.
@@ -159,7 +189,7 @@ struct KeyFacts {
 // Walks the key tiles of all query tiles of the block.
 template <typename Traits>
 struct KeyWalk {
-    const ForwardParams& p;
+    const KernelParams& p;
     int number;
     int remaining = 0;
     int position;
@@ -171,13 +201,13 @@ struct KeyWalk {
     int last_row;
     const int32_t* entries;
 
-    __device__ explicit KeyWalk(const ForwardParams& params) : p(params), number(int(blockIdx.x) - int(gridDim.x)) {}
+    __device__ explicit KeyWalk(const KernelParams& params) : p(params), number(int(blockIdx.x) - int(gridDim.x)) {}
 
     __device__ KeyTile<Traits> next(int warp, int lane) {
         KeyTile<Traits> tile;
         if (remaining == 0) {
             number = skip_empty_tiles(p, number + gridDim.x);
-            tile.exists = number < num_query_tiles(p);
+            tile.exists = number < p.num_query_tiles;
             if (!tile.exists) return tile;
             enter(lane);
         }
@@ -226,7 +256,7 @@ struct KeyWalk {
 };
 
 template <typename Traits>
-__device__ __forceinline__ KeyFacts<Traits> load_facts(const ForwardParams& p, const KeyTile<Traits>& tile) {
+__device__ __forceinline__ KeyFacts<Traits> load_facts(const KernelParams& p, const KeyTile<Traits>& tile) {
     KeyFacts<Traits> facts;
     const int64_t row = int64_t(tile.list_head) * p.seqlen_k;
 #pragma unroll
@@ -242,10 +272,10 @@ __device__ __forceinline__ KeyFacts<Traits> load_facts(const ForwardParams& p, c
 // Copies the rows of the warp's keys to their places in a tile of shared memory; rows of no key become zero.
 template <typename Traits>
 __device__ __forceinline__ void gather(
-    uint32_t target, const void* matrix, const int64_t (&strides)[3], const ForwardParams& p,
+    uint32_t target, const void* matrix, const int64_t (&strides)[3], const KernelParams& p,
     const KeyTile<Traits>& tile, int warp, int lane) {
-    const int batch = tile.list_head / p.num_interval_heads;
-    const int head = (tile.list_head - batch * p.num_interval_heads) / p.interval_heads_per_kv_head;
+    const int batch = p.by_interval_heads.divide(tile.list_head);
+    const int head = p.by_heads_of_kv_head.divide(tile.list_head - batch * p.num_interval_heads);
     const int piece = lane % Traits::kLanesPerRow;
     const int row_of_copy = lane / Traits::kLanesPerRow;
     const char* base = static_cast<const char*>(matrix) + (batch * strides[0] + head * strides[2]) * 2 + piece * 16;
@@ -269,7 +299,7 @@ __device__ __forceinline__ void gather(
 // Writes the biases of a tile, its births and deaths where they may be needed, and whether they are.
 template <typename Traits, bool kHasSoftcap>
 __device__ __forceinline__ void store_facts(
-    char* smem, int stage, const ForwardParams& p, const KeyTile<Traits>& tile, const KeyFacts<Traits>& facts,
+    char* smem, int stage, const KernelParams& p, const KeyTile<Traits>& tile, const KeyFacts<Traits>& facts,
     int warp, int lane) {
     // Biases are in units of the scores that they are added to: products, or with softcap exponents of 2.
     const float factor = kHasSoftcap ? kLog2e : 1.f / p.softmax_scale;
@@ -297,7 +327,7 @@ __device__ __forceinline__ void store_facts(
 }
 
 template <typename Traits, bool kHasSoftcap>
-__device__ __forceinline__ void produce(const ForwardParams& p, char* smem) {
+__device__ __forceinline__ void produce(const KernelParams& p, char* smem) {
     const SharedMemory<Traits> shared{shared_address(smem)};
     const int warp = threadIdx.x / 32 % 4;
     const int lane = threadIdx.x % 32;
@@ -346,14 +376,14 @@ struct QueryRow {
     int query;
     int head;  // among all query heads
 
-    __device__ QueryRow(const ForwardParams& p, const QueryTile& tile, int row_of_tile) {
-        const int token = row_of_tile / p.group_size;
+    __device__ QueryRow(const KernelParams& p, const QueryTile& tile, int row_of_tile) {
+        const int token = p.by_group.divide(row_of_tile);
         exists = token < tile.num_tokens;
         query = tile.first_query + token;
         head = tile.head * p.group_size + row_of_tile - token * p.group_size;
     }
 
-    __device__ int row(const ForwardParams& p, int batch) const {
+    __device__ int row(const KernelParams& p, int batch) const {
         if (!exists) return -1;
         return p.query_positions == nullptr ? p.query_start[batch] + query
                                             : p.query_positions[int64_t(batch) * p.seqlen_q + query];
@@ -363,7 +393,7 @@ struct QueryRow {
 // Starts to copy the query rows of the warp (16 of its warpgroup's 64) to shared memory.
 template <typename Traits>
 __device__ __forceinline__ void copy_query(
-    uint32_t target, const ForwardParams& p, const QueryTile& tile, int first_row, int lane) {
+    uint32_t target, const KernelParams& p, const QueryTile& tile, int first_row, int lane) {
     const int piece = lane % Traits::kLanesPerRow;
     const char* base =
         static_cast<const char*>(p.query) + int64_t(tile.batch) * p.query_strides[0] * 2 + piece * 16;
@@ -528,7 +558,7 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4], int lane
 // Divides the accumulators by their rows' totals and writes out and lse.
 template <typename Traits>
 __device__ __forceinline__ void store_rows(
-    const ForwardParams& p, const QueryTile& tile, float (&acc)[Traits::kHeadDim / 2], RunningSoftmax& softmax,
+    const KernelParams& p, const QueryTile& tile, float (&acc)[Traits::kHeadDim / 2], RunningSoftmax& softmax,
     const int (&rows)[2], int first_row, int lane) {
     const int num_heads = p.num_interval_heads * p.group_size;
 #pragma unroll
@@ -563,7 +593,7 @@ __device__ __forceinline__ void store_rows(
 }
 
 template <typename Traits, bool kHasSoftcap>
-__device__ __forceinline__ void consume(const ForwardParams& p, char* smem, int warpgroup) {
+__device__ __forceinline__ void consume(const KernelParams& p, char* smem, int warpgroup) {
     constexpr int kBlockN = Traits::kBlockN;
     const SharedMemory<Traits> shared{shared_address(smem)};
     const int warp = threadIdx.x / 32 % 4;
@@ -618,8 +648,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, char* smem, int 
     };
 
     int number = skip_empty_tiles(p, blockIdx.x);
-    const int total = num_query_tiles(p);
-    if (number >= total) return;
+    if (number >= p.num_query_tiles) return;
     int2 stretch = QueryTile(p, number).stretch(p);
     copy_query<Traits>(shared.base, p, QueryTile(p, number), first_row, lane);
     if (warpgroup == Traits::kConsumers - 1) named_arrive(next_turn, 2 * kWarpgroup);
@@ -676,7 +705,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, char* smem, int 
         const QueryTile tile(p, number);
         number = skip_empty_tiles(p, number + gridDim.x);
         named_sync(meeting, kWarpgroup);  // no warp reads its queries any more
-        if (number < total) {
+        if (number < p.num_query_tiles) {
             const QueryTile next(p, number);
             stretch = next.stretch(p);
             copy_query<Traits>(shared.base, p, next, first_row, lane);
@@ -685,12 +714,12 @@ __device__ __forceinline__ void consume(const ForwardParams& p, char* smem, int 
         pin(acc);
         release_value();
         store_rows<Traits>(p, tile, acc, softmax, rows, first_row, lane);
-        if (number >= total) break;
+        if (number >= p.num_query_tiles) break;
     }
 }
 
 template <typename Traits, bool kHasSoftcap>
-__global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __grid_constant__ KernelParams p) {
     extern __shared__ __align__(1024) char smem[];
     const SharedMemory<Traits> shared{shared_address(smem)};
     if (threadIdx.x == 0) {
@@ -728,7 +757,7 @@ cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
     const int64_t tiles = int64_t(p.batch) * p.num_interval_heads * p.num_epochs * p.tiles_per_epoch;
     if (tiles > INT32_MAX - num_processors) return cudaErrorInvalidValue;
     const int blocks = tiles < num_processors ? int(tiles) : num_processors;
-    kernel<<<blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(p);
+    kernel<<<blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(KernelParams(p));
     return cudaGetLastError();
 }
 

@@ -16,19 +16,19 @@ struct ForwardShape;  // kBlockM query rows, kBlockN keys, kStages tiles of K an
 
 template <>
 struct ForwardShape<64> {
-    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 56, kConsumerRegs = 224;
+    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 40, kConsumerRegs = 232;
 };
 template <>
 struct ForwardShape<96> {
-    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 56, kConsumerRegs = 224;
+    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 40, kConsumerRegs = 232;
 };
 template <>
 struct ForwardShape<128> {
-    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kProducerRegs = 56, kConsumerRegs = 224;
+    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
 };
 template <>
 struct ForwardShape<192> {
-    static constexpr int kBlockM = 128, kBlockN = 96, kStages = 2, kProducerRegs = 56, kConsumerRegs = 224;
+    static constexpr int kBlockM = 128, kBlockN = 96, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
 };
 template <>
 struct ForwardShape<256> {
