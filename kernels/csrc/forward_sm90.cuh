@@ -45,6 +45,8 @@ struct KernelParams : ForwardParams {
     Divisor by_heads_of_kv_head;
     Divisor by_group;
     int num_query_tiles;
+    uint32_t key_row_bytes;
+    uint32_t value_row_bytes;
 
     explicit KernelParams(const ForwardParams& p)
         : ForwardParams(p),
@@ -53,7 +55,9 @@ struct KernelParams : ForwardParams {
           by_interval_heads(p.num_interval_heads),
           by_heads_of_kv_head(p.interval_heads_per_kv_head),
           by_group(p.group_size),
-          num_query_tiles(p.batch * p.num_interval_heads * p.num_epochs * p.tiles_per_epoch) {}
+          num_query_tiles(p.batch * p.num_interval_heads * p.num_epochs * p.tiles_per_epoch),
+          key_row_bytes(uint32_t(p.key_strides[1] * 2)),
+          value_row_bytes(uint32_t(p.value_strides[1] * 2)) {}
 };
 
 template <typename Element_, int kHeadDim_>
@@ -272,18 +276,17 @@ __device__ __forceinline__ KeyFacts<Traits> load_facts(const KernelParams& p, co
 // Copies the rows of the warp's keys to their places in a tile of shared memory; rows of no key become zero.
 template <typename Traits>
 __device__ __forceinline__ void gather(
-    uint32_t target, const void* matrix, const int64_t (&strides)[3], const KernelParams& p,
+    uint32_t target, const void* matrix, const int64_t (&strides)[3], uint32_t row_bytes, const KernelParams& p,
     const KeyTile<Traits>& tile, int warp, int lane) {
     const int batch = p.by_interval_heads.divide(tile.list_head);
     const int head = p.by_heads_of_kv_head.divide(tile.list_head - batch * p.num_interval_heads);
     const int piece = lane % Traits::kLanesPerRow;
     const int row_of_copy = lane / Traits::kLanesPerRow;
     const char* base = static_cast<const char*>(matrix) + (batch * strides[0] + head * strides[2]) * 2 + piece * 16;
-    const int64_t row_bytes = strides[1] * 2;
 #pragma unroll
     for (int first = 0; first < Traits::kKeysPerWarp; first += Traits::kRowsPerCopy) {
         const int key = __shfl_sync(~0u, tile.keys[first / 32], first % 32 + row_of_copy);
-        const char* source = base + max(key, 0) * row_bytes;
+        const char* source = base + uint64_t(uint32_t(max(key, 0))) * row_bytes;
         const int bytes = key >= 0 ? 16 : 0;
         const int row = warp * Traits::kKeysPerWarp + first + row_of_copy;
         const uint32_t place =
@@ -336,7 +339,7 @@ __device__ __forceinline__ void produce(const KernelParams& p, char* smem) {
 
     const auto copy_value = [&](const KeyTile<Traits>& tile) {
         barrier_wait(shared.value_empty(value_ring.stage), value_ring.phase ^ 1);
-        gather<Traits>(shared.value(value_ring.stage), p.value, p.value_strides, p, tile, warp, lane);
+        gather<Traits>(shared.value(value_ring.stage), p.value, p.value_strides, p.value_row_bytes, p, tile, warp, lane);
         copy_async_arrive(shared.value_full(value_ring.stage));
         value_ring.advance();
     };
@@ -350,7 +353,7 @@ __device__ __forceinline__ void produce(const KernelParams& p, char* smem) {
     if (tile.exists) following = walk.next(warp, lane);
     while (tile.exists) {
         barrier_wait(shared.key_empty(key_ring.stage), key_ring.phase ^ 1);
-        gather<Traits>(shared.key(key_ring.stage), p.key, p.key_strides, p, tile, warp, lane);
+        gather<Traits>(shared.key(key_ring.stage), p.key, p.key_strides, p.key_row_bytes, p, tile, warp, lane);
         store_facts<Traits, kHasSoftcap>(smem, key_ring.stage, p, tile, facts, warp, lane);
         copy_async_arrive(shared.key_full(key_ring.stage));
         __syncwarp();
@@ -597,12 +600,12 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
     constexpr int kBlockN = Traits::kBlockN;
     const SharedMemory<Traits> shared{shared_address(smem)};
     const int warp = threadIdx.x / 32 % 4;
-    const int lane = threadIdx.x % 32;
+    const int lane = keep(threadIdx.x % 32);
     const int first_row = warpgroup * 64 + warp * 16;  // of the warp
     const uint32_t query = shared.base + warpgroup * 64 * Traits::kRowBytes;
     const float factor = kHasSoftcap ? 1.f : p.softmax_scale * kLog2e;
     // Named barriers: one for the turns of each warpgroup, one for each to meet on its own.
-    const int my_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % Traits::kConsumers;
+    const int my_turn = keep_of_warp(1 + warpgroup), next_turn = keep_of_warp(1 + (warpgroup + 1) % Traits::kConsumers);
     const int meeting = 1 + Traits::kConsumers + warpgroup;
 
     float acc[Traits::kHeadDim / 2];
@@ -692,6 +695,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
             pin(scores);
             finish_key(rows);
             const bool must_rescale = softmax.weigh(scores, factor);
+            finish_before_wait(softmax.total[0] + softmax.total[1], shared.base);
             wgmma_wait<0>();
             pin(acc);
             release_value();

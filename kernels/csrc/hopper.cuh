@@ -83,12 +83,27 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The compiler moves a wait for matrix products up before independent arithmetic, which is then not overlapped. A store
+// that depends on the arithmetic's result keeps it in place; it never happens, since the result is never negative.
+__device__ __forceinline__ void finish_before_wait(float result, uint32_t shared) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}\n" ::"f"(result),
+                 "r"(shared)
+                 : "memory");
+}
+
 // Keeps the compiler from moving uses of accumulators across this place.
 template <int kSize>
 __device__ __forceinline__ void pin(float (&registers)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
+
+// Keep the compiler from computing a value anew wherever it is used: it does not see through a shuffle.
+
+__device__ __forceinline__ int keep(int value) { return __shfl_sync(~0u, value, threadIdx.x % 32); }
+
+// For a value that is the same in the whole warp.
+__device__ __forceinline__ int keep_of_warp(int value) { return __shfl_sync(~0u, value, 0); }
 
 // Describes a matrix in shared memory whose rows of kRowBytes (64 or 128) bytes are swizzled by 16-byte pieces.
 // `leading`: bytes between pieces of kRowBytes along the contiguous dimension (for operands across the depth).
