@@ -7,8 +7,10 @@ namespace {
 
 template <int kHeadDim>
 cudaError_t launch(const ForwardParams& params, cudaStream_t stream) {
-    return params.is_bfloat16 ? launch_forward<__nv_bfloat16, kHeadDim>(params, stream)
-                              : launch_forward<__half, kHeadDim>(params, stream);
+    const auto launch_forward_of_type =
+        params.is_bfloat16 ? launch_forward<__nv_bfloat16, kHeadDim> : launch_forward<__half, kHeadDim>;
+    if (launch_forward_of_type == nullptr) return cudaErrorNoKernelImageForDevice;
+    return launch_forward_of_type(params, stream);
 }
 
 }  // namespace
@@ -32,6 +34,6 @@ extern "C" int flash_dmattn_forward(const flash_dmattn_forward_params* params, v
         case 128: return launch<128>(*params, cuda_stream);
         case 192: return launch<192>(*params, cuda_stream);
         case 256: return launch<256>(*params, cuda_stream);
-        default: return -1;
+        default: return cudaErrorInvalidValue;
     }
 }

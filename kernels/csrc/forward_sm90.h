@@ -16,26 +16,27 @@ struct ForwardShape;  // kBlockM query rows, kBlockN keys, kStages tiles of K an
 
 template <>
 struct ForwardShape<64> {
-    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 56, kConsumerRegs = 224;
 };
 template <>
 struct ForwardShape<96> {
-    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 3, kProducerRegs = 56, kConsumerRegs = 224;
 };
 template <>
 struct ForwardShape<128> {
-    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2, kProducerRegs = 56, kConsumerRegs = 224;
 };
 template <>
 struct ForwardShape<192> {
-    static constexpr int kBlockM = 128, kBlockN = 96, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kBlockM = 128, kBlockN = 96, kStages = 2, kProducerRegs = 56, kConsumerRegs = 224;
 };
 template <>
 struct ForwardShape<256> {
-    static constexpr int kBlockM = 128, kBlockN = 64, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kBlockM = 128, kBlockN = 64, kStages = 2, kProducerRegs = 56, kConsumerRegs = 224;
 };
 
+// Weak, so that a library without sm_90a links: then it is null.
 template <typename Element, int kHeadDim>
-cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream);
+__attribute__((weak)) cudaError_t launch_forward(const ForwardParams& params, cudaStream_t stream);
 
 }  // namespace flash_dmattn

@@ -20,6 +20,9 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// Makes initialized barriers known to all threads that synchronize with this one.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -104,6 +107,12 @@ __device__ __forceinline__ int keep(int value) { return __shfl_sync(~0u, value, 
 
 // For a value that is the same in the whole warp.
 __device__ __forceinline__ int keep_of_warp(int value) { return __shfl_sync(~0u, value, 0); }
+
+// Keeps the compiler from computing what depends on the value ahead of a loop, where it would occupy registers.
+__device__ __forceinline__ int compute_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 
 // Describes a matrix in shared memory whose rows of kRowBytes (64 or 128) bytes are swizzled by 16-byte pieces.
 // `leading`: bytes between pieces of kRowBytes along the contiguous dimension (for operands across the depth).

@@ -1,6 +1,6 @@
 // The warpgroup matrix product of sm_90a: 64 rows x N columns x 16 deep, 16-bit operands, fp32 accumulators.
 //
-// Wgmma<N, Element>::score    d += a b^T, both operands in shared memory, rows along the depth ("K-major")
+// Wgmma<N, Element>::score    d = a b^T or d += a b^T, both operands in shared memory, rows along the depth ("K-major")
 // Wgmma<N, Element>::weigh    d += a b, a in registers, b in shared memory with rows across the depth ("MN-major")
 #pragma once
 
@@ -35,6 +35,8 @@ struct Wgmma;
     "+f"(d[b]), "+f"(d[b + 1]), "+f"(d[b + 2]), "+f"(d[b + 3]), "+f"(d[b + 4]), "+f"(d[b + 5]), "+f"(d[b + 6]), \
         "+f"(d[b + 7])
 
+#define FD_TEXTS32 FD_TEXT0 ", " FD_TEXT1
+#define FD_REGS32 FD_REG8(0), FD_REG8(8)
 #define FD_TEXTS64 FD_TEXT0 ", " FD_TEXT1 ", " FD_TEXT2 ", " FD_TEXT3
 #define FD_REGS64 FD_REG8(0), FD_REG8(8), FD_REG8(16), FD_REG8(24)
 #define FD_TEXTS80 FD_TEXT0 ", " FD_TEXT1 ", " FD_TEXT2 ", " FD_TEXT3 ", " FD_TEXT4
@@ -83,12 +85,13 @@ struct Wgmma;
 #define FD_DEFINE_WGMMA(N, ELEMENT, TYPE, I0, I1, I2, I3, I4)                                                   \
     template <>                                                                                                 \
     struct Wgmma<N, ELEMENT> {                                                                                  \
+        template <bool kAccumulate>                                                                             \
         static __device__ __forceinline__ void score(float (&d)[N / 2], uint64_t a, uint64_t b) {               \
-            asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                             \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " I2 ", 0;\n"                                         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FD_TEXTS##N "}, " \
                          I0 ", " I1 ", p, 1, 1, 0, 0;\n}\n"                                                     \
                          : FD_REGS##N                                                                           \
-                         : "l"(a), "l"(b));                                                                     \
+                         : "l"(a), "l"(b), "n"(kAccumulate));                                                   \
         }                                                                                                       \
         static __device__ __forceinline__ void weigh(float (&d)[N / 2], const uint32_t* a, uint64_t b) {        \
             asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                             \
@@ -103,6 +106,7 @@ struct Wgmma;
     FD_DEFINE_WGMMA(N, __nv_bfloat16, "bf16", I0, I1, I2, I3, I4)        \
     FD_DEFINE_WGMMA(N, __half, "f16", I0, I1, I2, I3, I4)
 
+FD_DEFINE_WGMMAS(32, "%16", "%17", "%18", "%19", "%20")
 FD_DEFINE_WGMMAS(64, "%32", "%33", "%34", "%35", "%36")
 FD_DEFINE_WGMMAS(80, "%40", "%41", "%42", "%43", "%44")
 FD_DEFINE_WGMMAS(96, "%48", "%49", "%50", "%51", "%52")

@@ -36,19 +36,17 @@ def reject(call: AttentionCall) -> str | None:
     group_size = call.query.shape[2] // call.num_interval_heads
     if group_size > _MAX_GROUP_SIZE:
         return f"{group_size} query heads per interval head are above {_MAX_GROUP_SIZE}"
-    # The importance is divided by the scale, so that products can start from it.
-    if not call.softmax_scale >= 1e-6:
-        return f"softmax_scale {call.softmax_scale} is below 1e-6"
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if tensor.stride(-1) != 1:
             return f"{name} is not contiguous in the head dim"
-        if tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:3]):
+        strides = [stride for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
+        if tensor.data_ptr() % 16 or any(stride % 8 for stride in strides):
             return f"the rows of {name} are not aligned to 16 bytes"
     return None
 
 
-def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D) in query's dtype and lse (B, H, Sq) float32."""
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats, as the operator does."""
     from flash_dmattn.backends.cuda.forward import run_forward, tile_size
     from flash_dmattn.backends.triton.lists import build_key_lists
 
@@ -58,7 +56,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def backward(
-    call: AttentionCall, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+    call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
-    return triton.backward(call, out, lse, dout, dlse)
+    return triton.backward(call, out, stats, dout, dlse)
