@@ -28,6 +28,8 @@ def forward_config(query: torch.Tensor, is_listed: bool) -> BlockConfig:
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
+    if row <= 64:
+        return BlockConfig(128, 32, 4, 3)  # Triton 3.6's ptxas crashes over wider blocks
     if row <= 128:
         return BlockConfig(128, 64, 4, 3)
     if row <= 256:
