@@ -40,7 +40,7 @@ def main() -> int:
         # A running process may have the old file mapped, so it is replaced and not written over.
         copied = shutil.copy2(build.library, arguments.copy_to / f"{build.library.name}.new")
         os.replace(copied, arguments.copy_to / build.library.name)
-    kernels = read_resources(build, toolkit.nvcc.resolve().with_name("cu++filt"))
+    kernels = read_resources(build)
     table = format_table(kernels, compile_seconds(build))
     print(table, end="")
     if arguments.table:

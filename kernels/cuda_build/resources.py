@@ -30,11 +30,11 @@ class Kernel:
     spills: int
 
 
-def read_resources(build: Build, demangler: Path) -> list[Kernel]:
+def read_resources(build: Build) -> list[Kernel]:
     """Reads the needs of all kernels of a build, by unit, architecture and name."""
     largest: dict[tuple[str, str, str], Kernel] = {}
     for unit in build.units:
-        for kernel in parse_compiler_output(unit.name, (build.folder / f"{unit.name}.o.log").read_text(), demangler):
+        for kernel in parse_compiler_output(unit.name, (build.folder / f"{unit.name}.o.log").read_text()):
             place = (kernel.unit, kernel.architecture, kernel.name)
             seen = largest.get(place, kernel)
             largest[place] = Kernel(
@@ -46,12 +46,12 @@ def read_resources(build: Build, demangler: Path) -> list[Kernel]:
     return [largest[place] for place in sorted(largest, key=lambda place: (place[0], int(place[1].rstrip("a")), place))]
 
 
-def parse_compiler_output(unit: str, text: str, demangler: Path) -> list[Kernel]:
+def parse_compiler_output(unit: str, text: str) -> list[Kernel]:
     """Returns one entry per compiled kernel instance that `ptxas -v` reports in `text`."""
     parts = _ENTRY.split(text)[1:]
     symbols, architectures, reports = parts[::3], parts[1::3], parts[2::3]
     kernels = []
-    for name, architecture, report in zip(_short_names(symbols, demangler), architectures, reports, strict=True):
+    for name, architecture, report in zip(_short_names(symbols), architectures, reports, strict=True):
         used, spilled, shared = (pattern.search(report) for pattern in (_USED, _SPILLS, _SHARED))
         if used is None or spilled is None:
             raise RuntimeError(f"the compiler reports no registers or spills for {name} of {unit}")
@@ -107,11 +107,12 @@ def find_spill_regressions(kernels: list[Kernel], allowed: str) -> list[str]:
     return regressions
 
 
-def _short_names(symbols: list[str], demangler: Path) -> list[str]:
+def _short_names(symbols: list[str]) -> list[str]:
     """Returns function names without namespaces, template arguments and parameters."""
     if not symbols:
         return []
-    done = subprocess.run([demangler, "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    command = ["c++filt", "-p"]  # comes with the linker
+    done = subprocess.run(command, input="\n".join(symbols), capture_output=True, text=True, check=True)
     return [_strip_templates(name).split("::")[-1].split()[-1] for name in done.stdout.splitlines()]
 
 

@@ -1,55 +1,14 @@
-"""Key lists: which keys a run of queries has to look at, built on the device in O(N (1 + w / E)) integers.
-
-Queries are cut into epochs of E rows. The list of an epoch holds first the keys that are alive at its first row, the
-earliest to die first, then those born later in it, the earliest born first. Of such a list a query tile needs one
-contiguous stretch: what has died before it lies at the front, what is not born yet at the back. In the middle stand
-the keys that the whole epoch sees, which need no comparison.
-"""
-
-from dataclasses import dataclass
+"""Key lists built by three kernels and a sort, for any order of keys."""
 
 import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.key_lists import KeyLists, allocate_key_lists, choose_epoch_size, count_visible
 from flash_dmattn.backends.triton.tiles import query_rows
 from flash_dmattn.call import AttentionCall
 
 _CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class KeyLists:
-    """Lists per (batch and interval head, epoch); R = B * Hi.
-
-    entries: (R, epochs, capacity) int32, key numbers.
-    sections: (R, epochs, 3) int32: the first entry seen by the whole epoch, the number of entries alive at its start,
-        the number of all entries.
-    stretches: (R, epochs, tiles, 2) int32, the first entry that a query tile needs and the one after its last.
-    """
-
-    entries: torch.Tensor
-    sections: torch.Tensor
-    stretches: torch.Tensor
-    epoch_size: int
-    tile_size: int
-
-    @property
-    def num_epochs(self) -> int:
-        return self.entries.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.entries.shape[2]
-
-    @property
-    def tiles_per_epoch(self) -> int:
-        return self.stretches.shape[2]
-
-
-def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
-    """Returns E, a power of two near w / 4: short enough to look at few dead keys, long enough to store few lists."""
-    return min(max(128, min(2048, triton.next_power_of_2(max_visible) // 4)), triton.next_power_of_2(seqlen_q))
 
 
 def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
@@ -80,15 +39,13 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
 
     max_visible = call.max_visible
     if max_visible is None:
-        max_visible = max(1, _count_visible(birth, death))
+        max_visible = max(1, count_visible(birth, death))
     epoch_size = choose_epoch_size(seqlen_q, max_visible)
-    num_epochs = triton.cdiv(seqlen_q, epoch_size)
     # Rows in no order tell nothing about how many keys an epoch spans.
     capacity = seqlen_k if call.query_start is None else min(seqlen_k, max_visible + epoch_size)
-    tiles = triton.cdiv(epoch_size, tile_size)
-    entries = torch.empty(num_lists, num_epochs, capacity, dtype=torch.int32, device=device)
-    sections = torch.empty(num_lists, num_epochs, 3, dtype=torch.int32, device=device)
-    stretches = torch.empty(num_lists, num_epochs, tiles, 2, dtype=torch.int32, device=device)
+    lists = allocate_key_lists(num_lists, seqlen_q, capacity, epoch_size, tile_size, device)
+    num_epochs, tiles = lists.num_epochs, lists.tiles_per_epoch
+    entries, sections = lists.entries, lists.sections
     rows = (
         death if call.query_start is None else call.query_start,
         death if call.query_positions is None else call.query_positions,
@@ -107,7 +64,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         birth,
         death,
         *rows,
-        stretches,
+        lists.stretches,
         *sizes,
         tiles,
         TILE=tile_size,
@@ -117,18 +74,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         CHUNK=128,
         **constants,
     )
-    return KeyLists(entries, sections, stretches, epoch_size, tile_size)
-
-
-def _count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:
-    """Returns the largest number of keys that are alive at once, read back from the device."""
-    births = birth.sort(dim=-1).values
-    deaths = torch.where(death < 0, torch.iinfo(torch.int32).max, death).sort(dim=-1).values
-    seqlen_k = births.shape[-1]
-    born = torch.arange(1, seqlen_k + 1, device=births.device)
-    died = torch.searchsorted(deaths, births, right=True)
-    alive = (born - died).masked_fill(births == torch.iinfo(torch.int32).max, 0)
-    return int(alive.max())
+    return lists
 
 
 @triton.jit

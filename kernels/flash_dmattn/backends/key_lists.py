@@ -1,0 +1,77 @@
+"""Key lists: which keys a run of queries has to look at, in O(N (1 + w / E)) integers. Two engines build them.
+
+Queries are cut into epochs of E rows. The list of an epoch holds first the keys that are alive at its first row, the
+earliest to die first, then those born later in it, the earliest born first. Of such a list a query tile needs one
+contiguous stretch: what has died before it lies at the front, what is not born yet at the back. In the middle stand
+the keys that the whole epoch sees, which need no comparison.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from flash_dmattn.visibility import NEVER
+
+
+@dataclass(frozen=True)
+class KeyLists:
+    """Lists per (batch and interval head, epoch); R = B * Hi.
+
+    entries: (R, epochs, capacity) int32, key numbers.
+    sections: (R, epochs, 3) int32: the first entry that needs no comparison because the whole epoch sees it, the number
+        of entries alive at the epoch's start, the number of all entries.
+    stretches: (R, epochs, tiles, 2) int32, the first entry that a query tile needs and the one after its last.
+    """
+
+    entries: torch.Tensor
+    sections: torch.Tensor
+    stretches: torch.Tensor
+    epoch_size: int
+    tile_size: int
+
+    @property
+    def num_epochs(self) -> int:
+        return self.entries.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.entries.shape[2]
+
+    @property
+    def tiles_per_epoch(self) -> int:
+        return self.stretches.shape[2]
+
+
+def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
+    """Returns E, a power of two near w / 4: short enough to look at few dead keys, long enough to store few lists."""
+    return min(max(128, min(2048, _next_power_of_2(max_visible) // 4)), _next_power_of_2(seqlen_q))
+
+
+def allocate_key_lists(
+    num_lists: int, seqlen_q: int, capacity: int, epoch_size: int, tile_size: int, device: torch.device
+) -> KeyLists:
+    """Returns lists without contents."""
+    num_epochs, tiles = -(-seqlen_q // epoch_size), -(-epoch_size // tile_size)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(num_lists, num_epochs, *shape, dtype=torch.int32, device=device)
+
+    return KeyLists(empty(capacity), empty(3), empty(tiles, 2), epoch_size, tile_size)
+
+
+def count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:
+    """Returns the largest number of keys that are alive at once, read back from the device.
+
+    birth, death: (R, Sk) int32; keys with birth >= death do not count.
+    """
+    is_listed = birth < death
+    births = torch.where(is_listed, birth, NEVER).sort(dim=-1).values
+    deaths = torch.where(is_listed, death, NEVER).sort(dim=-1).values
+    born = torch.arange(1, births.shape[-1] + 1, device=births.device)
+    died = torch.searchsorted(deaths, births, right=True)
+    alive = (born - died).masked_fill(births == NEVER, 0)
+    return int(alive.max()) if alive.numel() else 0
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
