@@ -173,14 +173,14 @@ def _attend(
         query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
     if importance is not None:
         importance = comparable(importance)
-        importance = importance if query.dtype == torch.float64 else importance.float()
+        importance = (importance if query.dtype == torch.float64 else importance.float()).contiguous()
     out, lse = interval_attention_op(
         query,
         key,
         value,
         importance,
-        visibility[0],
-        visibility[1],
+        visibility[0].contiguous(),
+        visibility[1].contiguous(),
         query_start,
         query_positions,
         max_visible,

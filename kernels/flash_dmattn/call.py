@@ -10,8 +10,8 @@ class AttentionCall:
     """The checked arguments of one attention over intervals.
 
     query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D), query's dtype.
-    importance: (B, Hi, Sk) float32 (float64 for float64), without NaN and +inf, or None for no bias.
-    birth, death: (B, Hi, Sk) int32; Hi is Hkv or H.
+    importance: (B, Hi, Sk) float32 (float64 for float64), contiguous, without NaN and +inf, or None for no bias.
+    birth, death: (B, Hi, Sk) int32, contiguous; Hi is Hkv or H.
     query_start: (B,) int32, the row of the first query, the others follow; None when the rows follow no such order.
     query_positions: (B, Sq) int32, the row of every query, -1 for one that sees nothing; or None. At least one of
         the two is given; when both are, query_positions is query_start + i except for its -1.

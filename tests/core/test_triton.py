@@ -189,6 +189,20 @@ def test_kernels_equal_the_reference_in_half_precision(case, seed):
     check(case, seed)
 
 
+def test_strided_importance_and_visibility():
+    query = torch.randn(1, 40, 2, 16, device=DEVICE)
+    importance = torch.randn(1, 40, 2, device=DEVICE).transpose(1, 2)
+    out, expected = (
+        flash_dmattn.dynamic_mask_attention(query, query, query, importance, keep_window_size=6, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, expected)
+    birth, death = flash_dmattn.select_visible(importance, keep_window_size=6)
+    strided = flash_dmattn.Visibility(*(bound.transpose(1, 2).contiguous().transpose(1, 2) for bound in (birth, death)))
+    out = flash_dmattn.interval_attention(query, query, query, importance, strided, max_visible=6, backend="triton")
+    torch.testing.assert_close(out, expected)
+
+
 def test_unseen_rows_are_written_as_zero():
     query = torch.randn(1, 20, 2, 16, device=DEVICE)
     never = torch.zeros(1, 2, 20, dtype=torch.int32, device=DEVICE)
