@@ -203,6 +203,18 @@ def test_strided_importance_and_visibility():
     torch.testing.assert_close(out, expected)
 
 
+def test_keys_of_many_documents_that_are_born_at_once():
+    query = torch.randn(1, 600, 1, 16, device=DEVICE)
+    importance = torch.randn(1, 1, 600, device=DEVICE)
+    bounds = torch.arange(0, 601, 50, dtype=torch.int32, device=DEVICE)
+    visibility = flash_dmattn.select_visible(importance, keep_window_size=50, is_causal=False, cu_seqlens=bounds)
+    out, expected = (
+        flash_dmattn.interval_attention(query, query, query, importance, visibility, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_unseen_rows_are_written_as_zero():
     query = torch.randn(1, 20, 2, 16, device=DEVICE)
     never = torch.zeros(1, 2, 20, dtype=torch.int32, device=DEVICE)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flash_dmattn.call import AttentionCall
 from flash_dmattn.visibility import NEVER
 
 
@@ -60,17 +61,36 @@ def allocate_key_lists(
 
 
 def count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:
-    """Returns the largest number of keys that are alive at once, read back from the device.
+    """Returns the largest number of keys that are alive at once, at least 1, read back from the device.
 
     birth, death: (R, Sk) int32; keys with birth >= death do not count.
     """
-    is_listed = birth < death
-    births = torch.where(is_listed, birth, NEVER).sort(dim=-1).values
-    deaths = torch.where(is_listed, death, NEVER).sort(dim=-1).values
+    births, deaths = _sorted_bounds(birth, death)
     born = torch.arange(1, births.shape[-1] + 1, device=births.device)
     died = torch.searchsorted(deaths, births, right=True)
     alive = (born - died).masked_fill(births == NEVER, 0)
-    return int(alive.max()) if alive.numel() else 0
+    return max(1, int(alive.max())) if alive.numel() else 1
+
+
+def choose_capacity(call: AttentionCall, birth: torch.Tensor, death: torch.Tensor, epoch_size: int) -> int:
+    """Returns how many entries the longest list needs at most; without `call.max_visible` read back from the device."""
+    batch, seqlen_q = call.query.shape[:2]
+    num_lists, seqlen_k = birth.shape
+    if call.query_start is None or seqlen_k == 0:  # rows in no order tell nothing about the keys of an epoch
+        return seqlen_k
+    if call.max_visible is not None:
+        return min(seqlen_k, call.max_visible + epoch_size)
+    births, deaths = _sorted_bounds(birth, death)
+    steps = torch.arange(0, seqlen_q, epoch_size, device=birth.device)
+    first = (call.query_start[:, None] + steps).repeat_interleave(num_lists // batch, dim=0)  # (R, epochs)
+    born = torch.searchsorted(births, first + epoch_size)
+    died = torch.searchsorted(deaths, first, right=True)
+    return max(1, int((born - died).max())) if born.numel() else 1
+
+
+def _sorted_bounds(birth: torch.Tensor, death: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    is_listed = birth < death
+    return tuple(torch.where(is_listed, bound, NEVER).long().sort(dim=-1).values for bound in (birth, death))
 
 
 def _next_power_of_2(number: int) -> int:

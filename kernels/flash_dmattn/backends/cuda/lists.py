@@ -7,7 +7,13 @@ import math
 import torch
 
 from flash_dmattn.backends.cuda import library
-from flash_dmattn.backends.key_lists import KeyLists, allocate_key_lists, choose_epoch_size, count_visible
+from flash_dmattn.backends.key_lists import (
+    KeyLists,
+    allocate_key_lists,
+    choose_capacity,
+    choose_epoch_size,
+    count_visible,
+)
 from flash_dmattn.call import AttentionCall
 
 _MAX_EPOCH = 2048
@@ -55,14 +61,12 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     batch, seqlen_q = call.query.shape[:2]
     heads, seqlen_k = call.birth.shape[1:]
     birth, death = call.birth.contiguous(), call.death.contiguous()
-    max_visible = call.max_visible
-    if max_visible is None:
-        max_visible = max(1, count_visible(birth.view(-1, seqlen_k), death.view(-1, seqlen_k)))
+    intervals = birth.view(batch * heads, seqlen_k), death.view(batch * heads, seqlen_k)
+    max_visible = count_visible(*intervals) if call.max_visible is None else call.max_visible
     # Long epochs for few visible keys of a long sequence keep the table of (chunk, epoch) small.
     shortest = 1 << max(0, math.ceil(math.log2(max(1, min(seqlen_q, seqlen_k))) / 2) - 1)
     epoch_size = min(max(choose_epoch_size(seqlen_q, max_visible), shortest), _MAX_EPOCH)
-    # Rows in no order tell nothing about how many keys an epoch spans.
-    capacity = seqlen_k if call.query_start is None else min(seqlen_k, max_visible + epoch_size)
+    capacity = choose_capacity(call, *intervals, epoch_size)
     lists = allocate_key_lists(batch * heads, seqlen_q, capacity, epoch_size, tile_size, birth.device)
     query_start = None if call.query_start is None else call.query_start.contiguous()
     query_positions = None if call.query_positions is None else call.query_positions.contiguous()

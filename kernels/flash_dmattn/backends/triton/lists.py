@@ -4,7 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_dmattn.backends.key_lists import KeyLists, allocate_key_lists, choose_epoch_size, count_visible
+from flash_dmattn.backends.key_lists import (
+    KeyLists,
+    allocate_key_lists,
+    choose_capacity,
+    choose_epoch_size,
+    count_visible,
+)
 from flash_dmattn.backends.triton.tiles import query_rows
 from flash_dmattn.call import AttentionCall
 
@@ -37,12 +43,9 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     )
     death_sorted, by_death = death.sort(dim=-1)
 
-    max_visible = call.max_visible
-    if max_visible is None:
-        max_visible = max(1, count_visible(birth, death))
+    max_visible = count_visible(birth, death) if call.max_visible is None else call.max_visible
     epoch_size = choose_epoch_size(seqlen_q, max_visible)
-    # Rows in no order tell nothing about how many keys an epoch spans.
-    capacity = seqlen_k if call.query_start is None else min(seqlen_k, max_visible + epoch_size)
+    capacity = choose_capacity(call, birth, death, epoch_size)
     lists = allocate_key_lists(num_lists, seqlen_q, capacity, epoch_size, tile_size, device)
     num_epochs, tiles = lists.num_epochs, lists.tiles_per_epoch
     entries, sections = lists.entries, lists.sections
