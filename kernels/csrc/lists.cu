@@ -5,6 +5,7 @@
 // each older chunk, as long as a table of (chunk, epoch) says; prefix sums over the chunks tell where each key goes.
 // Within its list a dying key goes by the query tile in which it dies. Every order follows from the input alone, so
 // equal inputs give equal lists. Keys in another order (those of a cache) are looked at one by one in every epoch.
+#include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_scan.cuh>
 #include <cuda/functional>
 
@@ -20,6 +21,9 @@ constexpr int kMaxEpoch = 2048;
 constexpr int kFewTiles = 128, kManyTiles = 2048;
 constexpr int kWindow = 2048;  // chunks whose prefix sums are in shared memory at once
 constexpr int kMinChunk = 512;
+constexpr int kIndexBits = 11;      // of a key within its chunk
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLargestBias = 2.3e38f;  // times log2(e) it is still finite
 
 using Scan = cub::BlockScan<int, kThreads>;
 
@@ -41,27 +45,38 @@ struct Lists {
     // Chunks of keys that no query row precedes; those of chunk c are born after `start + (c - 1 - old) * chunk_size`.
     __device__ int old_chunks(int start) const { return ceil_div_signed(start, chunk_size); }
 
-    __device__ bool is_listed(int lane, int key, int birth, int death) const {
-        if (birth >= death) return false;
-        if (!p.importance) return true;
+    __device__ float importance(int lane, int key) const {
         const int64_t batch = lane / p.num_heads, head = lane % p.num_heads;
         const int64_t* stride = p.importance_strides;
-        return p.importance[batch * stride[0] + head * stride[1] + key * stride[2]] > -INFINITY;
+        return p.importance[batch * stride[0] + head * stride[1] + key * stride[2]];
+    }
+
+    __device__ bool is_listed(int lane, int key, int birth, int death) const {
+        return birth < death && (!p.importance || importance(lane, key) > -INFINITY);
     }
 };
 
-// A block per chunk.
+// A block per chunk of kSize keys. The order of keys that die in the same epoch is that of the threads.
+template <int kSize>
 __global__ void __launch_bounds__(kThreads) sort_chunks(Lists lists) {
-    __shared__ uint32_t keys[kMaxEpoch];  // last epoch of life, counted from the end, then the number in the chunk
+    constexpr int kBlock = kSize < kThreads ? kSize : kThreads, kItems = kSize / kBlock;
+    using Sort = cub::BlockRadixSort<uint32_t, kBlock, kItems>;
+    __shared__ union {
+        typename Sort::TempStorage sort;
+        uint32_t keys[kSize];
+    } shared;
     const auto& p = lists.p;
-    const int chunk = blockIdx.x, lane = blockIdx.y, size = lists.chunk_size;
+    const int chunk = blockIdx.x, lane = blockIdx.y;
     const int start = lists.start(lane);
     const int age = chunk - lists.old_chunks(start);  // in chunks after the first query row
-    const int64_t first = int64_t(start) + int64_t(age - 1) * size + 1;
+    const int64_t first = int64_t(start) + int64_t(age - 1) * kSize + 1;
     const int64_t offset = int64_t(lane) * p.seqlen_k;
     const int limit = p.num_epochs + 1;
     bool is_out_of_order = false;
-    for (int i = threadIdx.x; i < size; i += kThreads) {
+    uint32_t order[kItems];  // last epoch of life, counted from the end, then the number in the chunk
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+        const int i = k * kBlock + threadIdx.x;
         const int64_t key = first + i;
         int epochs = 0;  // it lives at the first rows of the epochs before this one
         if (key >= 0 && key < p.seqlen_k) {
@@ -72,32 +87,26 @@ __global__ void __launch_bounds__(kThreads) sort_chunks(Lists lists) {
                 epochs = span <= 0 ? 0 : int(min((span + p.epoch_size - 1) / p.epoch_size, int64_t(limit)));
             }
         }
-        keys[i] = uint32_t(limit - epochs) << 11 | i;
+        order[k] = uint32_t(limit - epochs) << kIndexBits | i;
     }
     is_out_of_order = __syncthreads_or(is_out_of_order);
     if (threadIdx.x == 0) lists.is_out_of_order[int64_t(lane) * lists.num_chunks + chunk] = is_out_of_order;
-    for (int width = 2; width <= size; width *= 2) {
-        for (int step = width / 2; step > 0; step /= 2) {
-            for (int i = threadIdx.x; i < size / 2; i += kThreads) {
-                const int low = 2 * i - (i & (step - 1)), high = low + step;
-                const uint32_t a = keys[low], b = keys[high];
-                if ((a > b) == ((low & width) == 0)) {
-                    keys[low] = b;
-                    keys[high] = a;
-                }
-            }
-            __syncthreads();
-        }
+    Sort(shared.sort).SortBlockedToStriped(order, kIndexBits, kIndexBits + 32 - __clz(limit));
+    __syncthreads();
+    int* sorted = lists.sorted + (int64_t(lane) * lists.num_chunks + chunk) * kSize;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+        shared.keys[k * kBlock + threadIdx.x] = order[k];
+        sorted[k * kBlock + threadIdx.x] = int(first + (order[k] & ((1 << kIndexBits) - 1)));
     }
-    int* sorted = lists.sorted + (int64_t(lane) * lists.num_chunks + chunk) * size;
-    for (int i = threadIdx.x; i < size; i += kThreads) sorted[i] = int(first + (keys[i] & (kMaxEpoch - 1)));
+    __syncthreads();
     uint16_t* lengths = lists.lengths + (int64_t(lane) * lists.num_chunks + chunk) * limit;
-    for (int epoch = max(age, 0) + threadIdx.x; epoch < limit; epoch += kThreads) {
-        const uint32_t bound = uint32_t(limit - epoch) << 11;  // keys below it live longer
-        int low = 0, high = size;
+    for (int epoch = max(age, 0) + threadIdx.x; epoch < limit; epoch += kBlock) {
+        const uint32_t bound = uint32_t(limit - epoch) << kIndexBits;  // keys below it live longer
+        int low = 0, high = kSize;
         while (low < high) {
             const int middle = (low + high) / 2;
-            if (keys[middle] < bound) low = middle + 1;
+            if (shared.keys[middle] < bound) low = middle + 1;
             else high = middle;
         }
         lengths[epoch] = uint16_t(low);
@@ -223,6 +232,46 @@ struct Epoch {
         __syncthreads();
     }
 
+    // The place of the index-th key that the prefix sums of a window count, in the sorted chunks.
+    __device__ int64_t find(int window, const int* before, int index, bool is_dying) const {
+        const int end = min(kWindow, num_chunks - window * kWindow);
+        int low = 0;
+        for (int step = 1 << (31 - __clz(end)); step > 0; step /= 2)
+            if (low + step < end && before[low + step] <= index) low += step;
+        int place = index - before[low];
+        if (is_dying) place += shared.whole_before[low + 1] - shared.whole_before[low];
+        return (int64_t(lane) * lists.num_chunks + window * kWindow + low) * lists.chunk_size + place;
+    }
+
+    // Writes an entry of the epoch's list.
+    __device__ void write(int place, int key) {
+        const auto& p = lists.p;
+        if (place >= p.capacity) return;
+        const int64_t index = (int64_t(lane) * p.num_epochs + epoch) * p.capacity + place;
+        p.entries[index] = key;
+        if (p.biases) p.biases[index] = fminf(lists.importance(lane, key), kLargestBias) * kLog2E;
+    }
+
+    // Writes the keys that the whole epoch sees, from place `count` on. Returns the place after the last.
+    __device__ int write_whole(int count) {
+        if (!in_order) {
+            for_each<kWhole>([&](bool is_member, int key) {
+                const int place = rank(is_member, count);
+                if (is_member) write(place, key);
+            });
+            return count;
+        }
+        for (int window = 0; window * kWindow < num_chunks; ++window) {
+            load_window(window);
+            const int size = shared.whole_before[kWindow];
+#pragma unroll 4
+            for (int index = threadIdx.x; index < size; index += kThreads)
+                write(count + index, lists.sorted[find(window, shared.whole_before, index, false)]);
+            count += size;
+        }
+        return count;
+    }
+
     // Calls body(is_member, key) for the keys of a kind, in an order that is always the same, kThreads at a time.
     template <Kind kKind, typename Body>
     __device__ void for_each(Body body) {
@@ -235,15 +284,7 @@ struct Epoch {
                 for (int offset = 0; offset < count; offset += kThreads) {
                     const int index = offset + threadIdx.x;
                     int key = 0;
-                    if (index < count) {
-                        int low = 0;
-                        for (int step = kWindow / 2; step > 0; step /= 2)
-                            if (before[low + step] <= index) low += step;
-                        int place = index - before[low];
-                        if (kKind == kDying) place += shared.whole_before[low + 1] - shared.whole_before[low];
-                        const int64_t chunk = int64_t(lane) * lists.num_chunks + window * kWindow + low;
-                        key = lists.sorted[chunk * lists.chunk_size + place];
-                    }
+                    if (index < count) key = lists.sorted[find(window, before, index, kKind == kDying)];
                     body(index < count, key);
                 }
             }
@@ -298,7 +339,6 @@ __global__ void __launch_bounds__(kThreads) fill_lists(Lists lists) {
     const int tiles = p.tiles_per_epoch, warp = threadIdx.x / 32;
     Epoch epoch(lists, shared, blockIdx.x, blockIdx.y);
     const int64_t list = int64_t(blockIdx.y) * p.num_epochs + blockIdx.x;
-    int* const entries = p.entries + list * p.capacity;
     int* const sections = p.sections + list * 3;
     int* const stretches = p.stretches + list * tiles * 2;
 
@@ -343,7 +383,7 @@ __global__ void __launch_bounds__(kThreads) fill_lists(Lists lists) {
         if (is_member) {
             int place = shared.bucket_begin[own] + before;
             for (int k = 0; k < warp; ++k) place += shared.bucket_count[k][own];
-            if (place < p.capacity) entries[place] = key;
+            epoch.write(place, key);
         }
         __syncthreads();
         if (leads) {
@@ -353,19 +393,15 @@ __global__ void __launch_bounds__(kThreads) fill_lists(Lists lists) {
         __syncthreads();
     });
 
-    int count = num_dying;
-    epoch.template for_each<Epoch::kWhole>([&](bool is_member, int key) {
-        const int place = epoch.rank(is_member, count);
-        if (is_member && place < p.capacity) entries[place] = key;
-    });
-    const int num_alive = count;
+    const int num_alive = epoch.write_whole(num_dying);
+    int count = num_alive;
 
     for (int i = threadIdx.x; i < tiles; i += kThreads) shared.last_place[i] = num_alive;
     __syncthreads();
     epoch.template for_each<Epoch::kBorn>([&](bool is_member, int key) {
         const int place = epoch.rank(is_member, count);
         if (!is_member) return;
-        if (place < p.capacity) entries[place] = key;
+        epoch.write(place, key);
         const int tile = rows_in_order ? int((epoch.birth(key) - epoch.first) / p.tile_size) : 0;
         atomicMax(&shared.last_place[tile], place + 1);
     });
@@ -394,6 +430,12 @@ cudaError_t launch_fill_lists(const Lists& lists, dim3 grid, cudaStream_t stream
     if (error != cudaSuccess) return error;
     fill_lists<kMaxTiles><<<grid, kThreads, bytes, stream>>>(lists);
     return cudaGetLastError();
+}
+
+template <int kSize>
+void launch_sort_chunks(const Lists& lists, int lanes, cudaStream_t stream) {
+    constexpr int kBlock = kSize < kThreads ? kSize : kThreads;
+    sort_chunks<kSize><<<dim3(lists.num_chunks, lanes), kBlock, 0, stream>>>(lists);
 }
 
 // Sizes and addresses of one call.
@@ -445,7 +487,16 @@ extern "C" int flash_dmattn_lists(const flash_dmattn_lists_params* params, void*
     const int lanes = p.batch * p.num_heads;
     if (lanes == 0 || p.num_epochs == 0) return cudaSuccess;
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    if (p.query_start) sort_chunks<<<dim3(lists.num_chunks, lanes), kThreads, 0, cuda_stream>>>(lists);
+    if (p.query_start) {
+        switch (lists.chunk_size) {
+            case 128: launch_sort_chunks<128>(lists, lanes, cuda_stream); break;
+            case 256: launch_sort_chunks<256>(lists, lanes, cuda_stream); break;
+            case 512: launch_sort_chunks<512>(lists, lanes, cuda_stream); break;
+            case 1024: launch_sort_chunks<1024>(lists, lanes, cuda_stream); break;
+            case 2048: launch_sort_chunks<2048>(lists, lanes, cuda_stream); break;
+            default: return cudaErrorInvalidValue;
+        }
+    }
     const dim3 grid(p.num_epochs, lanes);
     return p.tiles_per_epoch <= kFewTiles ? launch_fill_lists<kFewTiles>(lists, grid, cuda_stream)
                                           : launch_fill_lists<kManyTiles>(lists, grid, cuda_stream);

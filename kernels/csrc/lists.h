@@ -12,6 +12,7 @@ struct flash_dmattn_lists_params {
     const int32_t* query_start;      // (B,), or null: then query_positions tells the rows
     const int32_t* query_positions;  // (B, Sq), -1 for rows that see nothing, or null
     int32_t* entries;                // (B, Hi, epochs, capacity)
+    float* biases;                   // (B, Hi, epochs, capacity), with importance: its product with log2(e), or null
     int32_t* sections;               // (B, Hi, epochs, 3)
     int32_t* stretches;              // (B, Hi, epochs, tiles, 2)
     void* workspace;                 // 256-byte aligned
@@ -22,7 +23,7 @@ struct flash_dmattn_lists_params {
     int32_t seqlen_q;
     int32_t seqlen_k;
     int32_t num_epochs;
-    int32_t epoch_size;  // a power of two up to 2048
+    int32_t epoch_size;  // a power of two up to 2048, of several epochs at least 128
     int32_t capacity;
     int32_t tiles_per_epoch;
     int32_t tile_size;

@@ -21,7 +21,7 @@ namespace flash_dmattn {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBins = 4096;
+constexpr int kFewBins = 1024, kManyBins = 4096;
 constexpr int kMaxSegment = 1024;
 constexpr int kScanItems = 16;
 
@@ -71,7 +71,7 @@ __global__ void make_sort_keys(
 }
 
 // One block per batch row.
-__global__ void count_real_tokens(const uint8_t* mask, int seqlen, int* real_before, int* real_rows) {
+__global__ void __launch_bounds__(1024) count_real_tokens(const uint8_t* mask, int seqlen, int* real_before, int* real_rows) {
     using Scan = cub::BlockScan<int, 1024>;
     __shared__ typename Scan::TempStorage storage;
     const int64_t batch = blockIdx.x;
@@ -101,7 +101,7 @@ __global__ void count_real_tokens(const uint8_t* mask, int seqlen, int* real_bef
 }
 
 // One block.
-__global__ void number_segments(SelectionAxis axis, int* first_segment) {
+__global__ void __launch_bounds__(1024) number_segments(SelectionAxis axis, int* first_segment) {
     using Scan = cub::BlockScan<int, 1024>;
     __shared__ typename Scan::TempStorage storage;
     int total = 0;
@@ -121,6 +121,7 @@ __global__ void number_segments(SelectionAxis axis, int* first_segment) {
 }
 
 // A block per rank_block_size ranks: inverts the order, and counts for every segment the keys that come before its end.
+template <int kBins>
 __global__ void rank_keys(
     SelectionAxis axis,
     const int* rows,  // (R, Sk), by rank
@@ -287,7 +288,13 @@ __global__ void place_keys(
                 else low = middle + 1;
             }
             if (low > own && low < last) {
-                const int index = atomicAdd(&num_evicted[int64_t(lane) * axis.num_segments + low], 1);
+                // One addition for all threads of the warp with the same segment.
+                const unsigned same = __match_any_sync(__activemask(), low);
+                const int leader = __ffs(same) - 1, self = threadIdx.x % 32;
+                int index = 0;
+                if (self == leader)
+                    index = atomicAdd(&num_evicted[int64_t(lane) * axis.num_segments + low], __popc(same));
+                index = __shfl_sync(same, index, leader) + __popc(same & ((1u << self) - 1));
                 // Never more than the segment has rows.
                 if (index < axis.segment_size) {
                     evicted[offset + min(start + (low - first) * axis.segment_size + index, axis.seqlen - 1)] = row;
@@ -423,7 +430,7 @@ struct Plan {
             for (size_t& place : rows) place = take(num_keys * sizeof(int));
             cub::DoubleBuffer<uint64_t> key_buffers(nullptr, nullptr);
             cub::DoubleBuffer<int> row_buffers(nullptr, nullptr);
-            cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, key_buffers, row_buffers, num_keys, 0, key_bits);
+            cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, key_buffers, row_buffers, int(num_keys), 0, key_bits);
             sort = take(sort_bytes);
         }
         if (has_evictions) {
@@ -513,9 +520,11 @@ cudaError_t select(const flash_dmattn_select_params& p, cudaStream_t stream) {
                                                     : launch_make_sort_keys<__half>;
     make_keys(
         p, axis, per_row, keys.Current(), rows.Current(), num_evicted, num_evicted ? plan.num_segments : 0, stream);
+    cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
     size_t sort_bytes = plan.sort_bytes;
-    const cudaError_t error = cub::DeviceRadixSort::SortPairs(
-        base + plan.sort, sort_bytes, keys, rows, plan.num_keys, 0, plan.key_bits, stream);
+    error = cub::DeviceRadixSort::SortPairs(
+        base + plan.sort, sort_bytes, keys, rows, int(plan.num_keys), 0, plan.key_bits, stream);
     if (error != cudaSuccess) return error;
     if (!p.is_causal) {
         keep_best<<<per_row, kThreads, 0, stream>>>(axis, rows.Current(), p.num_heads, p.birth, p.death);
@@ -526,7 +535,8 @@ cudaError_t select(const flash_dmattn_select_params& p, cudaStream_t stream) {
     int* const counts = reinterpret_cast<int*>(keys.Alternate());
     int* const evicted = rows.Alternate();
     int* const thresholds = ints(plan.thresholds);
-    rank_keys<<<dim3(plan.num_rank_blocks, plan.num_lanes), kThreads, 0, stream>>>(
+    const auto rank = plan.num_segments <= kFewBins ? rank_keys<kFewBins> : rank_keys<kManyBins>;
+    rank<<<dim3(plan.num_rank_blocks, plan.num_lanes), kThreads, 0, stream>>>(
         axis, rows.Current(), plan.rank_block_size, ranks, counts);
     find_thresholds<<<dim3(ceil_div(plan.num_segments, 32), plan.num_lanes), kThreads, 0, stream>>>(
         axis, rows.Current(), counts, plan.rank_block_size, plan.num_rank_blocks, thresholds);

@@ -1,5 +1,6 @@
 """Key lists of the CUDA library hold exactly the keys that the definition asks for, where it asks for them."""
 
+import math
 import os
 import random
 
@@ -56,6 +57,9 @@ def check_lists(call: AttentionCall, tile_size: int) -> None:
             alive = listed[lane] & (birth <= first) & (death > first)
             born = (listed[lane] & (birth > first) & (birth <= last)).nonzero().flatten()
             entry = entries[lane, epoch, :total].long()
+            if call.importance is not None:
+                bias = call.importance.cpu().flatten(0, 1)[lane, entry].clamp(max=2.3e38) * math.log2(math.e)
+                torch.testing.assert_close(built.biases[lane, epoch, :total].cpu(), bias)
             where = f"lane {lane}, epoch {epoch} of {built.num_epochs} of {size} rows"
             for got, expected in ((entry[:num_dying], death <= beyond), (entry[num_dying:num_alive], death > beyond)):
                 assert torch.equal(got.sort().values, (alive & expected).nonzero().flatten()), where

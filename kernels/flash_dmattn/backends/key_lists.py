@@ -18,29 +18,27 @@ from flash_dmattn.visibility import NEVER
 class KeyLists:
     """Lists per (batch and interval head, epoch); R = B * Hi.
 
-    entries: (R, epochs, capacity) int32, key numbers.
+    entries: (R, epochs, capacity) int32, key numbers; None when every key is visible from its own row on: then one
+        epoch holds all queries and the list is the keys in order, without sections and stretches.
+    biases: (R, epochs, capacity) float32, the entries' importance times log2(e), or None without importance.
     sections: (R, epochs, 3) int32: the first entry that needs no comparison because the whole epoch sees it, the number
         of entries alive at the epoch's start, the number of all entries.
     stretches: (R, epochs, tiles, 2) int32, the first entry that a query tile needs and the one after its last.
     """
 
-    entries: torch.Tensor
-    sections: torch.Tensor
-    stretches: torch.Tensor
+    entries: torch.Tensor | None
+    biases: torch.Tensor | None
+    sections: torch.Tensor | None
+    stretches: torch.Tensor | None
+    num_lists: int
+    num_epochs: int
+    capacity: int
     epoch_size: int
     tile_size: int
 
     @property
-    def num_epochs(self) -> int:
-        return self.entries.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.entries.shape[2]
-
-    @property
     def tiles_per_epoch(self) -> int:
-        return self.stretches.shape[2]
+        return -(-self.epoch_size // self.tile_size)
 
 
 def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
@@ -48,16 +46,19 @@ def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
     return min(max(128, min(2048, _next_power_of_2(max_visible) // 4)), _next_power_of_2(seqlen_q))
 
 
-def allocate_key_lists(
-    num_lists: int, seqlen_q: int, capacity: int, epoch_size: int, tile_size: int, device: torch.device
-) -> KeyLists:
-    """Returns lists without contents."""
+def allocate_key_lists(call: AttentionCall, capacity: int, epoch_size: int, tile_size: int) -> KeyLists:
+    """Returns lists of a call's intervals, without contents."""
+    batch, seqlen_q = call.query.shape[:2]
+    num_lists = batch * call.num_interval_heads
     num_epochs, tiles = -(-seqlen_q // epoch_size), -(-epoch_size // tile_size)
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(num_lists, num_epochs, *shape, dtype=torch.int32, device=device)
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(num_lists, num_epochs, *shape, dtype=dtype, device=call.query.device)
 
-    return KeyLists(empty(capacity), empty(3), empty(tiles, 2), epoch_size, tile_size)
+    biases = None if call.importance is None else empty(capacity, dtype=torch.float32)
+    return KeyLists(
+        empty(capacity), biases, empty(3), empty(tiles, 2), num_lists, num_epochs, capacity, epoch_size, tile_size
+    )
 
 
 def count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:

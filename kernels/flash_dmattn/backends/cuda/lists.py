@@ -24,6 +24,7 @@ _POINTERS = (
     "query_start",
     "query_positions",
     "entries",
+    "biases",
     "sections",
     "stretches",
     "workspace",
@@ -64,10 +65,10 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     intervals = birth.view(batch * heads, seqlen_k), death.view(batch * heads, seqlen_k)
     max_visible = count_visible(*intervals) if call.max_visible is None else call.max_visible
     # Long epochs for few visible keys of a long sequence keep the table of (chunk, epoch) small.
-    shortest = 1 << max(0, math.ceil(math.log2(max(1, min(seqlen_q, seqlen_k))) / 2) - 1)
+    shortest = 1 << math.ceil(math.log2(max(1, min(seqlen_q, seqlen_k))) / 2)
     epoch_size = min(max(choose_epoch_size(seqlen_q, max_visible), shortest), _MAX_EPOCH)
     capacity = choose_capacity(call, *intervals, epoch_size)
-    lists = allocate_key_lists(batch * heads, seqlen_q, capacity, epoch_size, tile_size, birth.device)
+    lists = allocate_key_lists(call, capacity, epoch_size, tile_size)
     query_start = None if call.query_start is None else call.query_start.contiguous()
     query_positions = None if call.query_positions is None else call.query_positions.contiguous()
     parameters = _Parameters(
@@ -77,6 +78,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         query_start=library.pointer(query_start),
         query_positions=library.pointer(query_positions),
         entries=library.pointer(lists.entries),
+        biases=library.pointer(lists.biases),
         sections=library.pointer(lists.sections),
         stretches=library.pointer(lists.stretches),
         importance_strides=(0, 0, 0) if call.importance is None else call.importance.stride(),

@@ -9,7 +9,6 @@ from flash_dmattn.backends.cuda import library
 from flash_dmattn.visibility import NEVER
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SEGMENT_SIZE = 256
 _MAX_LANES = 65535
 
 _POINTERS = ("importance", "padding_mask", "cu_seqlens", "birth", "death", "workspace")
@@ -85,7 +84,8 @@ def select_visible(
         local_window_size=local_window_size,
         sliding_window=-1 if sliding_window is None else sliding_window,
         is_causal=is_causal,
-        segment_size=_SEGMENT_SIZE,
+        # Short segments are solved faster, but each has a threshold to be found.
+        segment_size=128 if seqlen <= 2**18 else 256,
     )
     with torch.cuda.device(importance.device):
         parameters.workspace_bytes = _workspace_function()(ctypes.byref(parameters))

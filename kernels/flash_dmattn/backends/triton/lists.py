@@ -46,7 +46,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     max_visible = count_visible(birth, death) if call.max_visible is None else call.max_visible
     epoch_size = choose_epoch_size(seqlen_q, max_visible)
     capacity = choose_capacity(call, birth, death, epoch_size)
-    lists = allocate_key_lists(num_lists, seqlen_q, capacity, epoch_size, tile_size, device)
+    lists = allocate_key_lists(call, capacity, epoch_size, tile_size)
     num_epochs, tiles = lists.num_epochs, lists.tiles_per_epoch
     entries, sections = lists.entries, lists.sections
     rows = (
