@@ -10,6 +10,7 @@ from flash_dmattn_hf.calibration import Calibration
 from flash_dmattn_hf.config import DynamicMaskConfig, dynamic_mask_config
 from flash_dmattn_hf.conversion import ConversionReport, convert_model
 from flash_dmattn_hf.importance import ImportanceGate
+from flash_dmattn_hf.loss import use_chunked_loss
 from flash_dmattn_hf.registration import register, unregister
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "iter_gates",
     "register",
     "unregister",
+    "use_chunked_loss",
 ]
 
 register()

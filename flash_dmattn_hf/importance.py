@@ -40,10 +40,12 @@ def compute_importance(
     batch, _, seqlen, _ = value.shape
     with torch.autocast(value.device.type, enabled=False):
         tokens = value.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
-        importance = A.to(dtype) * F.softplus(dt_proj(tokens))
+        # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
+        dt = dt_proj(tokens).transpose(1, 2).contiguous()
+        importance = A.to(dtype).unsqueeze(-1) * F.softplus(dt)
         if form == "zoh":
             importance = importance.clamp(max=ZOH_MAX_EXPONENT).exp()
-    return importance.transpose(1, 2)
+    return importance
 
 
 class ImportanceGate(nn.Module):

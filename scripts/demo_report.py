@@ -9,7 +9,7 @@ def table(results: dict) -> str:
     """Returns the results of the demo as text."""
     amounts, tuned = results["amounts"], results["fine_tuning"]
     lines = [
-        f"{results['model']}, w = {amounts['window']}",
+        f"{results['model']}, w = {amounts['window']}, {results['dtype']}",
         header(results["environment"]),
         "",
         f"perplexity at a context of {amounts['context']} ({results['perplexity']['num_tokens']:,} held-out tokens)",
@@ -29,7 +29,8 @@ def table(results: dict) -> str:
         f"{max(generated['keys'])} keys per head",
         f"importance-only fine-tune, {tuned['steps']} steps: held-out loss {tuned['eval_loss_before']:.4f} before, "
         f"{tuned['eval_loss_after']:.4f} after",
-        f"{results['seconds']['total']:.0f} s, peak memory {results['peak_memory_gib']:.1f} GiB",
+        f"{results['seconds']['total']:.0f} s, peak memory {results['peak_memory_gib']:.1f} GiB"
+        + (f", of the GPU {results['peak_gpu_memory_gib']:.1f} GiB" if results["peak_gpu_memory_gib"] else ""),
         "",
     ]
     for claim in results["claims"]:

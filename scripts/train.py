@@ -2,6 +2,7 @@
 
     python scripts/train.py configs/full.yaml model=out/model train_files='["corpus/**/*.txt"]'
     python scripts/train.py configs/importance_only.yaml model=out/model train_files='["book.txt"]'
+    python scripts/train.py configs/long_context.yaml model=out/model train_files='["books/*.txt"]'
     python scripts/train.py ... --resume
 
 A configuration file holds the fields of `TrainConfig`; arguments of the form key=value replace them, with dots for
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 from flash_dmattn_hf import dynamic_mask_config
+from flash_dmattn_hf.loss import use_chunked_loss
 from flash_dmattn_hf.training import ImportanceCallback, freeze_all_but_importance, parameter_groups
 
 
@@ -46,6 +48,7 @@ class TrainConfig:
     batches: "packed" (pieces of a batch one after the other, no padding) or "padded".
     importance_only: freeze everything but the importance.
     importance_learning_rate: of A and dt_proj; training.learning_rate is that of the rest.
+    chunked_loss: compute the loss without ever holding the logits of all tokens, which long sequences need.
     dtype: dtype of the weights. attention: fields of DynamicMaskConfig that replace the checkpoint's.
     training: fields of transformers.TrainingArguments.
 
@@ -60,6 +63,7 @@ class TrainConfig:
     batches: str = "packed"
     importance_only: bool = False
     importance_learning_rate: float = 1e-3
+    chunked_loss: bool = False
     dtype: str = "float32"
     attention: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -79,8 +83,11 @@ class TrainConfig:
             raise ValueError(f"sequence_length must be an integer of at least 2, got {self.sequence_length!r}")
         if self.batches not in ("packed", "padded"):
             raise ValueError(f"batches must be packed or padded, got {self.batches!r}")
-        if type(self.importance_only) is not bool:
-            raise ValueError(f"importance_only must be true or false, got {self.importance_only!r}")
+        for name in ("importance_only", "chunked_loss"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.chunked_loss and self.training.get("label_smoothing_factor"):
+            raise ValueError("training.label_smoothing_factor must be 0 with chunked_loss: it needs the logits")
         rate = self.importance_learning_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
             raise ValueError(f"importance_learning_rate must be a number of at least 0, got {rate!r}")
@@ -222,11 +229,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, float]:
     use_cache = model.config.use_cache
     trainer = make_trainer(config, model, tokenizer)
     metrics = {}
-    if trainer.eval_dataset is not None and not resume:
-        metrics["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-    metrics |= trainer.train(resume_from_checkpoint=resume or None).metrics
-    if trainer.eval_dataset is not None:
-        metrics["eval_loss_after"] = trainer.evaluate()["eval_loss"]
+    with use_chunked_loss(model) if config.chunked_loss else nullcontext():
+        if trainer.eval_dataset is not None and not resume:
+            metrics["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        metrics |= trainer.train(resume_from_checkpoint=resume or None).metrics
+        if trainer.eval_dataset is not None:
+            metrics["eval_loss_after"] = trainer.evaluate()["eval_loss"]
     model.config.use_cache = use_cache  # the Trainer switches it off
     trainer.save_model()
     trainer.save_state()

@@ -23,11 +23,12 @@ INPUTS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("case, model_type", [*((case, "llama") for case in INPUTS), ("padded", "gemma2")])
-def test_training_forward_compiles_to_one_graph(case, model_type):
+def test_training_forward_compiles_to_one_graph(case, model_type, backend):
     torch.compiler.reset()
     model = make(model_type).train()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
     inputs = {"input_ids": tokens(), "labels": tokens(), "use_cache": False, **INPUTS[case]()}
     results = []
     for run in (model, compiled):

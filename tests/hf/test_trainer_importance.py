@@ -144,10 +144,11 @@ def _recorder(rates):
     return Recorder()
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16 autocast"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_log_says_what_the_importance_does(tmp_path, kind):
+def test_the_log_says_what_the_importance_does(tmp_path, kind, bf16):
     model = MODELS[kind]()
-    trainer = make_trainer(model, tmp_path, importance_learning_rate=0.1, callbacks=[ImportanceCallback()])
+    trainer = make_trainer(model, tmp_path, importance_learning_rate=0.1, callbacks=[ImportanceCallback()], bf16=bf16)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     length, window = 7, WINDOW["keep_window_size"]

@@ -88,6 +88,18 @@ def test_it_trains_and_saves(script, workplace, config, batches):
     assert all("dma/visible_keys" in entry for entry in history if "loss" in entry)
 
 
+@pytest.mark.parametrize("config", ["full.yaml", "importance_only.yaml"])
+def test_the_chunked_loss_changes_no_result(script, workplace, config):
+    plain = script.main(arguments(workplace, config, f"output_dir={workplace / 'plain'}", "training.optim=sgd"))
+    chunked = script.main(arguments(workplace, config, "chunked_loss=true", "training.optim=sgd"))
+    for name in ("eval_loss_before", "eval_loss_after", "train_loss"):
+        assert chunked[name] == pytest.approx(plain[name], rel=1e-5)
+    got, expected = (
+        AutoModelForCausalLM.from_pretrained(workplace / folder).state_dict() for folder in ("out", "plain")
+    )
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+
+
 def test_it_goes_on_from_the_last_checkpoint(script, workplace):
     command = arguments(workplace, "full.yaml")
     script.main(command)
@@ -123,6 +135,7 @@ BAD = {
     "a rate": ("importance_learning_rate=fast", "importance_learning_rate must be a number of at least 0"),
     "a dtype": ("dtype=int8", "dtype must be float32, bfloat16 or float16, got 'int8'"),
     "a switch": ("importance_only=1", "importance_only must be true or false, got 1"),
+    "another switch": ("chunked_loss=yes please", "chunked_loss must be true or false, got 'yes please'"),
     "no model": ("model=", "model must be a path or name, got None"),
     "no assignment": ("resume", "must look like key=value, got 'resume'"),
     "training as a list": ("training=[1]", "training must be a mapping"),
@@ -134,6 +147,11 @@ def test_it_refuses(script, workplace, override, message):
     with pytest.raises(ValueError, match=message):
         script.main([*arguments(workplace, "full.yaml"), override])
     assert not (workplace / "out").exists()
+
+
+def test_label_smoothing_is_refused_with_the_chunked_loss(script, workplace):
+    with pytest.raises(ValueError, match="label_smoothing_factor must be 0 with chunked_loss"):
+        script.main(arguments(workplace, "full.yaml", "chunked_loss=true", "training.label_smoothing_factor=0.1"))
 
 
 def test_values_may_be_written_as_everyone_does(script):

@@ -6,12 +6,16 @@ contiguous stretch: what has died before it lies at the front, what is not born 
 the keys that the whole epoch sees, which need no comparison.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from flash_dmattn.call import AttentionCall
 from flash_dmattn.visibility import NEVER
+
+LARGEST_BIAS = 2.3e38
+"""Importances above it are no larger as a bias: times log2(e) it is still a float32."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,19 @@ class KeyLists:
     @property
     def tiles_per_epoch(self) -> int:
         return -(-self.epoch_size // self.tile_size)
+
+
+def has_intervals(call: AttentionCall) -> bool:
+    """Whether keys have to be listed: not where every key is visible from its own row on."""
+    return call.birth is not None or call.query_positions is not None
+
+
+def whole_sequence(call: AttentionCall, tile_size: int) -> KeyLists:
+    """Returns the lists of a call without intervals, which need only biases."""
+    batch, seqlen_q = call.query.shape[:2]
+    biases = None if call.importance is None else call.importance.clamp(max=LARGEST_BIAS).mul_(math.log2(math.e))
+    num_lists, epoch_size = batch * call.num_interval_heads, _next_power_of_2(seqlen_q)
+    return KeyLists(None, biases, None, None, num_lists, 1, call.key.shape[1], epoch_size, tile_size)
 
 
 def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:

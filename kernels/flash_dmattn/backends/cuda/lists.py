@@ -13,10 +13,13 @@ from flash_dmattn.backends.key_lists import (
     choose_capacity,
     choose_epoch_size,
     count_visible,
+    has_intervals,
+    whole_sequence,
 )
 from flash_dmattn.call import AttentionCall
 
 _MAX_EPOCH = 2048
+_MAX_LANES = 65535
 _POINTERS = (
     "birth",
     "death",
@@ -53,15 +56,25 @@ class _Parameters(ctypes.Structure):
     ]
 
 
+def reject(call: AttentionCall) -> str | None:
+    """Returns why the library does not build lists for a call, or None."""
+    lanes = call.query.shape[0] * call.num_interval_heads
+    if lanes > _MAX_LANES:
+        return f"{lanes} (batch, head) pairs are above {_MAX_LANES}"
+    return library.why_not_on(call.query.device)
+
+
 def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     """Builds the lists for query tiles of `tile_size` rows, for tensors on a GPU that the library serves.
 
     Allocates up to 12 bytes a key beside them. Waits for the device only when `call.max_visible` is None, to count
     the keys.
     """
+    if not has_intervals(call):
+        return whole_sequence(call, tile_size)
     batch, seqlen_q = call.query.shape[:2]
-    heads, seqlen_k = call.birth.shape[1:]
-    birth, death = call.birth.contiguous(), call.death.contiguous()
+    heads, seqlen_k = call.num_interval_heads, call.key.shape[1]
+    birth, death = call.intervals()
     intervals = birth.view(batch * heads, seqlen_k), death.view(batch * heads, seqlen_k)
     max_visible = count_visible(*intervals) if call.max_visible is None else call.max_visible
     # Long epochs for few visible keys of a long sequence keep the table of (chunk, epoch) small.

@@ -5,13 +5,16 @@ import triton
 import triton.language as tl
 
 from flash_dmattn.backends.key_lists import (
+    LARGEST_BIAS,
     KeyLists,
     allocate_key_lists,
     choose_capacity,
     choose_epoch_size,
     count_visible,
+    has_intervals,
+    whole_sequence,
 )
-from flash_dmattn.backends.triton.tiles import query_rows
+from flash_dmattn.backends.triton.tiles import LOG2E, query_rows
 from flash_dmattn.call import AttentionCall
 
 _CHUNK = 1024
@@ -20,35 +23,39 @@ _CHUNK = 1024
 def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     """Builds the lists for query tiles of `tile_size` rows.
 
-    Waits for the device only when `call.max_visible` is None, to count the keys.
+    Waits for the device only when intervals come without `call.max_visible`, to count the keys.
     """
+    if not has_intervals(call):
+        return whole_sequence(call, tile_size)
     batch, seqlen_q = call.query.shape[:2]
-    heads, seqlen_k = call.birth.shape[1:]
+    seqlen_k = call.key.shape[1]
+    heads = call.num_interval_heads
     device = call.query.device
     num_lists = batch * heads
+    birth_in, death_in = call.intervals()
+    importance = call.importance
 
     birth = torch.empty(num_lists, seqlen_k, dtype=torch.int32, device=device)
     death = torch.empty_like(birth)
     out_of_order = torch.zeros(num_lists, dtype=torch.int32, device=device)
     _mark_listed[(triton.cdiv(seqlen_k, _CHUNK), num_lists)](
-        call.birth,
-        call.death,
-        call.birth if call.importance is None else call.importance,
+        birth_in,
+        death_in,
+        birth_in if importance is None else importance,
         birth,
         death,
         out_of_order,
         seqlen_k,
-        HAS_BIAS=call.importance is not None,
+        HAS_BIAS=importance is not None,
         CHUNK=_CHUNK,
     )
     death_sorted, by_death = death.sort(dim=-1)
 
     max_visible = count_visible(birth, death) if call.max_visible is None else call.max_visible
     epoch_size = choose_epoch_size(seqlen_q, max_visible)
-    capacity = choose_capacity(call, birth, death, epoch_size)
-    lists = allocate_key_lists(call, capacity, epoch_size, tile_size)
-    num_epochs, tiles = lists.num_epochs, lists.tiles_per_epoch
-    entries, sections = lists.entries, lists.sections
+    lists = allocate_key_lists(call, choose_capacity(call, birth, death, epoch_size), epoch_size, tile_size)
+    num_epochs, capacity, tiles = lists.num_epochs, lists.capacity, lists.tiles_per_epoch
+    entries, biases, sections = lists.entries, lists.biases, lists.sections
     rows = (
         death if call.query_start is None else call.query_start,
         death if call.query_positions is None else call.query_positions,
@@ -59,7 +66,21 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         "HAS_POSITIONS": call.query_positions is not None,
     }
     _fill_lists[(num_epochs, num_lists)](
-        by_death, death_sorted, birth, death, out_of_order, *rows, entries, sections, *sizes, CHUNK=_CHUNK, **constants
+        by_death,
+        death_sorted,
+        birth,
+        death,
+        out_of_order,
+        *rows,
+        birth if importance is None else importance,
+        entries,
+        entries if biases is None else biases,
+        sections,
+        *sizes,
+        LARGEST_BIAS=LARGEST_BIAS,
+        HAS_BIAS=importance is not None,
+        CHUNK=_CHUNK,
+        **constants,
     )
     _find_stretches[(num_epochs, num_lists)](
         entries,
@@ -137,9 +158,16 @@ def _epoch_rows(
 
 
 @triton.jit
-def _append(entries_ptr, count, keys, is_wanted, capacity):
+def _append(
+    entries_ptr, biases_ptr, importance_ptr, count, key, is_wanted, capacity, LARGEST_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     place = count + tl.cumsum(is_wanted.to(tl.int32), axis=0) - 1
-    tl.store(entries_ptr + place, keys, mask=is_wanted & (place < capacity))
+    is_wanted = is_wanted & (place < capacity)
+    tl.store(entries_ptr + place, key, mask=is_wanted)
+    if HAS_BIAS:
+        bias = tl.load(importance_ptr + key, mask=is_wanted, other=0.0)
+        tl.store(biases_ptr + place, tl.minimum(bias, LARGEST_BIAS) * LOG2E, mask=is_wanted)
     return count + tl.sum(is_wanted.to(tl.int32), axis=0)
 
 
@@ -152,13 +180,17 @@ def _fill_lists(
     out_of_order_ptr,  # (R,)
     start_ptr,  # (B,)
     positions_ptr,  # (B, Sq)
+    importance_ptr,  # (R, Sk)
     entries_ptr,  # (R, epochs, capacity)
+    biases_ptr,  # (R, epochs, capacity)
     sections_ptr,  # (R, epochs, 3)
     heads,
     seqlen_q,
     seqlen_k,
     num_epochs,
     capacity,
+    LARGEST_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EPOCH: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -167,7 +199,9 @@ def _fill_lists(
     head = tl.program_id(1).to(tl.int64)
     first, last = _epoch_rows(start_ptr, positions_ptr, head // heads, epoch, seqlen_q, EPOCH, HAS_POSITIONS, CHUNK)
     entries_ptr += (head * num_epochs + epoch) * capacity
+    biases_ptr += (head * num_epochs + epoch) * capacity
     sections_ptr += (head * num_epochs + epoch) * 3
+    importance_ptr += head * seqlen_k
     birth_ptr += head * seqlen_k
     death_ptr += head * seqlen_k
     lanes = tl.arange(0, CHUNK)
@@ -192,7 +226,7 @@ def _fill_lists(
         birth = tl.load(birth_ptr + key, mask=is_inside, other=2147483647)
         is_alive = (birth <= first) & (death > first)
         num_dying += tl.sum((is_alive & (death <= last)).to(tl.int32), axis=0)
-        count = _append(entries_ptr, count, key, is_alive, capacity)
+        count = _append(entries_ptr, biases_ptr, importance_ptr, count, key, is_alive, capacity, LARGEST_BIAS, HAS_BIAS)
     num_alive = tl.minimum(count, capacity)
 
     in_order = tl.load(out_of_order_ptr + head) == 0
@@ -204,7 +238,7 @@ def _fill_lists(
         birth = tl.load(birth_ptr + key, mask=is_inside, other=-1)
         death = tl.load(death_ptr + key, mask=is_inside, other=-1)
         is_born = is_inside & (birth > first) & (birth <= last) & (birth < death)
-        count = _append(entries_ptr, count, key, is_born, capacity)
+        count = _append(entries_ptr, biases_ptr, importance_ptr, count, key, is_born, capacity, LARGEST_BIAS, HAS_BIAS)
     tl.store(sections_ptr, tl.minimum(num_dying, num_alive))
     tl.store(sections_ptr + 1, num_alive)
     tl.store(sections_ptr + 2, tl.minimum(count, capacity))
