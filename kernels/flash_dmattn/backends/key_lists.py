@@ -45,7 +45,7 @@ class KeyLists:
         return -(-self.epoch_size // self.tile_size)
 
 
-def has_intervals(call: AttentionCall) -> bool:
+def is_listed(call: AttentionCall) -> bool:
     """Whether keys have to be listed: not where every key is visible from its own row on."""
     return call.birth is not None or call.query_positions is not None
 
@@ -107,8 +107,8 @@ def choose_capacity(call: AttentionCall, birth: torch.Tensor, death: torch.Tenso
 
 
 def _sorted_bounds(birth: torch.Tensor, death: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    is_listed = birth < death
-    return tuple(torch.where(is_listed, bound, NEVER).long().sort(dim=-1).values for bound in (birth, death))
+    counts = birth < death
+    return tuple(torch.where(counts, bound, NEVER).long().sort(dim=-1).values for bound in (birth, death))
 
 
 def _next_power_of_2(number: int) -> int:

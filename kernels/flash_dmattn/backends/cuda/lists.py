@@ -13,7 +13,7 @@ from flash_dmattn.backends.key_lists import (
     choose_capacity,
     choose_epoch_size,
     count_visible,
-    has_intervals,
+    is_listed,
     whole_sequence,
 )
 from flash_dmattn.call import AttentionCall
@@ -70,7 +70,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     Allocates up to 12 bytes a key beside them. Waits for the device only when `call.max_visible` is None, to count
     the keys.
     """
-    if not has_intervals(call):
+    if not is_listed(call):
         return whole_sequence(call, tile_size)
     batch, seqlen_q = call.query.shape[:2]
     heads, seqlen_k = call.num_interval_heads, call.key.shape[1]

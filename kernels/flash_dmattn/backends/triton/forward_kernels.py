@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_dmattn.backends.key_lists import has_intervals
+from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.backends.triton.configs import BlockConfig, forward_config
 from flash_dmattn.backends.triton.launch import Launch
 from flash_dmattn.backends.triton.tiles import (
@@ -24,7 +24,7 @@ def run_forward(
     call: AttentionCall, config: BlockConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
-    config = config or forward_config(call.query, has_intervals(call))
+    config = config or forward_config(call.query, is_listed(call))
     launch = Launch(call, config.block_m)
     lists = launch.lists
     batch, seqlen_q, num_heads, _ = call.query.shape

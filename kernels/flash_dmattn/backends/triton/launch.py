@@ -6,7 +6,7 @@ import torch
 import triton
 
 from flash_dmattn.backends.cuda import lists as cuda_lists
-from flash_dmattn.backends.key_lists import KeyLists, has_intervals
+from flash_dmattn.backends.key_lists import KeyLists, is_listed
 from flash_dmattn.backends.triton.lists import build_key_lists
 from flash_dmattn.call import AttentionCall
 
@@ -27,7 +27,7 @@ class Launch:
     def shared_arguments(self) -> tuple:
         call, lists = self.call, self.lists
         unused = call.query
-        birth, death = call.intervals() if has_intervals(call) else (None, None)
+        birth, death = call.intervals() if is_listed(call) else (None, None)
         tensors = (
             birth,
             death,
@@ -66,7 +66,7 @@ class Launch:
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
             "EPOCH": self.lists.epoch_size,
             "TILE": self.lists.tile_size,
-            "LISTED": has_intervals(call),
+            "LISTED": is_listed(call),
             "HAS_BIAS": call.importance is not None,
             "HAS_SOFTCAP": call.softcap > 0,
             "HAS_START": call.query_start is not None,

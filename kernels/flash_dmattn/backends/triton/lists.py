@@ -11,7 +11,7 @@ from flash_dmattn.backends.key_lists import (
     choose_capacity,
     choose_epoch_size,
     count_visible,
-    has_intervals,
+    is_listed,
     whole_sequence,
 )
 from flash_dmattn.backends.triton.tiles import LOG2E, query_rows
@@ -25,7 +25,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
 
     Waits for the device only when intervals come without `call.max_visible`, to count the keys.
     """
-    if not has_intervals(call):
+    if not is_listed(call):
         return whole_sequence(call, tile_size)
     batch, seqlen_q = call.query.shape[:2]
     seqlen_k = call.key.shape[1]
