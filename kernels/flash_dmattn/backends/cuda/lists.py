@@ -78,7 +78,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     intervals = birth.view(batch * heads, seqlen_k), death.view(batch * heads, seqlen_k)
     max_visible = count_visible(*intervals) if call.max_visible is None else call.max_visible
     # Long epochs for few visible keys of a long sequence keep the table of (chunk, epoch) small.
-    shortest = 1 << math.ceil(math.log2(max(1, min(seqlen_q, seqlen_k))) / 2)
+    shortest = 1 << max(0, math.ceil(math.log2(max(1, min(seqlen_q, seqlen_k))) / 2) - 1)
     epoch_size = min(max(choose_epoch_size(seqlen_q, max_visible), shortest), _MAX_EPOCH)
     capacity = choose_capacity(call, *intervals, epoch_size)
     lists = allocate_key_lists(call, capacity, epoch_size, tile_size)
