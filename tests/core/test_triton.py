@@ -30,6 +30,32 @@ def test_kernels_equal_the_reference_in_half_precision(case, seed):
     check(case, seed, "triton")
 
 
+def test_strided_importance_and_visibility():
+    query = torch.randn(1, 40, 2, 16, device=DEVICE)
+    importance = torch.randn(1, 40, 2, device=DEVICE).transpose(1, 2)
+    out, expected = (
+        flash_dmattn.dynamic_mask_attention(query, query, query, importance, keep_window_size=6, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, expected)
+    birth, death = flash_dmattn.select_visible(importance, keep_window_size=6)
+    strided = flash_dmattn.Visibility(*(bound.transpose(1, 2).contiguous().transpose(1, 2) for bound in (birth, death)))
+    out = flash_dmattn.interval_attention(query, query, query, importance, strided, max_visible=6, backend="triton")
+    torch.testing.assert_close(out, expected)
+
+
+def test_keys_of_many_documents_that_are_born_at_once():
+    query = torch.randn(1, 600, 1, 16, device=DEVICE)
+    importance = torch.randn(1, 1, 600, device=DEVICE)
+    bounds = torch.arange(0, 601, 50, dtype=torch.int32, device=DEVICE)
+    visibility = flash_dmattn.select_visible(importance, keep_window_size=50, is_causal=False, cu_seqlens=bounds)
+    out, expected = (
+        flash_dmattn.interval_attention(query, query, query, importance, visibility, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_unseen_rows_are_written_as_zero():
     query = torch.randn(1, 20, 2, 16, device=DEVICE)
     never = torch.zeros(1, 2, 20, dtype=torch.int32, device=DEVICE)

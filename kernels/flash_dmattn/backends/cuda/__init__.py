@@ -1,12 +1,12 @@
 """The CUDA engine: a forward for Hopper GPUs, compiled when the package is installed.
 
-The backward is that of the Triton engine, on the same saved tensors; so are the key lists. Triton is needed for both.
+The backward is that of the Triton engine, on the same saved tensors.
 """
 
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.cuda import library, lists
 from flash_dmattn.call import AttentionCall
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -23,7 +23,7 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: AttentionCall) -> str | None:
-    reason = library.why_not_on(call.query.device)
+    reason = library.why_not_on(call.query.device) or lists.reject(call)
     if reason is not None:
         return reason
     if torch.cuda.get_device_capability(call.query.device) != (9, 0):
@@ -48,11 +48,10 @@ def reject(call: AttentionCall) -> str | None:
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
     from flash_dmattn.backends.cuda.forward import run_forward, tile_size
-    from flash_dmattn.backends.triton.lists import build_key_lists
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return triton.forward(call)
-    return run_forward(call, build_key_lists(call, tile_size(call)))
+    return run_forward(call, lists.build_key_lists(call, tile_size(call)))
 
 
 def backward(

@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 from flash_dmattn.backends.cuda.library import launch, load, pointer
-from flash_dmattn.backends.triton.lists import KeyLists
+from flash_dmattn.backends.key_lists import KeyLists
 from flash_dmattn.call import AttentionCall
 
 
