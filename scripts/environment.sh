@@ -27,11 +27,24 @@ import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 files = [root / "pyproject.toml", root / "setup.py", *sorted((root / "requirements").glob("*.txt"))]
+files += sorted(path for path in (root / "kernels/csrc").glob("*") if path.is_file())
 digest = hashlib.sha256(repr((str(root), sys.version)).encode())
 for file in files:
     digest.update(file.read_bytes())
 print(digest.hexdigest())
 EOF
+}
+
+# Unless told otherwise, the CUDA library is built for the GPU of this machine, and not at all without one.
+choose_cuda_build() {
+    [[ -z ${FLASH_DMATTN_SKIP_CUDA_BUILD:-}${FLASH_DMATTN_CUDA_ARCHS:-} ]] || return 0
+    local capability
+    if capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) \
+        && [[ $capability =~ ^([0-9]+)\.[0-9]$ ]]; then
+        export FLASH_DMATTN_CUDA_ARCHS="${BASH_REMATCH[1]}0"
+    else
+        export FLASH_DMATTN_SKIP_CUDA_BUILD=1
+    fi
 }
 
 ensure_environment() {
@@ -48,6 +61,7 @@ ensure_environment() {
         "$python" -m venv --clear "$directory" \
             || fail "'$python -m venv' failed; on Debian it needs the package python3-venv"
     fi
+    choose_cuda_build
     local pip=("$directory/bin/python" -m pip install --no-compile)
     [[ -t 1 ]] || pip+=(--quiet)
     "${pip[@]}" setuptools --editable "$ROOT[$extra]"

@@ -8,6 +8,7 @@ prefix per key, and no N x N comparison anywhere.
 import torch
 
 from flash_dmattn import arguments
+from flash_dmattn.backends.cuda import selection as cuda_selection
 from flash_dmattn.order_statistics import kth_smallest_in_ranges
 from flash_dmattn.visibility import NEVER, Visibility
 
@@ -87,6 +88,17 @@ def _select_visible_op(
     cu_seqlens: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if importance.device.type == "cuda" and cuda_selection.reject(importance, positions) is None:
+        return cuda_selection.select_visible(
+            importance,
+            keep_window_size,
+            num_sink_tokens,
+            local_window_size,
+            sliding_window,
+            is_causal,
+            padding_mask,
+            cu_seqlens,
+        )
     importance = comparable(importance)
     if positions is not None:
         axis = _PrunedAxis(importance, positions, padding_mask)

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.backends.triton.configs import BlockConfig, forward_config
 from flash_dmattn.backends.triton.launch import Launch
-from flash_dmattn.backends.triton.lists import is_listed
 from flash_dmattn.backends.triton.tiles import (
     LOG2E,
     find_stretch,

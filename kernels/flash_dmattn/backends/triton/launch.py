@@ -5,7 +5,9 @@ from functools import cached_property
 import torch
 import triton
 
-from flash_dmattn.backends.triton.lists import KeyLists, build_key_lists, is_listed
+from flash_dmattn.backends.cuda import lists as cuda_lists
+from flash_dmattn.backends.key_lists import KeyLists, is_listed
+from flash_dmattn.backends.triton.lists import build_key_lists
 from flash_dmattn.call import AttentionCall
 
 
@@ -19,7 +21,8 @@ class Launch:
 
     @cached_property
     def lists(self) -> KeyLists:
-        return build_key_lists(self.call, self.tile_size)
+        build = build_key_lists if cuda_lists.reject(self.call) else cuda_lists.build_key_lists
+        return build(self.call, self.tile_size)
 
     def shared_arguments(self) -> tuple:
         call, lists = self.call, self.lists

@@ -1,59 +1,23 @@
-"""Key lists: which keys a run of queries has to look at, built on the device in O(N (1 + w / E)) integers.
-
-Queries are cut into epochs of E rows. The list of an epoch holds first the keys that are alive at its first row, the
-earliest to die first, then those born later in it, the earliest born first. Of such a list a query tile needs one
-contiguous stretch: what has died before it lies at the front, what is not born yet at the back. In the middle stand
-the keys that the whole epoch sees, which need no comparison.
-"""
-
-from dataclasses import dataclass
+"""Key lists built by three kernels and a sort, for any order of keys."""
 
 import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.key_lists import (
+    LARGEST_BIAS,
+    KeyLists,
+    allocate_key_lists,
+    choose_capacity,
+    choose_epoch_size,
+    count_visible,
+    is_listed,
+    whole_sequence,
+)
 from flash_dmattn.backends.triton.tiles import LOG2E, query_rows
 from flash_dmattn.call import AttentionCall
 
 _CHUNK = 1024
-_LARGEST_BIAS = 2.3e38  # times log2(e) it is still a float32
-
-
-@dataclass(frozen=True)
-class KeyLists:
-    """Lists per (batch and interval head, epoch); R = B * Hi.
-
-    entries: (R, epochs, capacity) int32, key numbers; None when every key is visible from its own row on: then one
-        epoch holds all queries and the list is the keys in order, without sections and stretches.
-    biases: (R, epochs, capacity) float32, the entries' importance times log2(e), or None without importance.
-    sections: (R, epochs, 3) int32: the first entry seen by the whole epoch, the number of entries alive at its start,
-        the number of all entries.
-    stretches: (R, epochs, tiles, 2) int32, the first entry that a query tile needs and the one after its last.
-    """
-
-    entries: torch.Tensor | None
-    biases: torch.Tensor | None
-    sections: torch.Tensor | None
-    stretches: torch.Tensor | None
-    num_lists: int
-    num_epochs: int
-    capacity: int
-    epoch_size: int
-    tile_size: int
-
-    @property
-    def tiles_per_epoch(self) -> int:
-        return triton.cdiv(self.epoch_size, self.tile_size)
-
-
-def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
-    """Returns E, a power of two near w / 4: short enough to look at few dead keys, long enough to store few lists."""
-    return min(max(128, min(2048, triton.next_power_of_2(max_visible) // 4)), triton.next_power_of_2(seqlen_q))
-
-
-def is_listed(call: AttentionCall) -> bool:
-    """Whether keys have to be gathered: not where every key is visible from its own row on."""
-    return call.birth is not None or call.query_positions is not None
 
 
 def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
@@ -62,7 +26,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     Waits for the device only when intervals come without `call.max_visible`, to count the keys.
     """
     if not is_listed(call):
-        return _whole_sequence(call, tile_size)
+        return whole_sequence(call, tile_size)
     batch, seqlen_q = call.query.shape[:2]
     seqlen_k = call.key.shape[1]
     heads = call.num_interval_heads
@@ -87,18 +51,11 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     )
     death_sorted, by_death = death.sort(dim=-1)
 
-    max_visible = call.max_visible
-    if max_visible is None:
-        max_visible = max(1, _count_visible(birth, death))
+    max_visible = count_visible(birth, death) if call.max_visible is None else call.max_visible
     epoch_size = choose_epoch_size(seqlen_q, max_visible)
-    num_epochs = triton.cdiv(seqlen_q, epoch_size)
-    # Rows in no order tell nothing about how many keys an epoch spans.
-    capacity = seqlen_k if call.query_start is None else min(seqlen_k, max_visible + epoch_size)
-    tiles = triton.cdiv(epoch_size, tile_size)
-    entries = torch.empty(num_lists, num_epochs, capacity, dtype=torch.int32, device=device)
-    biases = None if importance is None else torch.empty_like(entries, dtype=torch.float32)
-    sections = torch.empty(num_lists, num_epochs, 3, dtype=torch.int32, device=device)
-    stretches = torch.empty(num_lists, num_epochs, tiles, 2, dtype=torch.int32, device=device)
+    lists = allocate_key_lists(call, choose_capacity(call, birth, death, epoch_size), epoch_size, tile_size)
+    num_epochs, capacity, tiles = lists.num_epochs, lists.capacity, lists.tiles_per_epoch
+    entries, biases, sections = lists.entries, lists.biases, lists.sections
     rows = (
         death if call.query_start is None else call.query_start,
         death if call.query_positions is None else call.query_positions,
@@ -120,7 +77,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         entries if biases is None else biases,
         sections,
         *sizes,
-        LARGEST_BIAS=_LARGEST_BIAS,
+        LARGEST_BIAS=LARGEST_BIAS,
         HAS_BIAS=importance is not None,
         CHUNK=_CHUNK,
         **constants,
@@ -131,7 +88,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         birth,
         death,
         *rows,
-        stretches,
+        lists.stretches,
         *sizes,
         tiles,
         TILE=tile_size,
@@ -141,29 +98,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         CHUNK=128,
         **constants,
     )
-    return KeyLists(entries, biases, sections, stretches, num_lists, num_epochs, capacity, epoch_size, tile_size)
-
-
-def _whole_sequence(call: AttentionCall, tile_size: int) -> KeyLists:
-    batch, seqlen_q = call.query.shape[:2]
-    seqlen_k = call.key.shape[1]
-    biases = None
-    if call.importance is not None:
-        biases = call.importance.clamp(max=_LARGEST_BIAS).mul_(LOG2E.value)
-    num_lists = batch * call.num_interval_heads
-    epoch_size = triton.next_power_of_2(seqlen_q)
-    return KeyLists(None, biases, None, None, num_lists, 1, seqlen_k, epoch_size, tile_size)
-
-
-def _count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:
-    """Returns the largest number of keys that are alive at once, read back from the device."""
-    births = birth.sort(dim=-1).values
-    deaths = torch.where(death < 0, torch.iinfo(torch.int32).max, death).sort(dim=-1).values
-    seqlen_k = births.shape[-1]
-    born = torch.arange(1, seqlen_k + 1, device=births.device)
-    died = torch.searchsorted(deaths, births, right=True)
-    alive = (born - died).masked_fill(births == torch.iinfo(torch.int32).max, 0)
-    return int(alive.max())
+    return lists
 
 
 @triton.jit

@@ -1,0 +1,105 @@
+"""The compiled CUDA library: loaded from the package's own folder, checked, and called with an error check.
+
+A kernel is a plain C function that takes a pointer to its parameters and a stream and returns a CUDA error code. The
+library links no torch and no Python, so one file serves all versions of both.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+"""The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""
+
+PATH = Path(__file__).resolve().parents[2] / "libflash_dmattn_cuda.so"
+
+
+class LibraryUnavailable(RuntimeError):
+    """The library is missing or of another version; the text says what to do."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Returns the library. Raises `LibraryUnavailable` when it is not there or not of this package's version."""
+    return _open(PATH)
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Returns why the library cannot be loaded, or None."""
+    try:
+        load()
+    except LibraryUnavailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def why_not_on(device: torch.device) -> str | None:
+    """Returns why the library's kernels cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return f"tensors are on {device}, not on a CUDA GPU"
+    reason = why_unavailable()
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [int(name) for name in architectures()]
+    # Code for sm_90a runs on 9.0 alone, other code on its own and later minor versions.
+    if major * 10 in built and (major != 9 or minor == 0):
+        return None
+    return (
+        f"the CUDA library was built for sm_{', sm_'.join(map(str, built))}, the GPU is of compute capability "
+        f"{major}.{minor}; FLASH_DMATTN_CUDA_ARCHS chooses what is built"
+    )
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """Returns the architectures that the library was compiled for, such as ("80", "90")."""
+    ask = load().flash_dmattn_architectures
+    ask.restype = ctypes.c_char_p
+    return tuple(ask().decode().split())
+
+
+def has(name: str) -> bool:
+    """Returns whether the library exports the function `name`: variants that were not built are absent."""
+    return why_unavailable() is None and hasattr(load(), name)
+
+
+def launch(name: str, parameters: ctypes.Structure, device: torch.device) -> None:
+    """Calls `name` with `parameters` on the current stream of `device`. Raises RuntimeError for a CUDA error."""
+    library = load()
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        error = getattr(library, name)(ctypes.byref(parameters), ctypes.c_void_p(stream))
+    if error != 0:
+        explain = library.flash_dmattn_error_string
+        explain.restype = ctypes.c_char_p
+        raise RuntimeError(f"{name} failed: {explain(error).decode()}")
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Returns the address of a tensor for a field of type c_void_p, or None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    if not path.is_file():
+        raise LibraryUnavailable(
+            f"the CUDA library {path.name} is not in {path.parent}: flash_dmattn was installed without it, because "
+            "nvcc or ninja was missing or FLASH_DMATTN_SKIP_CUDA_BUILD was set; install it again where CUDA_HOME or "
+            "PATH leads to a CUDA toolkit"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryUnavailable(f"the CUDA library {path} cannot be loaded: {error}") from error
+    version = library.flash_dmattn_abi_version() if hasattr(library, "flash_dmattn_abi_version") else None
+    if version != ABI_VERSION:
+        raise LibraryUnavailable(
+            f"the CUDA library {path} has ABI version {version}, this package needs {ABI_VERSION}: "
+            "install flash_dmattn again"
+        )
+    return library

@@ -1,0 +1,119 @@
+"""Key lists built by the CUDA library in two launches."""
+
+import ctypes
+import functools
+import math
+
+import torch
+
+from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.key_lists import (
+    KeyLists,
+    allocate_key_lists,
+    choose_capacity,
+    choose_epoch_size,
+    count_visible,
+    is_listed,
+    whole_sequence,
+)
+from flash_dmattn.call import AttentionCall
+
+_MAX_EPOCH = 2048
+_MAX_LANES = 65535
+_POINTERS = (
+    "birth",
+    "death",
+    "importance",
+    "query_start",
+    "query_positions",
+    "entries",
+    "biases",
+    "sections",
+    "stretches",
+    "workspace",
+)
+_SIZES = (
+    "batch",
+    "num_heads",
+    "seqlen_q",
+    "seqlen_k",
+    "num_epochs",
+    "epoch_size",
+    "capacity",
+    "tiles_per_epoch",
+    "tile_size",
+)
+
+
+class _Parameters(ctypes.Structure):
+    """flash_dmattn_lists_params of csrc/lists.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("workspace_bytes", ctypes.c_int64),
+        ("importance_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int32) for name in _SIZES),
+    ]
+
+
+def reject(call: AttentionCall) -> str | None:
+    """Returns why the library does not build lists for a call, or None."""
+    lanes = call.query.shape[0] * call.num_interval_heads
+    if lanes > _MAX_LANES:
+        return f"{lanes} (batch, head) pairs are above {_MAX_LANES}"
+    return library.why_not_on(call.query.device)
+
+
+def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
+    """Builds the lists for query tiles of `tile_size` rows, for tensors on a GPU that the library serves.
+
+    Allocates up to 12 bytes a key beside them. Waits for the device only when `call.max_visible` is None, to count
+    the keys.
+    """
+    if not is_listed(call):
+        return whole_sequence(call, tile_size)
+    batch, seqlen_q = call.query.shape[:2]
+    heads, seqlen_k = call.num_interval_heads, call.key.shape[1]
+    birth, death = call.intervals()
+    intervals = birth.view(batch * heads, seqlen_k), death.view(batch * heads, seqlen_k)
+    max_visible = count_visible(*intervals) if call.max_visible is None else call.max_visible
+    # Long epochs for few visible keys of a long sequence keep the table of (chunk, epoch) small.
+    shortest = 1 << max(0, math.ceil(math.log2(max(1, min(seqlen_q, seqlen_k))) / 2) - 1)
+    epoch_size = min(max(choose_epoch_size(seqlen_q, max_visible), shortest), _MAX_EPOCH)
+    capacity = choose_capacity(call, *intervals, epoch_size)
+    lists = allocate_key_lists(call, capacity, epoch_size, tile_size)
+    query_start = None if call.query_start is None else call.query_start.contiguous()
+    query_positions = None if call.query_positions is None else call.query_positions.contiguous()
+    parameters = _Parameters(
+        birth=library.pointer(birth),
+        death=library.pointer(death),
+        importance=library.pointer(call.importance),
+        query_start=library.pointer(query_start),
+        query_positions=library.pointer(query_positions),
+        entries=library.pointer(lists.entries),
+        biases=library.pointer(lists.biases),
+        sections=library.pointer(lists.sections),
+        stretches=library.pointer(lists.stretches),
+        importance_strides=(0, 0, 0) if call.importance is None else call.importance.stride(),
+        batch=batch,
+        num_heads=heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_epochs=lists.num_epochs,
+        epoch_size=epoch_size,
+        capacity=capacity,
+        tiles_per_epoch=lists.tiles_per_epoch,
+        tile_size=tile_size,
+    )
+    parameters.workspace_bytes = _workspace_function()(ctypes.byref(parameters))
+    workspace = torch.empty(parameters.workspace_bytes, dtype=torch.uint8, device=birth.device)
+    parameters.workspace = library.pointer(workspace)
+    library.launch("flash_dmattn_lists", parameters, birth.device)
+    return lists
+
+
+@functools.cache
+def _workspace_function():
+    function = library.load().flash_dmattn_lists_workspace
+    function.restype = ctypes.c_int64
+    return function

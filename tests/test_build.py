@@ -1,0 +1,314 @@
+"""The build of the CUDA library: its settings, what it does without tools, what is rebuilt, and what wheels hold."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from flash_dmattn.backends.cuda import library
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "kernels"))
+from cuda_build.library import LIBRARY_NAME, build_library  # noqa: E402
+from cuda_build.resources import (  # noqa: E402
+    ALLOWED_SPILLS,
+    find_spill_regressions,
+    format_table,
+    parse_compiler_output,
+)
+from cuda_build.settings import ARCHITECTURES, Settings, read_settings  # noqa: E402
+from cuda_build.toolkit import MissingTool, Toolkit, find_toolkit, keep_supported  # noqa: E402
+from cuda_build.units import SOURCES, list_units  # noqa: E402
+
+VARIABLES = (
+    "FLASH_DMATTN_CUDA_ARCHS",
+    "FLASH_DMATTN_SKIP_CUDA_BUILD",
+    "FLASH_DMATTN_FORCE_BUILD",
+    "CUDA_HOME",
+    "CUDA_PATH",
+)
+
+FAKE_NVCC = """\
+#!{python}
+import pathlib, sys
+arguments = sys.argv[1:]
+if "--list-gpu-code" in arguments:
+    print("sm_80\\nsm_86\\nsm_90\\nsm_100")
+    sys.exit()
+out = pathlib.Path(arguments[arguments.index("-o") + 1])
+with open("{calls}", "a") as calls:
+    print(" ".join(arguments), file=calls)
+if "-c" in arguments:
+    source = pathlib.Path(arguments[arguments.index("-c") + 1])
+    if "broken" in source.read_text():
+        sys.exit("fake nvcc: broken source")
+    headers = " ".join(map(str, source.parent.glob("*.h")))
+    pathlib.Path(arguments[arguments.index("-MF") + 1]).write_text(f"{{out}}: {{source}} {{headers}}\\n")
+out.write_text("fake")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A folder that is a CUDA toolkit as far as a build can see, without sm_120; `calls` reads what was compiled."""
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    log = tmp_path / "calls.txt"
+    log.touch()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(FAKE_NVCC.format(python=sys.executable, calls=log))
+    nvcc.chmod(0o755)
+    return home
+
+
+def calls(fake: Path) -> list[str]:
+    """The sources, or the library, that the fake compiler made since it was last asked."""
+    log = fake.parent / "calls.txt"
+    names = [re.search(r"-o (\S+)", line)[1] for line in log.read_text().splitlines()]
+    log.write_text("")
+    return sorted(Path(name).name for name in names)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    folder = tmp_path / "csrc"
+    (folder / "forward_sm90").mkdir(parents=True)
+    for name in ("library", "selection", "forward_sm90/d64_bf16", "forward_sm90/d128_bf16", "forward_sm90/d128_fp16"):
+        (folder / f"{name}.cu").write_text("// a source")
+    (folder / "api.h").write_text("// a header")
+    return folder
+
+
+def toolkit_of(fake: Path) -> Toolkit:
+    return find_toolkit({"CUDA_HOME": str(fake), "PATH": os.environ["PATH"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ARCHITECTURES),
+        ("90", ("90",)),
+        ("120;80", ("80", "120")),
+        ("80, 90", ("80", "90")),
+        ("90;;90;", ("90",)),
+    ],
+)
+def test_architectures_are_a_list(text, expected):
+    assert read_settings({"FLASH_DMATTN_CUDA_ARCHS": text}).architectures == expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FLASH_DMATTN_CUDA_ARCHS", "75"),
+        ("FLASH_DMATTN_CUDA_ARCHS", "sm_90"),
+        ("FLASH_DMATTN_HEAD_DIMS", "100"),
+        ("FLASH_DMATTN_SKIP_CUDA_BUILD", "yes"),
+        ("FLASH_DMATTN_FORCE_BUILD", "2"),
+        ("MAX_JOBS", "0"),
+        ("NVCC_THREADS", "-1"),
+    ],
+)
+def test_a_value_without_meaning_is_refused_by_name(variable, value):
+    with pytest.raises(ValueError, match=f"{variable} must be .*{re.escape(value)}"):
+        read_settings({variable: value})
+
+
+def test_skip_and_force_exclude_each_other():
+    with pytest.raises(ValueError, match="must not both"):
+        read_settings({"FLASH_DMATTN_SKIP_CUDA_BUILD": "1", "FLASH_DMATTN_FORCE_BUILD": "1"})
+
+
+def test_jobs_and_threads_come_from_the_environment():
+    settings = read_settings({"MAX_JOBS": "3", "NVCC_THREADS": "4"})
+    assert (settings.max_jobs, settings.nvcc_threads) == (3, 4)
+    assert read_settings({}).max_jobs >= 1 and read_settings({}).nvcc_threads == 1
+
+
+def test_a_missing_nvcc_is_named(tmp_path):
+    with pytest.raises(MissingTool, match="nvcc was not found"):
+        find_toolkit({"PATH": str(tmp_path)})
+    with pytest.raises(MissingTool, match=f"CUDA_HOME is {tmp_path}"):
+        find_toolkit({"CUDA_HOME": str(tmp_path), "PATH": os.environ["PATH"]})
+
+
+def test_architectures_that_nvcc_lacks_are_dropped_and_named(fake, sources, tmp_path, capfd):
+    toolkit = toolkit_of(fake)
+    assert keep_supported(Settings(), toolkit) == (("80", "90", "100"), ("120",))
+    build = build_library(Settings(), toolkit, tmp_path / "out", sources)
+    assert build.architectures == ("80", "90", "100")
+    assert "does not know sm_120; left out" in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="none of the wanted architectures sm_120"):
+        build_library(Settings(architectures=("120",)), toolkit, tmp_path / "out", sources)
+
+
+def test_code_for_hopper_goes_to_sm_90a_alone(fake, sources, tmp_path):
+    build_library(Settings(), toolkit_of(fake), tmp_path / "out", sources)
+    lines = [line for line in (fake.parent / "calls.txt").read_text().splitlines() if "-c " in line]
+    codes = {Path(re.search(r"-c (\S+)", line)[1]).stem: re.findall(r"code=(\w+)", line) for line in lines}
+    assert codes["selection"] == ["sm_80", "sm_90a", "sm_100"]
+    assert codes["d128_bf16"] == ["sm_90a"]
+    units = list_units(Settings(), ("80", "100"), sources)
+    assert [unit.name for unit in units] == ["library", "selection"]
+
+
+def test_variants_can_be_chosen(sources):
+    settings = Settings(head_dims=("128",), dtypes=("bf16",))
+    names = [unit.name for unit in list_units(settings, ("90",), sources)]
+    assert names == ["forward_sm90.d128_bf16", "library", "selection"]
+
+
+def test_only_what_changed_is_compiled_again(fake, sources, tmp_path):
+    def build():
+        build_library(Settings(), toolkit_of(fake), tmp_path / "out", sources)
+        return calls(fake)
+
+    assert len(build()) == 6
+    assert build() == []
+    (sources / "selection.cu").write_text("// another source")
+    assert build() == [LIBRARY_NAME, "selection.o"]
+    (sources / "api.h").write_text("// another header")
+    assert build() == [LIBRARY_NAME, "library.o", "selection.o"]
+
+
+def test_a_source_that_does_not_compile_fails_the_build(fake, sources, tmp_path, capfd):
+    (sources / "selection.cu").write_text("broken")
+    with pytest.raises(RuntimeError, match="could not be compiled"):
+        build_library(Settings(), toolkit_of(fake), tmp_path / "out", sources)
+    assert "fake nvcc: broken source" in capfd.readouterr().err
+
+
+def pip_wheel(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[Path]]:
+    """What building a wheel of the repository says and yields."""
+    if Version(importlib.metadata.version("setuptools")) < Version("77"):
+        pytest.skip("building without isolation needs setuptools >= 77")
+    source, out = tmp_path / "source", tmp_path / "wheels"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "flash_dmattn_hf"):
+        (source / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "kernels", source / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    done = subprocess.run(command, cwd=source, env={**clean, **environment}, capture_output=True, text=True)
+    return done, list(out.glob("*.whl"))
+
+
+def path_without_nvcc() -> str:
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if not (Path(folder) / "nvcc").exists())
+
+
+def test_a_wheel_with_the_library_is_for_one_platform_and_every_python(fake, tmp_path):
+    done, (wheel,) = pip_wheel(tmp_path, CUDA_HOME=str(fake))
+    assert done.returncode == 0
+    assert re.fullmatch(r"flash_dmattn_hf-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert archive.read(f"flash_dmattn/{LIBRARY_NAME}") == b"fake"
+    assert not [name for name in names if name.endswith((".cu", ".h", ".o")) or "cuda_build" in name]
+
+
+@pytest.mark.parametrize("reason", ["no nvcc", "skip"])
+def test_without_the_library_the_wheel_is_for_every_platform(fake, tmp_path, reason):
+    if reason == "skip":
+        done, (wheel,) = pip_wheel(tmp_path, CUDA_HOME=str(fake), FLASH_DMATTN_SKIP_CUDA_BUILD="1")
+        assert "as asked by FLASH_DMATTN_SKIP_CUDA_BUILD" in done.stdout + done.stderr
+    else:
+        done, (wheel,) = pip_wheel(tmp_path, PATH=path_without_nvcc())
+        assert "no CUDA library, nvcc was not found" in done.stdout + done.stderr
+    assert done.returncode == 0 and wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+def test_a_forced_build_fails_without_nvcc(tmp_path):
+    done, wheels = pip_wheel(tmp_path, PATH=path_without_nvcc(), FLASH_DMATTN_FORCE_BUILD="1")
+    assert done.returncode != 0 and not wheels
+    assert "nvcc was not found" in done.stdout + done.stderr
+
+
+def test_the_package_and_its_sources_agree_on_the_version():
+    (version,) = re.findall(r"#define FLASH_DMATTN_ABI_VERSION (\d+)", (SOURCES / "api.h").read_text())
+    assert int(version) == library.ABI_VERSION
+    assert library.PATH.name == LIBRARY_NAME and library.PATH.parent == ROOT / "kernels" / "flash_dmattn"
+
+
+def shared_library(folder: Path, code: str) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler to make a library with")
+    (folder / "library.c").write_text(code)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "lib.so", folder / "library.c"], check=True)
+    return folder / "lib.so"
+
+
+@pytest.mark.parametrize(
+    ("code", "version"),
+    [("int flash_dmattn_abi_version(void) { return 999; }", "999"), ("int something_else;", "None")],
+)
+def test_a_library_of_another_version_is_refused(tmp_path, code, version):
+    with pytest.raises(library.LibraryUnavailable, match=f"ABI version {version}, this package needs"):
+        library._open(shared_library(tmp_path, code))
+
+
+def test_a_missing_or_broken_library_is_explained(tmp_path):
+    with pytest.raises(library.LibraryUnavailable, match="CUDA toolkit"):
+        library._open(tmp_path / LIBRARY_NAME)
+    (tmp_path / LIBRARY_NAME).write_text("no library")
+    with pytest.raises(library.LibraryUnavailable, match="cannot be loaded"):
+        library._open(tmp_path / LIBRARY_NAME)
+
+
+COMPILER_OUTPUT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4scanPi' for 'sm_80'
+ptxas info    : Function properties for _Z4scanPi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers, 364 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z4scanPi' for 'sm_90a'
+ptxas info    : Function properties for _Z4scanPi
+    16 bytes stack frame, 24 bytes spill stores, 28 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size, 2048 bytes smem
+"""
+
+
+def test_registers_and_spills_are_read_from_the_compiler():
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt to read symbols with")
+    kernels = parse_compiler_output("selection", COMPILER_OUTPUT)
+    assert [(k.name, k.architecture, k.registers, k.shared, k.spills) for k in kernels] == [
+        ("scan", "80", 8, 0, 0),
+        ("scan", "90a", 255, 2048, 24),
+    ]
+    assert "scan" in format_table(kernels, {"selection": 1.5})
+    (regression,) = find_spill_regressions(kernels, "")
+    assert "scan of selection for sm_90a spills 24 bytes, 0 are allowed" == regression
+    assert find_spill_regressions(kernels, "selection 90a scan 24") == []
+    assert find_spill_regressions(kernels, "selection 90a scan 23") != []
+
+
+def test_allowed_spills_can_be_read():
+    assert find_spill_regressions([], ALLOWED_SPILLS.read_text()) == []
+
+
+def test_a_real_library_is_compiled_and_loads(tmp_path):
+    try:
+        toolkit = find_toolkit()
+    except MissingTool as error:
+        pytest.skip(str(error))
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for name in ("library.cu", "api.h"):
+        shutil.copy(SOURCES / name, sources)
+    build = build_library(Settings(architectures=("80", "90")), toolkit, tmp_path / "out", sources)
+    loaded = library._open(build.library)
+    assert loaded.flash_dmattn_abi_version() == library.ABI_VERSION
+    needed = subprocess.run(["readelf", "-d", build.library], capture_output=True, text=True, check=True).stdout
+    assert "cudart" not in needed and "torch" not in needed and "python" not in needed
