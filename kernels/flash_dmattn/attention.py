@@ -14,7 +14,7 @@ def interval_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     importance: torch.Tensor | None,
-    visibility: Visibility,
+    visibility: Visibility | None,
     *,
     query_start: int | torch.Tensor | None = None,
     query_positions: torch.Tensor | None = None,
@@ -35,7 +35,7 @@ def interval_attention(
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
     importance: (B, Hi, Sk) floating point, Hi = Hkv or H, added to the logits in float32 (NaN as -inf, +inf as the
         largest float32; a key of -inf weighs 0), or None for no bias.
-    visibility: birth and death, int32 (B, Hi, Sk).
+    visibility: birth and death, int32 (B, Hi, Sk); or None: every key from its own row on, as in dense attention.
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
     query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing.
     softmax_scale: None: D ** -0.5.
@@ -53,7 +53,8 @@ def interval_attention(
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
     """
     arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
-    arguments.check_visibility(visibility, query, key, importance)
+    if visibility is not None:
+        arguments.check_visibility(visibility, query, key, importance)
     arguments.check_query_rows(query_start, query_positions, query)
     if max_visible is not None and max_visible < 1:
         raise ValueError(f"max_visible must be None or at least 1, got {max_visible}")
@@ -120,16 +121,21 @@ def dynamic_mask_attention(
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     if cu_seqlens is not None and seqlen_q != seqlen_k:
         raise ValueError(f"query must have key's {seqlen_k} rows when cu_seqlens is given, got {seqlen_q}")
-    visibility = select_visible(
-        importance,
-        keep_window_size=keep_window_size,
-        num_sink_tokens=num_sink_tokens,
-        local_window_size=local_window_size,
-        sliding_window=sliding_window,
-        is_causal=is_causal,
-        padding_mask=padding_mask,
-        cu_seqlens=cu_seqlens,
-    )
+    selection = {
+        "keep_window_size": keep_window_size,
+        "num_sink_tokens": num_sink_tokens,
+        "local_window_size": local_window_size,
+        "sliding_window": sliding_window,
+        "is_causal": is_causal,
+        "padding_mask": padding_mask,
+        "cu_seqlens": cu_seqlens,
+    }
+    is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None
+    if is_plain and seqlen_k <= keep_window_size:
+        arguments.check_selection(importance, **selection)
+        visibility = None  # nobody is ever evicted
+    else:
+        visibility = select_visible(importance, **selection)
     query_positions = None
     if padding_mask is not None:
         rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, dtype=torch.int32, device=query.device)
@@ -157,7 +163,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     importance: torch.Tensor | None,
-    visibility: Visibility,
+    visibility: Visibility | None,
     query_start: int | torch.Tensor | None,
     query_positions: torch.Tensor | None,
     max_visible: int | None,
@@ -173,14 +179,15 @@ def _attend(
         query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
     if importance is not None:
         importance = comparable(importance)
-        importance = importance if query.dtype == torch.float64 else importance.float()
-    out, lse = interval_attention_op(
+        importance = (importance if query.dtype == torch.float64 else importance.float()).contiguous()
+    birth, death = (None, None) if visibility is None else (bound.contiguous() for bound in visibility)
+    out, lse, _ = interval_attention_op(
         query,
         key,
         value,
         importance,
-        visibility[0],
-        visibility[1],
+        birth,
+        death,
         query_start,
         query_positions,
         max_visible,

@@ -12,8 +12,8 @@ def interval_attention_op(
     key: torch.Tensor,
     value: torch.Tensor,
     importance: torch.Tensor | None,
-    birth: torch.Tensor,
-    death: torch.Tensor,
+    birth: torch.Tensor | None,
+    death: torch.Tensor | None,
     query_start: torch.Tensor | None,
     query_positions: torch.Tensor | None,
     max_visible: int | None,
@@ -21,8 +21,13 @@ def interval_attention_op(
     softcap: float,
     deterministic: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D) and lse (B, H, Sq); shapes as in `AttentionCall`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq); arguments as in `AttentionCall`.
+
+    stats is for the backward, because beside a huge importance lse has no room for the log of a sum: each row's
+    highest logit times log2(e), inf where a row sees nothing, and log2 of the sum of exp of the logits less the
+    highest. It has no gradient.
+    """
     call = AttentionCall(
         query,
         key,
@@ -45,7 +50,8 @@ def _(query, *_):
     batch, seqlen_q, num_heads, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    return out, query.new_empty((batch, num_heads, seqlen_q), dtype=dtype)
+    lse = query.new_empty((batch, num_heads, seqlen_q), dtype=dtype)
+    return out, lse, query.new_empty((2, batch, num_heads, seqlen_q), dtype=dtype)
 
 
 @torch.library.custom_op("flash_dmattn::interval_attention_backward", mutates_args=())
@@ -53,13 +59,13 @@ def interval_attention_backward_op(
     dout: torch.Tensor,
     dlse: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     importance: torch.Tensor | None,
-    birth: torch.Tensor,
-    death: torch.Tensor,
+    birth: torch.Tensor | None,
+    death: torch.Tensor | None,
     query_start: torch.Tensor | None,
     query_positions: torch.Tensor | None,
     max_visible: int | None,
@@ -84,28 +90,30 @@ def interval_attention_backward_op(
         deterministic,
     )
     engine = choose_backend(call, backend)
-    dquery, dkey, dvalue, dimportance = engine.backward(call, out, lse, dout, dlse)
-    return dquery, dkey, dvalue, lse.new_empty(0) if dimportance is None else dimportance
+    dquery, dkey, dvalue, dimportance = engine.backward(call, out, stats, dout, dlse)
+    return dquery, dkey, dvalue, stats.new_empty(0) if dimportance is None else dimportance
 
 
 @interval_attention_backward_op.register_fake
-def _(dout, dlse, out, lse, query, key, value, importance, *_):
+def _(dout, dlse, out, stats, query, key, value, importance, *_):
     def like(tensor):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
-    return like(query), like(key), like(value), lse.new_empty(0) if importance is None else like(importance)
+    return like(query), like(key), like(value), stats.new_empty(0) if importance is None else like(importance)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     tensors, options = inputs[:8], inputs[8:]
-    ctx.save_for_backward(*output, *tensors)
+    out, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(out, stats, *tensors)
     ctx.options = options
 
 
-def _backward(ctx, dout, dlse):
-    out, lse, query, key, value, importance, *rest = ctx.saved_tensors
+def _backward(ctx, dout, dlse, _):
+    out, stats, query, key, value, importance, *rest = ctx.saved_tensors
     dquery, dkey, dvalue, dimportance = interval_attention_backward_op(
-        dout, dlse, out, lse, query, key, value, importance, *rest, *ctx.options
+        dout, dlse, out, stats, query, key, value, importance, *rest, *ctx.options
     )
     dimportance = None if importance is None else dimportance
     return dquery, dkey, dvalue, dimportance, *(None,) * 9

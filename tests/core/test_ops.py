@@ -41,9 +41,7 @@ class RecordCalls(TorchDispatchMode):
 
 def registered_ops():
     prefix = f"{NAMESPACE}::"
-    return {
-        name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)
-    }
+    return {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
 
 
 def recorded_calls(case):
@@ -77,10 +75,7 @@ def test_fake_tensors_have_the_shapes_types_and_strides_of_real_ones(case):
     inputs = case.inputs()
     real = dynamic_mask_attention(*inputs, **case.options, return_lse=True)
     with FakeTensorMode() as mode:
-        options = {
-            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-            for name, x in case.options.items()
-        }
+        options = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
         fake = dynamic_mask_attention(*(mode.from_tensor(x) for x in inputs), **options, return_lse=True)
     for mine, right in zip(fake, real, strict=True):
         assert (mine.shape, mine.dtype, mine.stride()) == (right.shape, right.dtype, right.stride())
@@ -116,12 +111,13 @@ def test_compiled_without_a_graph_break_it_gives_the_same(case, backend):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("lengths", [(17, 40, 26), (9, 12, 7)], ids=["beyond-the-window", "within-the-window"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_once_it_serves_every_length(backend):
+def test_compiled_once_it_serves_every_length(backend, lengths):
     torch._dynamo.reset()
     compiled = torch.compile(dynamic_mask_attention, fullgraph=True, backend=backend, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for seqlen in (9, 17, 40, 26):
+        for seqlen in lengths:
             case = AttentionCase("dynamic", seqlen_q=seqlen, seqlen_k=seqlen, options=window(12, 1, 2))
             inputs = case.inputs()
             for got, expected in zip(
@@ -143,6 +139,4 @@ def test_the_parts_compile_too():
         return interval_attention(query, key, value, importance, visibility, query_start=starts)
 
     arguments = (query, key, value, importance, positions, starts)
-    torch.testing.assert_close(
-        torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments), step(*arguments)
-    )
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments), step(*arguments))

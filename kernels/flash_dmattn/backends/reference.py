@@ -5,6 +5,7 @@ intervals come from a top-w selection), attends to them with an elementwise mask
 the same tiles again. Everything is computed in float32, or float64 when given float64.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,26 +29,29 @@ def reject(call: AttentionCall) -> str | None:
     return None
 
 
-def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D) in query's dtype and lse (B, H, Sq), float32 or float64."""
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats, as the operator does; lse and stats in float32 or float64."""
     batch, seqlen_q, num_heads, head_dim = call.query.shape
     out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
     lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
+    stats = torch.stack([-lse, torch.zeros_like(lse)])
     for tile in _tiles(call):
         weights, highest, _ = tile.weights()
         # The largest weight is 1 / sum(exp(logits - highest)).
-        tile_lse = highest - weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()  # (B, Hi, G * T)
-        lse[:, :, tile.rows] = tile_lse.reshape(batch, num_heads, -1)
+        log_sum = -weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()  # (B, Hi, G * T)
+        lse[:, :, tile.rows] = (highest + log_sum).reshape(batch, num_heads, -1)
+        tile_stats = torch.stack([highest.masked_fill(highest == -torch.inf, torch.inf), log_sum])
+        stats[:, :, :, tile.rows] = tile_stats.reshape(2, batch, num_heads, -1) / math.log(2)
         out[:, tile.rows] = tile.ungroup(_matmul(weights, tile.value)).to(out.dtype)
-    return out, lse
+    return out, lse, stats
 
 
 def backward(
-    call: AttentionCall, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+    call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance.
 
-    out, lse: what `forward` returned. dout: (B, Sq, H, D). dlse: (B, H, Sq).
+    out, stats: what `forward` returned. dout: (B, Sq, H, D). dlse: (B, H, Sq).
     """
     batch, seqlen_k, num_kv_heads, head_dim = call.key.shape
     heads = call.num_interval_heads
@@ -57,7 +61,6 @@ def backward(
     dvalue = torch.zeros_like(dkey)
     dimportance = torch.zeros_like(dkey[..., 0])
     for tile in _tiles(call):
-        # Not exp(logits - lse): beside a huge importance the lse has no room for the log of a sum.
         weights, _, dcap = tile.weights()
         tile_dout = tile.group(_compute(dout[:, tile.rows]))
         delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)
@@ -146,7 +149,7 @@ def _tiles(call: AttentionCall) -> Iterator[_Tile]:
         return
     rows = call.query_rows()
     tile_size = max(16, min(_MAX_TILE, _MAX_LOGITS // (batch * num_heads * min(seqlen_k, 4096))))
-    birth, death = call.birth, call.death
+    birth, death = call.intervals()
     is_alive = birth < death
     if call.importance is not None:
         is_alive = is_alive & (call.importance > -torch.inf)
@@ -158,10 +161,18 @@ def _tiles(call: AttentionCall) -> Iterator[_Tile]:
         is_seen = is_alive & (birth <= last) & (death > first)
         num_keys = int(is_seen.sum(-1).max())
         if num_keys > 0:
-            yield _gather(call, tile_rows, row, is_seen, num_keys)
+            yield _gather(call, birth, death, tile_rows, row, is_seen, num_keys)
 
 
-def _gather(call: AttentionCall, rows: slice, row: torch.Tensor, is_seen: torch.Tensor, num_keys: int) -> _Tile:
+def _gather(
+    call: AttentionCall,
+    birth: torch.Tensor,
+    death: torch.Tensor,
+    rows: slice,
+    row: torch.Tensor,
+    is_seen: torch.Tensor,
+    num_keys: int,
+) -> _Tile:
     """Builds the tile of the query rows `rows`, whose row numbers are `row`, with the keys that `is_seen` marks."""
     seqlen_k, num_kv_heads = call.key.shape[1:3]
     index = _marked_indices(is_seen, num_keys)
@@ -169,7 +180,7 @@ def _gather(call: AttentionCall, rows: slice, row: torch.Tensor, is_seen: torch.
     batch, heads = _head_indices(index)
     source = index.masked_fill(is_filler, 0)
     kv_head = heads // (index.shape[1] // num_kv_heads)
-    birth, death = call.birth[batch, heads, source], call.death[batch, heads, source]
+    birth, death = birth[batch, heads, source], death[batch, heads, source]
     row = row[:, None, :, None]
     birth = birth.masked_fill(is_filler, torch.iinfo(torch.int32).max)
     is_visible = (birth[:, :, None] <= row) & (row < death[:, :, None]) & (row >= 0)

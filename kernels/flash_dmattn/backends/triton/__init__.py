@@ -45,33 +45,32 @@ def reject(call: AttentionCall) -> str | None:
     return None
 
 
-def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D) in query's dtype and lse (B, H, Sq) float32."""
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats, as the operator does."""
     from flash_dmattn.backends.triton.forward_kernels import run_forward
-    from flash_dmattn.backends.triton.launch import Launch
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return _empty_forward(call)
-    return run_forward(Launch(call))
+    return run_forward(call)
 
 
 def backward(
-    call: AttentionCall, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+    call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
     from flash_dmattn.backends.triton.backward_kernels import run_backward
-    from flash_dmattn.backends.triton.launch import Launch
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         gradients = [torch.zeros_like(tensor) for tensor in (call.query, call.key, call.value)]
         return *gradients, None if call.importance is None else torch.zeros_like(call.importance)
-    return run_backward(Launch(call), out, lse, dout, dlse)
+    return run_backward(call, out, stats, dout, dlse)
 
 
-def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, seqlen_q, num_heads, _ = call.query.shape
     out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
-    return out, torch.full((batch, num_heads, seqlen_q), -torch.inf, device=out.device)
+    stats = torch.full((2, batch, num_heads, seqlen_q), torch.inf, device=out.device)
+    return out, -stats[0], stats
 
 
 def _is_interpreted() -> bool:

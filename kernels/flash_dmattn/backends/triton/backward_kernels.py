@@ -10,56 +10,80 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.triton.configs import BlockConfig, dkey_config, dquery_config
 from flash_dmattn.backends.triton.launch import Launch
-from flash_dmattn.backends.triton.tiles import LOG2E, gather_rows, load_keys, query_rows, query_tile, tanh
+from flash_dmattn.backends.triton.tiles import (
+    LOG2E,
+    find_stretch,
+    gather_rows,
+    is_visible,
+    load_keys,
+    query_rows,
+    query_tile,
+    tanh,
+)
+from flash_dmattn.call import AttentionCall
 
 
 def run_backward(
-    launch: Launch, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+    call: AttentionCall,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor,
+    dquery_blocks: BlockConfig | None = None,
+    dkey_blocks: BlockConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns dquery, dkey, dvalue in their dtypes and dimportance float32, or None without importance."""
-    call, lists, config = launch.call, launch.lists, launch.backward_config
+    config = dquery_blocks or dquery_config(call.query)
+    launch = Launch(call, config.block_m)
+    lists = launch.lists
     batch, seqlen_q, num_heads, head_dim = call.query.shape
-    num_lists = lists.entries.shape[0]
     dout, dlse = dout.contiguous(), dlse.contiguous()
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(dlse)
     rows = batch * seqlen_q * num_heads
+    constants = launch.constants()
     _delta[(triton.cdiv(rows, 32),)](
-        out, dout, dlse, delta, rows, seqlen_q, num_heads, head_dim, BLOCK_D=launch.constants()["BLOCK_D"], BLOCK=32
+        out, dout, dlse, delta, rows, seqlen_q, num_heads, head_dim, BLOCK_D=constants["BLOCK_D"], BLOCK=32
     )
-    options = {**launch.constants(), "num_warps": config.num_warps, "num_stages": config.num_stages}
-    gradients = (dout, lse, delta)
+    arguments = (dout, stats, delta, *launch.shared_arguments())
 
     dquery = torch.empty_like(call.query, memory_format=torch.contiguous_format)
-    forward = launch.forward_config
-    _dquery[(lists.num_epochs * lists.tiles_per_epoch, num_lists)](
+    _dquery[(lists.num_epochs * lists.tiles_per_epoch, lists.num_lists)](
         dquery,
-        *gradients,
-        *launch.shared_arguments(),
-        **launch.constants(),
-        BLOCK_M=forward.block_m,
-        BLOCK_N=min(forward.block_n, 64),
-        num_warps=8 if forward.block_m >= 128 else forward.num_warps,
-        num_stages=min(forward.num_stages, config.num_stages),
+        *arguments,
+        **constants,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
-    dkey = torch.zeros(call.key.shape, dtype=torch.float32, device=out.device)
+    config = dkey_blocks or dkey_config(call.query)
+    heads, num_kv_heads = call.num_interval_heads, call.key.shape[2]
+    # Interval heads that share a kv head add to the same sums, unless the order of additions must not matter.
+    sum_heads = heads if call.deterministic else num_kv_heads
+    dkey = torch.zeros(batch, call.key.shape[1], sum_heads, head_dim, dtype=torch.float32, device=out.device)
     dvalue = torch.zeros_like(dkey)
-    dimportance = torch.zeros(call.birth.shape, dtype=torch.float32, device=out.device)
+    dimportance = torch.zeros(batch, heads, call.key.shape[1], dtype=torch.float32, device=out.device)
     per_launch = 1 if call.deterministic else lists.num_epochs
     for first_epoch in range(0, lists.num_epochs, per_launch):
-        _dkey_dvalue[(triton.cdiv(lists.capacity, config.block_n), per_launch, num_lists)](
+        _dkey_dvalue[(triton.cdiv(lists.capacity, config.block_n), per_launch, lists.num_lists)](
             dkey,
             dvalue,
             dimportance,
             first_epoch,
-            *gradients,
-            *launch.shared_arguments(),
-            **options,
+            *arguments,
+            **constants,
+            SUM_HEADS=sum_heads,
             TILES=triton.next_power_of_2(lists.tiles_per_epoch),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
+    if sum_heads > num_kv_heads:
+        dkey, dvalue = (total.unflatten(2, (num_kv_heads, -1)).sum(3) for total in (dkey, dvalue))
     return (
         dquery,
         dkey.to(call.key.dtype),
@@ -102,19 +126,29 @@ def _score(dots, bias, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _load_row_stats(stats_ptr, delta_ptr, place, exists, num_stats):
+    """Returns the rows' highest logit, log2 of their sum, delta, and which rows see anything."""
+    highest = tl.load(stats_ptr + place, mask=exists, other=float("inf"))
+    sees_any = highest < float("inf")
+    log_total = tl.load(stats_ptr + num_stats + place, mask=sees_any, other=0.0)
+    delta = tl.load(delta_ptr + place, mask=sees_any, other=0.0)
+    return highest, log_total, delta, sees_any
+
+
+@triton.jit
 def _dquery(
     dquery_ptr,  # (B, Sq, H, D)
     dout_ptr,  # (B, Sq, H, D)
-    lse_ptr,  # (B, H, Sq)
+    stats_ptr,  # (2, B, H, Sq)
     delta_ptr,  # (B, H, Sq)
-    query_ptr, key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
-    entries_ptr, sections_ptr, stretches_ptr, softmax_scale, softcap,
+    query_ptr, key_ptr, value_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
+    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, softmax_scale, softcap,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
     seqlen_q, seqlen_k, num_epochs, capacity, tiles_per_epoch,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -125,14 +159,9 @@ def _dquery(
     head_in_batch = head % HEADS
     list_index = head.to(tl.int64) * num_epochs + epoch
     entries_ptr += list_index * capacity
-    stretches_ptr += (list_index * tiles_per_epoch + tile) * 2
-    begin = tl.load(stretches_ptr)
-    end = tl.load(stretches_ptr + 1)
-    num_dying = tl.load(sections_ptr + list_index * 3)
-    num_alive = tl.load(sections_ptr + list_index * 3 + 1)
+    biases_ptr += list_index * capacity
     birth_ptr += head.to(tl.int64) * seqlen_k
     death_ptr += head.to(tl.int64) * seqlen_k
-    importance_ptr += head.to(tl.int64) * seqlen_k
     key_ptr += batch.to(tl.int64) * key_batch_stride + head_in_batch // HEADS_PER_KV * key_head_stride
     value_ptr += batch.to(tl.int64) * value_batch_stride + head_in_batch // HEADS_PER_KV * value_head_stride
 
@@ -146,58 +175,60 @@ def _dquery(
     num_heads = HEADS * GROUP
     out_row = (batch.to(tl.int64) * seqlen_q + query_index) * num_heads + query_head
     out_address = out_row[:, None] * HEAD_DIM + dim[None, :]
-    lse_row = (batch * num_heads + query_head).to(tl.int64) * seqlen_q + query_index
-    lse = tl.load(lse_ptr + lse_row, mask=exists, other=float("-inf"))
-    sees_any = (row >= 0) & (lse > float("-inf"))
-    lse = tl.where(sees_any, lse * LOG2E, float("inf"))
+    place = (batch * num_heads + query_head).to(tl.int64) * seqlen_q + query_index
+    num_stats = tl.num_programs(1).to(tl.int64) * GROUP * seqlen_q
+    highest, log_total, delta, sees_any = _load_row_stats(stats_ptr, delta_ptr, place, exists, num_stats)
     # Rows that see nothing may hold anything; zeros keep it out of the sums.
     query = tl.load(address, mask=is_query & sees_any[:, None], other=0.0)
     dout = tl.load(dout_ptr + out_address, mask=is_query & sees_any[:, None], other=0.0)
-    delta = tl.load(delta_ptr + lse_row, mask=exists & sees_any, other=0.0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    first_full = begin + tl.cdiv(tl.maximum(num_dying - begin, 0), BLOCK_N) * BLOCK_N
-    last_full = first_full + tl.maximum(num_alive - first_full, 0) // BLOCK_N * BLOCK_N
+    begin, first_full, last_full, end = find_stretch(
+        sections_ptr, stretches_ptr, list_index, tile, tiles_per_epoch, row, seqlen_k, LISTED, BLOCK_N
+    )
     acc = _dquery_run(
-        acc, query, dout, lse, delta, row, begin, tl.minimum(first_full, end), end,
-        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        acc, query, dout, highest, log_total, delta, row, begin, first_full, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
+        key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
     acc = _dquery_run(
-        acc, query, dout, lse, delta, row, first_full, last_full, end,
-        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
+        acc, query, dout, highest, log_total, delta, row, first_full, last_full, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
+        key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
     )  # fmt: skip
     acc = _dquery_run(
-        acc, query, dout, lse, delta, row, last_full, end, end,
-        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        acc, query, dout, highest, log_total, delta, row, last_full, end, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
+        key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
     tl.store(dquery_ptr + out_address, acc.to(dquery_ptr.dtype.element_ty), mask=is_query)
 
 
 @triton.jit
 def _dquery_run(
-    acc, query, dout, lse, delta, row, begin, stop, end,
-    key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+    acc, query, dout, highest, log_total, delta, row, begin, stop, end,
+    key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
     key_row_stride, value_row_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LISTED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the list's keys from `begin` up to `stop` to dquery; lanes past `end` do not count."""
+    CHECKED: tl.constexpr = MASKED or not LISTED
     for offset in range(begin, stop, BLOCK_N):
-        key_index, is_listed = load_keys(entries_ptr, offset, end, BLOCK_N, MASKED)
-        key = gather_rows(key_ptr, key_index, key_row_stride, is_listed, HEAD_DIM, BLOCK_D, MASKED)
-        value = gather_rows(value_ptr, key_index, value_row_stride, is_listed, HEAD_DIM, BLOCK_D, MASKED)
+        key_index, bias, counts = load_keys(entries_ptr, biases_ptr, offset, end, BLOCK_N, LISTED, HAS_BIAS, MASKED)
+        key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
+        value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
         dots = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        bias = tl.load(importance_ptr + key_index)[None, :] * LOG2E if HAS_BIAS else 0.0
-        logits, factor = _score(dots, bias, softmax_scale, softcap, HAS_SOFTCAP)
-        weights = tl.exp2(logits - lse[:, None])
+        logits, factor = _score(dots, bias[None, :], softmax_scale, softcap, HAS_SOFTCAP)
+        weights = tl.exp2(logits - highest[:, None] - log_total[:, None])
         if MASKED:
-            birth = tl.load(birth_ptr + key_index)
-            death = tl.load(death_ptr + key_index)
-            is_visible = (birth[None, :] <= row[:, None]) & (row[:, None] < death[None, :]) & is_listed[None, :]
-            weights = tl.where(is_visible, weights, 0.0)
+            visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, LISTED)
+            weights = tl.where(visible, weights, 0.0)
+        elif not LISTED:
+            weights = tl.where(counts[None, :], weights, 0.0)
         dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None]) * factor
         acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)
@@ -206,95 +237,105 @@ def _dquery_run(
 
 @triton.jit
 def _dkey_dvalue(
-    dkey_ptr,  # (B, Sk, Hkv, D) float32
-    dvalue_ptr,  # (B, Sk, Hkv, D) float32
+    dkey_ptr,  # (B, Sk, SUM_HEADS, D) float32
+    dvalue_ptr,  # (B, Sk, SUM_HEADS, D) float32
     dimportance_ptr,  # (B, Hi, Sk) float32
     first_epoch,
     dout_ptr,  # (B, Sq, H, D)
-    lse_ptr,  # (B, H, Sq)
+    stats_ptr,  # (2, B, H, Sq)
     delta_ptr,  # (B, H, Sq)
-    query_ptr, key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
-    entries_ptr, sections_ptr, stretches_ptr, softmax_scale, softcap,
+    query_ptr, key_ptr, value_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
+    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, softmax_scale, softcap,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
     seqlen_q, seqlen_k, num_epochs, capacity, tiles_per_epoch,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_HEADS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     epoch = first_epoch + tl.program_id(1)
     head = tl.program_id(2)
     batch = head // HEADS
     head_in_batch = head % HEADS
     list_index = head.to(tl.int64) * num_epochs + epoch
-    num_dying = tl.load(sections_ptr + list_index * 3)
-    num_alive = tl.load(sections_ptr + list_index * 3 + 1)
-    num_listed = tl.load(sections_ptr + list_index * 3 + 2)
     offset = tl.program_id(0) * BLOCK_N
+    if LISTED:
+        num_dying = tl.load(sections_ptr + list_index * 3)
+        num_alive = tl.load(sections_ptr + list_index * 3 + 1)
+        num_listed = tl.load(sections_ptr + list_index * 3 + 2)
+    else:
+        num_listed = seqlen_k
     if offset < num_listed:
-        birth_ptr += head.to(tl.int64) * seqlen_k
-        death_ptr += head.to(tl.int64) * seqlen_k
         kv_head = head_in_batch // HEADS_PER_KV
         key_ptr += batch.to(tl.int64) * key_batch_stride + kv_head * key_head_stride
         value_ptr += batch.to(tl.int64) * value_batch_stride + kv_head * value_head_stride
-        key_index, is_listed = load_keys(entries_ptr + list_index * capacity, offset, num_listed, BLOCK_N, True)
-        key = gather_rows(key_ptr, key_index, key_row_stride, is_listed, HEAD_DIM, BLOCK_D, True)
-        value = gather_rows(value_ptr, key_index, value_row_stride, is_listed, HEAD_DIM, BLOCK_D, True)
-        birth = tl.load(birth_ptr + key_index, mask=is_listed, other=2147483647)
-        death = tl.load(death_ptr + key_index, mask=is_listed, other=-1)
-        importance_place = head.to(tl.int64) * seqlen_k + key_index
-        if HAS_BIAS:
-            bias = tl.load(importance_ptr + importance_place, mask=is_listed, other=0.0) * LOG2E
+        key_index, bias, counts = load_keys(
+            entries_ptr + list_index * capacity, biases_ptr + list_index * capacity, offset, num_listed,
+            BLOCK_N, LISTED, HAS_BIAS, True,
+        )  # fmt: skip
+        key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, True)
+        value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, True)
+        key_place = head.to(tl.int64) * seqlen_k + key_index
+        if LISTED:
+            birth = tl.load(birth_ptr + key_place, mask=counts, other=2147483647)
+            death = tl.load(death_ptr + key_place, mask=counts, other=-1)
+            # The query tiles whose stretch meets this tile are a run, because begin and end only grow.
+            tile = tl.arange(0, TILES)
+            stretches = stretches_ptr + (list_index * tiles_per_epoch + tile) * 2
+            begin = tl.load(stretches, mask=tile < tiles_per_epoch, other=2147483647)
+            end = tl.load(stretches + 1, mask=tile < tiles_per_epoch, other=0)
+            meets = (begin < offset + BLOCK_N) & (end > offset)
+            first_token = tl.min(tl.where(meets, tile, TILES), axis=0) * TILE
+            last_token = tl.minimum((tl.max(tl.where(meets, tile, -1), axis=0) + 1) * TILE, EPOCH)
+            is_full = (offset >= num_dying) & (offset + BLOCK_N <= num_alive)
+            first_full = tl.where(is_full, first_token, last_token)
         else:
-            bias = tl.zeros((BLOCK_N,), tl.float32)
-
-        # The query tiles whose stretch meets this tile are a run, because begin and end only grow.
-        tile = tl.arange(0, TILES)
-        stretches = stretches_ptr + (list_index * tiles_per_epoch + tile) * 2
-        begin = tl.load(stretches, mask=tile < tiles_per_epoch, other=2147483647)
-        end = tl.load(stretches + 1, mask=tile < tiles_per_epoch, other=0)
-        meets = (begin < offset + BLOCK_N) & (end > offset)
-        first_token = tl.min(tl.where(meets, tile, TILES), axis=0) * TILE
-        last_token = tl.minimum((tl.max(tl.where(meets, tile, -1), axis=0) + 1) * TILE, EPOCH)
-        is_full = (offset >= num_dying) & (offset + BLOCK_N <= num_alive)
+            birth = tl.where(counts, key_index, 2147483647)
+            death = tl.full((BLOCK_N,), 2147483647, tl.int32)
+            start = tl.load(start_ptr + batch)
+            last_token = seqlen_q
+            first_token = tl.minimum(tl.maximum(offset - start, 0), last_token)
+            # Whole blocks of rows come first, so that the others are whole as well.
+            num_partial = tl.cdiv(tl.maximum(offset + BLOCK_N - 1 - start - first_token, 0) * GROUP, BLOCK_M) * BLOCK_M
+            first_full = tl.minimum(first_token + tl.cdiv(num_partial, GROUP), last_token)
+            if tl.min(counts.to(tl.int32), axis=0) == 0:
+                first_full = last_token
 
         dkey = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dvalue = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dimportance = tl.zeros((BLOCK_N,), tl.float32)
-        if is_full:
-            dkey, dvalue, dimportance = _dkey_dvalue_run(
-                dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_token, last_token,
-                batch, head_in_batch, query_ptr, dout_ptr, lse_ptr, delta_ptr, start_ptr, positions_ptr,
-                softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
-                HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, PRECISION,
-                False,
-            )  # fmt: skip
-        else:
-            dkey, dvalue, dimportance = _dkey_dvalue_run(
-                dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_token, last_token,
-                batch, head_in_batch, query_ptr, dout_ptr, lse_ptr, delta_ptr, start_ptr, positions_ptr,
-                softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
-                HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, PRECISION,
-                True,
-            )  # fmt: skip
+        dkey, dvalue, dimportance = _dkey_dvalue_run(
+            dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_token, first_full,
+            batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr,
+            softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
+            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, PRECISION,
+            True,
+        )  # fmt: skip
+        dkey, dvalue, dimportance = _dkey_dvalue_run(
+            dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_full, last_token,
+            batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr,
+            softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
+            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, PRECISION,
+            False,
+        )  # fmt: skip
 
         dim = tl.arange(0, BLOCK_D)
-        num_kv_heads = HEADS // HEADS_PER_KV
-        place = (batch.to(tl.int64) * seqlen_k + key_index) * num_kv_heads + kv_head
+        sum_head = head_in_batch if SUM_HEADS == HEADS else kv_head
+        place = (batch.to(tl.int64) * seqlen_k + key_index) * SUM_HEADS + sum_head
         place = place[:, None] * HEAD_DIM + dim[None, :]
-        mask = is_listed[:, None] & (dim < HEAD_DIM)[None, :]
+        mask = counts[:, None] & (dim < HEAD_DIM)[None, :]
         tl.atomic_add(dkey_ptr + place, dkey, mask=mask, sem="relaxed")
         tl.atomic_add(dvalue_ptr + place, dvalue, mask=mask, sem="relaxed")
         if HAS_BIAS:
-            tl.atomic_add(dimportance_ptr + importance_place, dimportance, mask=is_listed, sem="relaxed")
+            tl.atomic_add(dimportance_ptr + key_place, dimportance, mask=counts, sem="relaxed")
 
 
 @triton.jit
 def _dkey_dvalue_run(
     dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_token, last_token,
-    batch, head_in_batch, query_ptr, dout_ptr, lse_ptr, delta_ptr, start_ptr, positions_ptr,
+    batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr,
     softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EPOCH: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr,
@@ -303,6 +344,7 @@ def _dkey_dvalue_run(
     """Adds the share of the epoch's tokens from first_token up to last_token to the gradients of a key tile."""
     dim = tl.arange(0, BLOCK_D)
     num_heads = HEADS * GROUP
+    num_stats = (tl.num_programs(2) * GROUP).to(tl.int64) * seqlen_q
     for lane in range(first_token * GROUP, last_token * GROUP, BLOCK_M):
         # Rows are tokens x group heads, counted through, so that every tile is full.
         flat = lane + tl.arange(0, BLOCK_M)
@@ -310,12 +352,9 @@ def _dkey_dvalue_run(
         query_head = head_in_batch * GROUP + flat % GROUP
         exists = (flat < last_token * GROUP) & (query_index < seqlen_q)
         row = query_rows(start_ptr, positions_ptr, batch, query_index, exists, seqlen_q, HAS_START, HAS_POSITIONS)
-        lse_row = (batch * num_heads + query_head).to(tl.int64) * seqlen_q + query_index
-        lse = tl.load(lse_ptr + lse_row, mask=exists, other=float("-inf"))
-        sees_any = (row >= 0) & (lse > float("-inf"))
+        place = (batch * num_heads + query_head).to(tl.int64) * seqlen_q + query_index
+        highest, log_total, delta, sees_any = _load_row_stats(stats_ptr, delta_ptr, place, exists, num_stats)
         is_query = sees_any[:, None] & (dim < HEAD_DIM)[None, :]
-        lse = tl.where(sees_any, lse * LOG2E, float("inf"))
-        delta = tl.load(delta_ptr + lse_row, mask=sees_any, other=0.0)
         address = query_ptr + batch.to(tl.int64) * query_batch_stride + query_index.to(tl.int64) * query_row_stride
         address = (address + query_head * query_head_stride)[:, None] + dim[None, :]
         query = tl.load(address, mask=is_query, other=0.0)
@@ -324,10 +363,10 @@ def _dkey_dvalue_run(
 
         dots = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         logits, factor = _score(dots, bias[:, None], softmax_scale, softcap, HAS_SOFTCAP)
-        weights = tl.exp2(logits - lse[None, :])
+        weights = tl.exp2(logits - highest[None, :] - log_total[None, :])
         if MASKED:
-            is_visible = (birth[:, None] <= row[None, :]) & (row[None, :] < death[:, None])
-            weights = tl.where(is_visible, weights, 0.0)
+            visible = (birth[:, None] <= row[None, :]) & (row[None, :] < death[:, None])
+            weights = tl.where(visible, weights, 0.0)
         dvalue = tl.dot(weights.to(dout.dtype), dout, dvalue, input_precision=PRECISION)
         dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)
         dlogits = weights * (dweights - delta[None, :])

@@ -4,20 +4,38 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.triton.configs import BlockConfig, forward_config
 from flash_dmattn.backends.triton.launch import Launch
-from flash_dmattn.backends.triton.tiles import LOG2E, gather_rows, load_keys, query_rows, query_tile, tanh
+from flash_dmattn.backends.triton.lists import is_listed
+from flash_dmattn.backends.triton.tiles import (
+    LOG2E,
+    find_stretch,
+    gather_rows,
+    is_visible,
+    load_keys,
+    query_rows,
+    query_tile,
+    tanh,
+)
+from flash_dmattn.call import AttentionCall
 
 
-def run_forward(launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D) in query's dtype and lse (B, H, Sq) float32."""
-    call, lists, config = launch.call, launch.lists, launch.forward_config
+def run_forward(
+    call: AttentionCall, config: BlockConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats, as the operator does."""
+    config = config or forward_config(call.query, is_listed(call))
+    launch = Launch(call, config.block_m)
+    lists = launch.lists
     batch, seqlen_q, num_heads, _ = call.query.shape
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=out.device)
-    grid = (lists.num_epochs * lists.tiles_per_epoch, lists.entries.shape[0])
+    stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=out.device)
+    grid = (lists.num_epochs * lists.tiles_per_epoch, lists.num_lists)
     _forward[grid](
         out,
         lse,
+        stats,
         *launch.shared_arguments(),
         **launch.constants(),
         BLOCK_M=config.block_m,
@@ -25,22 +43,23 @@ def run_forward(launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, lse
+    return out, lse, stats
 
 
 @triton.jit
 def _forward(
     out_ptr,  # (B, Sq, H, D)
     lse_ptr,  # (B, H, Sq)
+    stats_ptr,  # (2, B, H, Sq)
     query_ptr,  # (B, Sq, H, D)
     key_ptr,  # (B, Sk, Hkv, D)
     value_ptr,  # (B, Sk, Hkv, D)
-    importance_ptr,  # (B, Hi, Sk)
     birth_ptr,  # (B, Hi, Sk)
     death_ptr,  # (B, Hi, Sk)
     start_ptr,  # (B,)
     positions_ptr,  # (B, Sq)
     entries_ptr,  # (B, Hi, epochs, capacity)
+    biases_ptr,  # (B, Hi, epochs, capacity)
     sections_ptr,  # (B, Hi, epochs, 3)
     stretches_ptr,  # (B, Hi, epochs, tiles, 2)
     softmax_scale,
@@ -66,6 +85,7 @@ def _forward(
     BLOCK_D: tl.constexpr,
     EPOCH: tl.constexpr,
     TILE: tl.constexpr,
+    LISTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_START: tl.constexpr,
@@ -82,14 +102,9 @@ def _forward(
     head_in_batch = head % HEADS
     list_index = head.to(tl.int64) * num_epochs + epoch
     entries_ptr += list_index * capacity
-    stretches_ptr += (list_index * tiles_per_epoch + tile) * 2
-    begin = tl.load(stretches_ptr)
-    end = tl.load(stretches_ptr + 1)
-    num_dying = tl.load(sections_ptr + list_index * 3)
-    num_alive = tl.load(sections_ptr + list_index * 3 + 1)
+    biases_ptr += list_index * capacity
     birth_ptr += head.to(tl.int64) * seqlen_k
     death_ptr += head.to(tl.int64) * seqlen_k
-    importance_ptr += head.to(tl.int64) * seqlen_k
     key_ptr += batch.to(tl.int64) * key_batch_stride + head_in_batch // HEADS_PER_KV * key_head_stride
     value_ptr += batch.to(tl.int64) * value_batch_stride + head_in_batch // HEADS_PER_KV * value_head_stride
 
@@ -105,69 +120,73 @@ def _forward(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    # Three runs: keys of which some have died, keys that the whole epoch sees, keys of which some are not born.
-    first_full = begin + tl.cdiv(tl.maximum(num_dying - begin, 0), BLOCK_N) * BLOCK_N
-    last_full = first_full + tl.maximum(num_alive - first_full, 0) // BLOCK_N * BLOCK_N
+    begin, first_full, last_full, end = find_stretch(
+        sections_ptr, stretches_ptr, list_index, tile, tiles_per_epoch, row, seqlen_k, LISTED, BLOCK_N
+    )
+    # Three runs: keys of which some have died, keys that all rows see, keys of which some are not born.
     acc, highest, total = _attend(
-        acc, highest, total, query, row, begin, tl.minimum(first_full, end), end,
-        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+        acc, highest, total, query, row, begin, first_full, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
         key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, query, row, first_full, last_full, end,
-        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
         key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
     )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, query, row, last_full, end, end,
-        key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
         key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
 
     sees_any = (row >= 0) & (total > 0)
     acc = tl.where(sees_any[:, None], acc / tl.where(sees_any, total, 1.0)[:, None], 0.0)
-    lse = tl.where(sees_any, (highest + tl.log2(tl.where(sees_any, total, 1.0))) / LOG2E, float("-inf"))
+    log_total = tl.log2(tl.where(sees_any, total, 1.0))
+    lse = tl.where(sees_any, (highest + log_total) / LOG2E, float("-inf"))
     num_heads = HEADS * GROUP
     out_row = (batch.to(tl.int64) * seqlen_q + query_index) * num_heads + query_head
     tl.store(out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], acc.to(out_ptr.dtype.element_ty), mask=is_query)
     lse_row = (batch * num_heads + query_head).to(tl.int64) * seqlen_q + query_index
     tl.store(lse_ptr + lse_row, lse, mask=exists)
+    tl.store(stats_ptr + lse_row, tl.where(sees_any, highest, float("inf")), mask=exists)
+    stats_ptr += tl.num_programs(1).to(tl.int64) * GROUP * seqlen_q
+    tl.store(stats_ptr + lse_row, log_total, mask=exists)
 
 
 @triton.jit
 def _attend(
     acc, highest, total, query, row, begin, stop, end,
-    key_ptr, value_ptr, importance_ptr, birth_ptr, death_ptr, entries_ptr, softmax_scale, softcap,
+    key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
     key_row_stride, value_row_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LISTED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Folds the list's keys from `begin` up to `stop` into the running softmax; lanes past `end` do not count."""
+    CHECKED: tl.constexpr = MASKED or not LISTED
     for offset in range(begin, stop, BLOCK_N):
-        key_index, is_listed = load_keys(entries_ptr, offset, end, BLOCK_N, MASKED)
-        key = gather_rows(key_ptr, key_index, key_row_stride, is_listed, HEAD_DIM, BLOCK_D, MASKED)
+        key_index, bias, counts = load_keys(entries_ptr, biases_ptr, offset, end, BLOCK_N, LISTED, HAS_BIAS, MASKED)
+        key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if HAS_SOFTCAP:
             logits = tanh(logits * (softmax_scale / softcap)) * (softcap * LOG2E)
         else:
             logits = logits * (softmax_scale * LOG2E)
-        if HAS_BIAS:
-            bias = tl.load(importance_ptr + key_index) * LOG2E
-            logits += bias[None, :]
+        logits += bias[None, :]
         if MASKED:
-            birth = tl.load(birth_ptr + key_index)
-            death = tl.load(death_ptr + key_index)
-            is_visible = (birth[None, :] <= row[:, None]) & (row[:, None] < death[None, :]) & is_listed[None, :]
-            logits = tl.where(is_visible, logits, float("-inf"))
+            visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, LISTED)
+            logits = tl.where(visible, logits, float("-inf"))
+        elif not LISTED:
+            logits = tl.where(counts[None, :], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest) if CHECKED else new_highest
         weights = tl.exp2(logits - shift[:, None])
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        value = gather_rows(value_ptr, key_index, value_row_stride, is_listed, HEAD_DIM, BLOCK_D, MASKED)
+        value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
     return acc, highest, total

@@ -1,57 +1,21 @@
-"""What every kernel of the backend is launched with: the call, its key lists, strides, constants and block shapes."""
+"""What every kernel of the backend is launched with: the call, its key lists, strides and constants."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import triton
 
-from flash_dmattn.backends.triton.lists import KeyLists, build_key_lists
+from flash_dmattn.backends.triton.lists import KeyLists, build_key_lists, is_listed
 from flash_dmattn.call import AttentionCall
 
 
-@dataclass(frozen=True)
-class BlockConfig:
-    """Block shape and schedule of one kernel: BLOCK_M query rows, BLOCK_N keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def forward_config(head_dim: int, dtype: torch.dtype) -> BlockConfig:
-    if dtype == torch.float32:
-        return BlockConfig(64, 32, 4, 2)
-    if head_dim <= 64:
-        return BlockConfig(128, 128, 4, 3)
-    if head_dim <= 128:
-        return BlockConfig(128, 64, 8, 3)
-    return BlockConfig(128, 64, 8, 2)
-
-
-def backward_config(head_dim: int, dtype: torch.dtype) -> BlockConfig:
-    if dtype == torch.float32:
-        return BlockConfig(32, 32, 4, 1)
-    if head_dim <= 128:
-        return BlockConfig(64, 128, 8, 1)
-    return BlockConfig(64, 64, 8, 1)
-
-
 class Launch:
-    """One call with everything the kernels need, computed when first asked for."""
+    """One call with what its kernels share. Query tiles have up to `block_m` rows, tokens x group heads."""
 
-    def __init__(self, call: AttentionCall, forward: BlockConfig | None = None, backward: BlockConfig | None = None):
-        head_dim = call.query.shape[-1]
+    def __init__(self, call: AttentionCall, block_m: int):
         self.call = call
         self.group_size = call.query.shape[2] // call.num_interval_heads
-        self.forward_config = forward or forward_config(head_dim, call.query.dtype)
-        self.backward_config = backward or backward_config(head_dim, call.query.dtype)
-
-    @cached_property
-    def tile_size(self) -> int:
-        """Query tokens of a tile: its rows are tokens x group heads."""
-        return max(1, self.forward_config.block_m // self.group_size)
+        self.tile_size = max(1, block_m // self.group_size)
 
     @cached_property
     def lists(self) -> KeyLists:
@@ -59,19 +23,23 @@ class Launch:
 
     def shared_arguments(self) -> tuple:
         call, lists = self.call, self.lists
-        empty = call.birth
+        unused = call.query
+        birth, death = call.intervals() if is_listed(call) else (None, None)
+        tensors = (
+            birth,
+            death,
+            call.query_start,
+            call.query_positions,
+            lists.entries,
+            lists.biases,
+            lists.sections,
+            lists.stretches,
+        )
         return (
             call.query,
             call.key,
             call.value,
-            empty if call.importance is None else call.importance,
-            call.birth,
-            call.death,
-            empty if call.query_start is None else call.query_start,
-            empty if call.query_positions is None else call.query_positions,
-            lists.entries,
-            lists.sections,
-            lists.stretches,
+            *(unused if tensor is None else tensor for tensor in tensors),
             call.softmax_scale,
             call.softcap,
             *call.query.stride()[:3],
@@ -95,6 +63,7 @@ class Launch:
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
             "EPOCH": self.lists.epoch_size,
             "TILE": self.lists.tile_size,
+            "LISTED": is_listed(call),
             "HAS_BIAS": call.importance is not None,
             "HAS_SOFTCAP": call.softcap > 0,
             "HAS_START": call.query_start is not None,

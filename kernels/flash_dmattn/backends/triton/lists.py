@@ -12,39 +12,38 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_dmattn.backends.triton.tiles import query_rows
+from flash_dmattn.backends.triton.tiles import LOG2E, query_rows
 from flash_dmattn.call import AttentionCall
 
 _CHUNK = 1024
+_LARGEST_BIAS = 2.3e38  # times log2(e) it is still a float32
 
 
 @dataclass(frozen=True)
 class KeyLists:
     """Lists per (batch and interval head, epoch); R = B * Hi.
 
-    entries: (R, epochs, capacity) int32, key numbers.
+    entries: (R, epochs, capacity) int32, key numbers; None when every key is visible from its own row on: then one
+        epoch holds all queries and the list is the keys in order, without sections and stretches.
+    biases: (R, epochs, capacity) float32, the entries' importance times log2(e), or None without importance.
     sections: (R, epochs, 3) int32: the first entry seen by the whole epoch, the number of entries alive at its start,
         the number of all entries.
     stretches: (R, epochs, tiles, 2) int32, the first entry that a query tile needs and the one after its last.
     """
 
-    entries: torch.Tensor
-    sections: torch.Tensor
-    stretches: torch.Tensor
+    entries: torch.Tensor | None
+    biases: torch.Tensor | None
+    sections: torch.Tensor | None
+    stretches: torch.Tensor | None
+    num_lists: int
+    num_epochs: int
+    capacity: int
     epoch_size: int
     tile_size: int
 
     @property
-    def num_epochs(self) -> int:
-        return self.entries.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.entries.shape[2]
-
-    @property
     def tiles_per_epoch(self) -> int:
-        return self.stretches.shape[2]
+        return triton.cdiv(self.epoch_size, self.tile_size)
 
 
 def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
@@ -52,28 +51,38 @@ def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
     return min(max(128, min(2048, triton.next_power_of_2(max_visible) // 4)), triton.next_power_of_2(seqlen_q))
 
 
+def is_listed(call: AttentionCall) -> bool:
+    """Whether keys have to be gathered: not where every key is visible from its own row on."""
+    return call.birth is not None or call.query_positions is not None
+
+
 def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     """Builds the lists for query tiles of `tile_size` rows.
 
-    Waits for the device only when `call.max_visible` is None, to count the keys.
+    Waits for the device only when intervals come without `call.max_visible`, to count the keys.
     """
+    if not is_listed(call):
+        return _whole_sequence(call, tile_size)
     batch, seqlen_q = call.query.shape[:2]
-    heads, seqlen_k = call.birth.shape[1:]
+    seqlen_k = call.key.shape[1]
+    heads = call.num_interval_heads
     device = call.query.device
     num_lists = batch * heads
+    birth_in, death_in = call.intervals()
+    importance = call.importance
 
     birth = torch.empty(num_lists, seqlen_k, dtype=torch.int32, device=device)
     death = torch.empty_like(birth)
     out_of_order = torch.zeros(num_lists, dtype=torch.int32, device=device)
     _mark_listed[(triton.cdiv(seqlen_k, _CHUNK), num_lists)](
-        call.birth,
-        call.death,
-        call.birth if call.importance is None else call.importance,
+        birth_in,
+        death_in,
+        birth_in if importance is None else importance,
         birth,
         death,
         out_of_order,
         seqlen_k,
-        HAS_BIAS=call.importance is not None,
+        HAS_BIAS=importance is not None,
         CHUNK=_CHUNK,
     )
     death_sorted, by_death = death.sort(dim=-1)
@@ -87,6 +96,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     capacity = seqlen_k if call.query_start is None else min(seqlen_k, max_visible + epoch_size)
     tiles = triton.cdiv(epoch_size, tile_size)
     entries = torch.empty(num_lists, num_epochs, capacity, dtype=torch.int32, device=device)
+    biases = None if importance is None else torch.empty_like(entries, dtype=torch.float32)
     sections = torch.empty(num_lists, num_epochs, 3, dtype=torch.int32, device=device)
     stretches = torch.empty(num_lists, num_epochs, tiles, 2, dtype=torch.int32, device=device)
     rows = (
@@ -99,7 +109,21 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         "HAS_POSITIONS": call.query_positions is not None,
     }
     _fill_lists[(num_epochs, num_lists)](
-        by_death, death_sorted, birth, death, out_of_order, *rows, entries, sections, *sizes, CHUNK=_CHUNK, **constants
+        by_death,
+        death_sorted,
+        birth,
+        death,
+        out_of_order,
+        *rows,
+        birth if importance is None else importance,
+        entries,
+        entries if biases is None else biases,
+        sections,
+        *sizes,
+        LARGEST_BIAS=_LARGEST_BIAS,
+        HAS_BIAS=importance is not None,
+        CHUNK=_CHUNK,
+        **constants,
     )
     _find_stretches[(num_epochs, num_lists)](
         entries,
@@ -117,7 +141,18 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         CHUNK=128,
         **constants,
     )
-    return KeyLists(entries, sections, stretches, epoch_size, tile_size)
+    return KeyLists(entries, biases, sections, stretches, num_lists, num_epochs, capacity, epoch_size, tile_size)
+
+
+def _whole_sequence(call: AttentionCall, tile_size: int) -> KeyLists:
+    batch, seqlen_q = call.query.shape[:2]
+    seqlen_k = call.key.shape[1]
+    biases = None
+    if call.importance is not None:
+        biases = call.importance.clamp(max=_LARGEST_BIAS).mul_(LOG2E.value)
+    num_lists = batch * call.num_interval_heads
+    epoch_size = triton.next_power_of_2(seqlen_q)
+    return KeyLists(None, biases, None, None, num_lists, 1, seqlen_k, epoch_size, tile_size)
 
 
 def _count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:
@@ -188,9 +223,16 @@ def _epoch_rows(
 
 
 @triton.jit
-def _append(entries_ptr, count, keys, is_wanted, capacity):
+def _append(
+    entries_ptr, biases_ptr, importance_ptr, count, key, is_wanted, capacity, LARGEST_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     place = count + tl.cumsum(is_wanted.to(tl.int32), axis=0) - 1
-    tl.store(entries_ptr + place, keys, mask=is_wanted & (place < capacity))
+    is_wanted = is_wanted & (place < capacity)
+    tl.store(entries_ptr + place, key, mask=is_wanted)
+    if HAS_BIAS:
+        bias = tl.load(importance_ptr + key, mask=is_wanted, other=0.0)
+        tl.store(biases_ptr + place, tl.minimum(bias, LARGEST_BIAS) * LOG2E, mask=is_wanted)
     return count + tl.sum(is_wanted.to(tl.int32), axis=0)
 
 
@@ -203,13 +245,17 @@ def _fill_lists(
     out_of_order_ptr,  # (R,)
     start_ptr,  # (B,)
     positions_ptr,  # (B, Sq)
+    importance_ptr,  # (R, Sk)
     entries_ptr,  # (R, epochs, capacity)
+    biases_ptr,  # (R, epochs, capacity)
     sections_ptr,  # (R, epochs, 3)
     heads,
     seqlen_q,
     seqlen_k,
     num_epochs,
     capacity,
+    LARGEST_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     EPOCH: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -218,7 +264,9 @@ def _fill_lists(
     head = tl.program_id(1).to(tl.int64)
     first, last = _epoch_rows(start_ptr, positions_ptr, head // heads, epoch, seqlen_q, EPOCH, HAS_POSITIONS, CHUNK)
     entries_ptr += (head * num_epochs + epoch) * capacity
+    biases_ptr += (head * num_epochs + epoch) * capacity
     sections_ptr += (head * num_epochs + epoch) * 3
+    importance_ptr += head * seqlen_k
     birth_ptr += head * seqlen_k
     death_ptr += head * seqlen_k
     lanes = tl.arange(0, CHUNK)
@@ -243,7 +291,7 @@ def _fill_lists(
         birth = tl.load(birth_ptr + key, mask=is_inside, other=2147483647)
         is_alive = (birth <= first) & (death > first)
         num_dying += tl.sum((is_alive & (death <= last)).to(tl.int32), axis=0)
-        count = _append(entries_ptr, count, key, is_alive, capacity)
+        count = _append(entries_ptr, biases_ptr, importance_ptr, count, key, is_alive, capacity, LARGEST_BIAS, HAS_BIAS)
     num_alive = tl.minimum(count, capacity)
 
     in_order = tl.load(out_of_order_ptr + head) == 0
@@ -255,7 +303,7 @@ def _fill_lists(
         birth = tl.load(birth_ptr + key, mask=is_inside, other=-1)
         death = tl.load(death_ptr + key, mask=is_inside, other=-1)
         is_born = is_inside & (birth > first) & (birth <= last) & (birth < death)
-        count = _append(entries_ptr, count, key, is_born, capacity)
+        count = _append(entries_ptr, biases_ptr, importance_ptr, count, key, is_born, capacity, LARGEST_BIAS, HAS_BIAS)
     tl.store(sections_ptr, tl.minimum(num_dying, num_alive))
     tl.store(sections_ptr + 1, num_alive)
     tl.store(sections_ptr + 2, tl.minimum(count, capacity))

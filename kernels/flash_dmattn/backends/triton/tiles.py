@@ -1,4 +1,4 @@
-"""Pieces that the forward and the backward kernels share: gathering keys, scoring them, walking a query tile."""
+"""Pieces that the forward and the backward kernels share: a query tile, its stretch of a key list, gathering keys."""
 
 import triton
 import triton.language as tl
@@ -12,25 +12,63 @@ def tanh(x):
 
 
 @triton.jit
-def load_keys(entries_ptr, offset, end, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Loads BLOCK_N key numbers of a list; lanes past `end` are marked when MASKED, and do not exist otherwise."""
+def load_keys(
+    entries_ptr,
+    biases_ptr,
+    offset,
+    end,
+    BLOCK_N: tl.constexpr,
+    LISTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Loads BLOCK_N places of a list: key numbers, biases, and which of them count.
+
+    Without MASKED all places are before `end`. Where keys are not LISTED, those of bias -inf do not count.
+    """
     place = offset + tl.arange(0, BLOCK_N)
-    if MASKED:
-        is_listed = place < end
-        return tl.load(entries_ptr + place, mask=is_listed, other=0), is_listed
-    return tl.load(entries_ptr + place), place >= 0
+    counts = place < end
+    if HAS_BIAS:
+        if MASKED:
+            bias = tl.load(biases_ptr + place, mask=counts, other=float("-inf"))
+        else:
+            bias = tl.load(biases_ptr + place)
+    else:
+        bias = tl.zeros((BLOCK_N,), tl.float32)
+    if not LISTED:
+        key_index = place
+        counts = counts & (bias > float("-inf"))
+    elif MASKED:
+        key_index = tl.load(entries_ptr + place, mask=counts, other=0)
+    else:
+        key_index = tl.load(entries_ptr + place)
+    return key_index, bias, counts
 
 
 @triton.jit
-def gather_rows(ptr, index, stride, is_listed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Gathers rows of a (S, D) matrix as (BLOCK, BLOCK_D), zero where nothing is listed and beyond the head dim."""
+def gather_rows(ptr, index, stride, counts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Gathers rows of a (S, D) matrix as (BLOCK, BLOCK_D), zero where nothing counts and beyond the head dim."""
     dim = tl.arange(0, BLOCK_D)
     address = ptr + index.to(tl.int64)[:, None] * stride + dim[None, :]
-    if HEAD_DIM == BLOCK_D:
-        if MASKED:
-            return tl.load(address, mask=is_listed[:, None], other=0.0)
-        return tl.load(address)
-    return tl.load(address, mask=is_listed[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM < BLOCK_D:
+        rows = tl.load(address, mask=counts[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    elif MASKED:
+        rows = tl.load(address, mask=counts[:, None], other=0.0)
+    else:
+        rows = tl.load(address)
+    return rows
+
+
+@triton.jit
+def is_visible(birth_ptr, death_ptr, key_index, counts, row, LISTED: tl.constexpr):
+    """Returns (rows, keys) whether a query row sees a key; keys that are not LISTED live from their own row on."""
+    if LISTED:
+        birth = tl.load(birth_ptr + key_index, mask=counts, other=2147483647)
+        death = tl.load(death_ptr + key_index, mask=counts, other=-1)
+        visible = (birth[None, :] <= row[:, None]) & (row[:, None] < death[None, :])
+    else:
+        visible = counts[None, :] & (key_index[None, :] <= row[:, None])
+    return visible
 
 
 @triton.jit
@@ -50,5 +88,32 @@ def query_rows(
 ):
     """Returns the row numbers of queries, -1 where a row sees nothing."""
     if HAS_POSITIONS:
-        return tl.load(positions_ptr + batch.to(tl.int64) * seqlen_q + query, mask=exists, other=-1)
-    return tl.where(exists, tl.load(start_ptr + batch) + query, -1)
+        row = tl.load(positions_ptr + batch.to(tl.int64) * seqlen_q + query, mask=exists, other=-1)
+    else:
+        row = tl.where(exists, tl.load(start_ptr + batch) + query, -1)
+    return row
+
+
+@triton.jit
+def find_stretch(
+    sections_ptr, stretches_ptr, list_index, tile, tiles_per_epoch, row, seqlen_k,
+    LISTED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Returns the stretch of the list that a query tile needs: begin, first_full, last_full, end.
+
+    The blocks from first_full up to last_full hold only keys that all its rows see.
+    """
+    if LISTED:
+        stretches_ptr += (list_index * tiles_per_epoch + tile) * 2
+        begin = tl.load(stretches_ptr)
+        end = tl.load(stretches_ptr + 1)
+        num_dying = tl.load(sections_ptr + list_index * 3)
+        num_alive = tl.load(sections_ptr + list_index * 3 + 1)
+    else:
+        begin = 0
+        end = tl.minimum(tl.max(row, axis=0) + 1, seqlen_k)
+        num_dying = 0
+        num_alive = tl.minimum(tl.min(tl.where(row < 0, 2147483646, row), axis=0) + 1, end)
+    first_full = begin + tl.cdiv(tl.maximum(num_dying - begin, 0), BLOCK_N) * BLOCK_N
+    last_full = first_full + tl.maximum(num_alive - first_full, 0) // BLOCK_N * BLOCK_N
+    return begin, tl.minimum(first_full, end), tl.minimum(last_full, end), end

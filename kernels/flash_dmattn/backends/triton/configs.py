@@ -1,0 +1,68 @@
+"""Block shapes and schedules of the kernels, by head dim, dtype and the shared memory of the GPU.
+
+Large: the H100's, A100's and B200's shared memory (164 KB or more); small: that of consumer GPUs (100 KB). The choices
+for large were measured on an H100, docs/kernel_notes.md; those for small only have to fit.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+_LARGE = 160 * 1024  # bytes of shared memory that a program can have
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Block shape and schedule of one kernel: BLOCK_M query rows, BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_config(query: torch.Tensor, is_listed: bool) -> BlockConfig:
+    """Returns the forward kernel's; `is_listed` says whether keys are gathered. BLOCK_M holds any group of heads."""
+    row, is_large = _bytes_per_row(query), _is_large(query.device)
+    if query.dtype == torch.float32:
+        return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
+    if row <= 128:
+        return BlockConfig(128, 64, 4, 3)
+    if row <= 256:
+        if not is_listed:
+            return BlockConfig(128, 64, 8, 3)
+        return BlockConfig(256, 32, 8, 5) if is_large else BlockConfig(128, 32, 4, 3)
+    return BlockConfig(128, 32, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
+
+
+def dquery_config(query: torch.Tensor) -> BlockConfig:
+    """BLOCK_M holds any group of heads."""
+    row, is_large = _bytes_per_row(query), _is_large(query.device)
+    if query.dtype == torch.float32:
+        return BlockConfig(32, 32, 4, 1) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
+    if row <= 256:
+        return BlockConfig(128, 64, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
+    return BlockConfig(64, 64, 8, 1) if is_large else BlockConfig(32, 32, 4, 1)
+
+
+def dkey_config(query: torch.Tensor) -> BlockConfig:
+    """BLOCK_N keys of a program, which walks blocks of BLOCK_M query rows."""
+    row, is_large = _bytes_per_row(query), _is_large(query.device)
+    if query.dtype == torch.float32:
+        return BlockConfig(32, 32, 4, 1) if row <= 512 and is_large else BlockConfig(16, 16, 4, 1)
+    if row <= 256:
+        return BlockConfig(64, 128, 8, 1) if is_large else BlockConfig(32, 64, 4, 1)
+    return BlockConfig(64, 64, 8, 1) if is_large else BlockConfig(32, 32, 4, 1)
+
+
+def _bytes_per_row(query: torch.Tensor) -> int:
+    return max(16, triton.next_power_of_2(query.shape[-1])) * query.element_size()
+
+
+@functools.cache
+def _is_large(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LARGE
