@@ -44,7 +44,7 @@ def main() -> None:
     train.add_argument("--loss-chunk-size", type=int, help="tokens whose logits exist at once")
     prefill = parts.add_parser("prefill", help="a long context in chunks, then decoding")
     prefill.add_argument("--context", type=int, default=2**20)
-    prefill.add_argument("--chunk", type=int, default=16384)
+    prefill.add_argument("--chunk", type=int, default=32768)
     prefill.add_argument("--decode", type=int, default=32, help="tokens to decode after the context")
     for part in (train, prefill):
         part.add_argument("--keep-window-size", type=int, default=2048)
