@@ -2,8 +2,10 @@
 
     python scripts/benchmark_attention.py --seqlens 8192 32768 131072 --json docs/benchmarks/attention_h100.json
 
-"total" is what a layer pays: selection, key lists and kernel for the forward; key lists and kernels for the backward.
-Useful FLOP count visible (query, key) pairs only: forward 4 D H pairs, backward 2.5 times that.
+Times are what a layer pays: selection, key lists and kernel for the forward; key lists and kernels for the backward.
+"kernel" is the forward kernel alone, its lists given. "flex" is FlexAttention, compiled, with our intervals as mask and
+our importance as bias, its block mask given. Useful FLOP count visible (query, key) pairs only: forward 4 D H pairs,
+backward 2.5 times that.
 """
 
 import argparse
@@ -31,7 +33,8 @@ def main() -> None:
     parser.add_argument("--local-window-size", type=int, default=0)
     parser.add_argument("--importance", choices=IMPORTANCE, default="iid")
     parser.add_argument("--engines", nargs="+", default=["triton", "cudnn", "flash"])
-    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for dense engines")
+    parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for cuDNN")
+    parser.add_argument("--flash-limit", type=int, default=32768, help="longest sequence for flash and flex")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the figures to this file")
@@ -48,7 +51,8 @@ def main() -> None:
     for seqlen in arguments.seqlens:
         inputs = make_inputs(arguments, seqlen)
         for engine in arguments.engines:
-            if engine in DENSE and seqlen > arguments.dense_limit:
+            limits = {"cudnn": arguments.dense_limit, "flash": arguments.flash_limit, "flex": arguments.flash_limit}
+            if seqlen > limits.get(engine, seqlen):
                 continue
             rows += measure(arguments, engine, seqlen, inputs)
         report(rows, seqlen)
@@ -91,9 +95,12 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
     }
     dout = torch.randn_like(inputs[0])
     context = contextlib.nullcontext()
-    wanted = list(inputs[:3]) if engine in DENSE else list(inputs)
+    wanted = inputs
+    visible = min(arguments.keep_window_size, seqlen)
+    pairs = visible * (visible + 1) / 2 + (seqlen - visible) * visible
     if engine in DENSE:
         context = sdpa_kernel(DENSE[engine])
+        wanted = inputs[:3]
         pairs = seqlen * (seqlen + 1) / 2
 
         def forward():
@@ -101,11 +108,12 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
             out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2)
     else:
-        visible = min(arguments.keep_window_size, seqlen)
-        pairs = visible * (visible + 1) / 2 + (seqlen - visible) * visible
+        if engine == "flex":
+            forward = make_flex(inputs, options)
+        else:
 
-        def forward():
-            return flash_dmattn.dynamic_mask_attention(*inputs, **options, backend=engine)
+            def forward():
+                return flash_dmattn.dynamic_mask_attention(*inputs, **options, backend=engine)
 
         check(inputs, forward().detach(), options)
     flop = 4 * arguments.head_dim * arguments.num_heads * arguments.batch * pairs
@@ -137,14 +145,55 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
         row("backward", lambda out=out: torch.autograd.grad(out, wanted, dout, retain_graph=True), 2.5 * flop)
         del out
         row("both", lambda: torch.autograd.grad(forward(), wanted, dout), 3.5 * flop)
-        if engine not in DENSE:
+        if engine not in (*DENSE, "flex"):
             row("selection", lambda: flash_dmattn.select_visible(inputs[3], **options), None)
+            with torch.no_grad():
+                milliseconds = kernel_milliseconds(forward)
+            rate = flop / milliseconds / 1e9
+            rows.append({"seqlen": seqlen, "engine": engine, "work": "kernel", "milliseconds": milliseconds})
+            rows[-1] |= {"useful_tflops": rate, "peak_mib": None}
     return rows
+
+
+def make_flex(inputs: list[torch.Tensor], options: dict):
+    """Returns a function of no arguments that runs FlexAttention over our intervals."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    query, key, value, importance = inputs
+    birth, death = flash_dmattn.select_visible(importance, **options)
+    group = query.shape[2] // key.shape[2]
+
+    def is_visible(batch, head, row, column):
+        return (birth[batch, head // group, column] <= row) & (row < death[batch, head // group, column])
+
+    def add_importance(score, batch, head, row, column):
+        return score + importance[batch, head // group, column]
+
+    size = query.shape[1]
+    mask = create_block_mask(is_visible, query.shape[0], query.shape[2], size, size, device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention)
+
+    def forward():
+        tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return compiled(*tensors, score_mod=add_importance, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return forward
+
+
+def kernel_milliseconds(forward, runs: int = 5) -> float:
+    """Returns the time of the forward kernel alone, as the profiler sees it."""
+    forward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(runs):
+            forward()
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.key_averages() if "_forward" in event.key]
+    return sum(event.self_device_time_total for event in kernels) / 1e3 / runs
 
 
 def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict) -> None:
     """Raises unless 64 rows spread over the sequence equal a float64 softmax over the sorted top keys."""
-    query, key, value, importance = (tensor.detach()[0].double() for tensor in inputs)
+    query, key, value, importance = (tensor.detach()[0] for tensor in inputs)
     seqlen, num_heads, head_dim = query.shape
     group = num_heads // key.shape[1]
     contested = options["keep_window_size"] - options["local_window_size"]
@@ -155,9 +204,12 @@ def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict) -> None:
         # Stable and newest first, because the newer key wins a tie.
         order = importance[:, :old].flip(-1).argsort(dim=-1, descending=True, stable=True)[:, :contested]
         seen.scatter_(-1, old - 1 - order, True)
-        logits = torch.einsum("hgd,nhd->hgn", query[row].view(-1, group, head_dim), key[: row + 1]) * head_dim**-0.5
-        logits = (logits + importance[:, None, : row + 1]).masked_fill(~seen[:, None], -torch.inf)
-        expected = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), value[: row + 1]).flatten(0, 1)
+        seen_keys = seen.any(0).nonzero().flatten()
+        seen = seen[:, seen_keys]
+        logits = torch.einsum("hgd,nhd->hgn", query[row].view(-1, group, head_dim).double(), key[seen_keys].double())
+        logits = logits * head_dim**-0.5 + importance[:, None, seen_keys].double()
+        weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+        expected = torch.einsum("hgn,nhd->hgd", weights, value[seen_keys].double()).flatten(0, 1)
         error = (out[0, row].double() - expected).norm() / expected.norm()
         if not error < 1e-2:
             raise RuntimeError(f"row {row} of {seqlen} is wrong: relative error {error:.2e}")
@@ -174,7 +226,7 @@ def report(rows: list[dict], seqlen: int) -> None:
         ratio = f"{row['ratio_to_cudnn']:.2f}x" if "ratio_to_cudnn" in row else ""
         print(
             f"{seqlen:>8} {row['engine']:>8} {row['work']:>10} {row['milliseconds']:>9.3f} {rate:>12} "
-            f"{row['peak_mib']:>9.0f} {ratio:>9}"
+            f"{'' if row['peak_mib'] is None else format(row['peak_mib'], '.0f'):>9} {ratio:>9}"
         )
 
 

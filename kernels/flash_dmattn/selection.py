@@ -118,7 +118,9 @@ def _select_visible_op(
         if sliding_window is not None:
             death = torch.minimum(death, axis.position + sliding_window)
         return axis.intervals(death)
-    rank, _, _ = _competition(axis, competes)
+    order, start = _competition(axis, competes)
+    places = torch.arange(order.shape[-1], device=order.device)
+    rank = torch.empty_like(order).scatter_(-1, order, places - start)
     return axis.intervals_of_whole_sequence(is_sink | (competes & (rank < num_contested)))
 
 
@@ -140,27 +142,29 @@ def comparable(importance: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(importance, nan=-torch.inf, posinf=largest, neginf=-torch.inf) + 0.0
 
 
-def _competition(axis, competes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _competition(axis, competes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorts the keys of every sequence, best first.
 
-    Returns `rank` (B, Hi, Sk), how many keys of its own sequence beat a key (for competing keys), and, for the
-    sorted order, `order` (B, Hi, Sk), the key at each place, and `start` (B, Hi, Sk), the first place that belongs
-    to the same sequence. Keys that do not compete come last.
+    Returns, for the sorted order, `order` (B, Hi, Sk), the key at each place, and `start` (B, Hi, Sk), the first
+    place that belongs to the same sequence: a key that competes is beaten by those from `start` up to its own place.
+    Keys that do not compete come last.
     """
-    length = axis.importance.shape[-1]
-    places = torch.arange(length, device=axis.importance.device).expand(axis.importance.shape)
-    segment = torch.where(competes, axis.segment, axis.num_segments).expand(axis.importance.shape)
+    shape, length = axis.importance.shape, axis.importance.shape[-1]
     # The newest stands first, and every sort is stable: so it wins a tie.
+    if isinstance(axis, _PlainAxis):
+        # What does not compete, the sinks, is older than all that does: -inf puts it last.
+        importance = torch.where(competes, axis.importance, -torch.inf)
+        order = length - 1 - importance.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        return order, torch.zeros((), dtype=order.dtype, device=order.device).expand(shape)
+    segment = torch.where(competes, axis.segment, axis.num_segments).expand(shape)
     order = length - 1 - _argsort_best_first(axis.importance.flip(-1), segment.flip(-1))
     if axis.num_segments == 1:
-        start = torch.zeros_like(order)  # right for all that compete
-    else:
-        segment = segment.gather(-1, order)
-        is_first = torch.ones_like(segment, dtype=torch.bool)
-        is_first[..., 1:] = segment[..., 1:] != segment[..., :-1]
-        start = torch.where(is_first, places, 0).cummax(-1).values
-    rank = torch.empty_like(order).scatter_(-1, order, places - start)
-    return rank, order, start
+        return order, torch.zeros((), dtype=order.dtype, device=order.device).expand(shape)
+    segment = segment.gather(-1, order)
+    is_first = torch.ones_like(segment, dtype=torch.bool)
+    is_first[..., 1:] = segment[..., 1:] != segment[..., :-1]
+    places = torch.arange(length, device=order.device)
+    return order, torch.where(is_first, places, 0).cummax(-1).values
 
 
 def _argsort_best_first(importance: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
@@ -181,7 +185,7 @@ def _eviction_positions(axis, competes: torch.Tensor, num_contested: int) -> tor
         return position.clone()
     if length <= num_contested:
         return torch.full_like(position, NEVER)
-    _, order, start = _competition(axis, competes)
+    order, start = _competition(axis, competes)
     places = torch.arange(length, device=order.device).expand(shape)
     index = kth_smallest_in_ranges(
         order.flatten(0, 1), start.flatten(0, 1), places.flatten(0, 1), num_contested - 1
@@ -200,7 +204,6 @@ class _PlainAxis:
         self.importance = importance
         self.position = torch.arange(importance.shape[-1], device=importance.device).expand(importance.shape)
         self.is_real = torch.ones((), dtype=torch.bool, device=importance.device).expand(importance.shape)
-        self.segment = torch.zeros_like(self.position)
 
     def intervals(self, death: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _as_int32(self.position, death)
