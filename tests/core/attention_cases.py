@@ -80,9 +80,7 @@ CASES = [
     AttentionCase("one-query", seqlen_q=1, seqlen_k=31),
     AttentionCase("one-key", seqlen_q=1, seqlen_k=1),
     AttentionCase("no-token", seqlen_q=0, seqlen_k=0),
-    AttentionCase(
-        "longer-than-a-block", batch=1, seqlen_q=150, seqlen_k=150, num_heads=1, options=window(40, 2, 9)
-    ),
+    AttentionCase("longer-than-a-block", batch=1, seqlen_q=150, seqlen_k=150, num_heads=1, options=window(40, 2, 9)),
     AttentionCase("head-dim-1", head_dim=1),
     AttentionCase("head-dim-5", head_dim=5),
     AttentionCase("head-dim-33", head_dim=33),
@@ -90,12 +88,8 @@ CASES = [
     AttentionCase("scale-and-softcap", options=window(7, softmax_scale=0.7, softcap=1.5)),
     AttentionCase("no-bias", options=window(7, add_importance_bias=False)),
     AttentionCase("no-bias-softcap", options=window(7, add_importance_bias=False, softcap=2.0)),
-    AttentionCase(
-        "left-padding", options=window(7, 1, 2, padding_mask=padding("0" * 9 + "1" * 14, "1" * 23))
-    ),
-    AttentionCase(
-        "right-padding", options=window(7, 1, 2, padding_mask=padding("1" * 20 + "000", "1" + "0" * 22))
-    ),
+    AttentionCase("left-padding", options=window(7, 1, 2, padding_mask=padding("0" * 9 + "1" * 14, "1" * 23))),
+    AttentionCase("right-padding", options=window(7, 1, 2, padding_mask=padding("1" * 20 + "000", "1" + "0" * 22))),
     AttentionCase(
         "interior-padding",
         options=window(5, 1, 2, padding_mask=padding("110" * 7 + "11", "0" + "1001101" * 3 + "1")),
@@ -111,12 +105,8 @@ CASES = [
         options=window(7, 1, is_causal=False, padding_mask=padding("1" * 20 + "000", "011" + "1" * 20)),
     ),
     AttentionCase("packed", **PACKED, options=window(6, 1, 2, cu_seqlens=documents(7, 1, 0, 16, 6))),
-    AttentionCase(
-        "packed-one-document", **PACKED, options=window(6, cu_seqlens=documents(30), max_seqlen=30)
-    ),
-    AttentionCase(
-        "packed-not-causal", **PACKED, options=window(4, 1, is_causal=False, cu_seqlens=documents(9, 1, 20))
-    ),
+    AttentionCase("packed-one-document", **PACKED, options=window(6, cu_seqlens=documents(30), max_seqlen=30)),
+    AttentionCase("packed-not-causal", **PACKED, options=window(4, 1, is_causal=False, cu_seqlens=documents(9, 1, 20))),
     AttentionCase(
         "packed-and-padded",
         **PACKED,
@@ -127,9 +117,7 @@ CASES = [
     AttentionCase("minus-infinity", special=[-math.inf], options=window(12)),
     AttentionCase("mostly-minus-infinity", special=[-math.inf] * 12, options=window(4)),
     AttentionCase("nan", special=[math.nan], options=window(12)),
-    AttentionCase(
-        "minus-infinity-no-bias", special=[-math.inf], options=window(12, add_importance_bias=False)
-    ),
+    AttentionCase("minus-infinity-no-bias", special=[-math.inf], options=window(12, add_importance_bias=False)),
     AttentionCase("infinity", special=[math.inf], options=window(12)),
     AttentionCase("strided", strided=True, num_heads=4, num_kv_heads=2),
     AttentionCase("bfloat16", dtype=torch.bfloat16, options=window(9, 2, 4)),
@@ -148,9 +136,7 @@ def assert_close(name, got, expected, dtype):
     """Differences are judged against the largest expected number, or 1; infinities must agree exactly."""
     assert got.shape == expected.shape, f"{name}: {got.shape} instead of {expected.shape}"
     got, finite = got.double(), expected.isfinite()
-    assert torch.equal(got.isfinite(), finite) and torch.equal(got[~finite], expected[~finite]), (
-        f"{name}: not finite"
-    )
+    assert torch.equal(got.isfinite(), finite) and torch.equal(got[~finite], expected[~finite]), f"{name}: not finite"
     if finite.any():
         error = (got - expected)[finite].abs().max() / expected[finite].abs().max().clamp(min=1)
         assert error <= TOLERANCES[dtype], f"{name}: relative error {error:.1e}"

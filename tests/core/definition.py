@@ -50,10 +50,7 @@ def ranking_strengths(importance):
 def sequences_of_row(seqlen, real, cu_seqlens):
     """Rows of the real tokens of each sequence in one batch row: one list per document."""
     bounds = [0, seqlen] if cu_seqlens is None else cu_seqlens.tolist()
-    return [
-        [row for row in range(start, end) if real[row]]
-        for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [[row for row in range(start, end) if real[row]] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def visible_keys(
@@ -117,9 +114,7 @@ def inside_intervals(visibility, queries):
     return (birth <= t) & (t < death)
 
 
-def attention(
-    query, key, value, importance, visible, *, softmax_scale=None, softcap=0.0, add_importance_bias=True
-):
+def attention(query, key, value, importance, visible, *, softmax_scale=None, softcap=0.0, add_importance_bias=True):
     """Attention over the visible keys, one query at a time: out (B, Sq, H, D) and lse (B, H, Sq), float64.
 
     query (B, Sq, H, D); key, value (B, Sk, Hkv, D); importance (B, Hi, Sk); visible bool (B, Hi, Sq, Sk).

@@ -33,9 +33,7 @@ def attention(**changes):
 
 
 def intervals(**changes):
-    arguments = attention(
-        visibility=Visibility(*torch.zeros(2, BATCH, NUM_KV_HEADS, SEQLEN, dtype=torch.int32))
-    )
+    arguments = attention(visibility=Visibility(*torch.zeros(2, BATCH, NUM_KV_HEADS, SEQLEN, dtype=torch.int32)))
     del arguments["keep_window_size"]
     return arguments | changes
 
@@ -201,9 +199,7 @@ def all_calls():
     for name, function, arguments, expected in CASES:
         if function == BOTH:
             calls.append(pytest.param(select_visible, selection(**arguments), expected, id=f"select-{name}"))
-            calls.append(
-                pytest.param(dynamic_mask_attention, attention(**arguments), expected, id=f"attend-{name}")
-            )
+            calls.append(pytest.param(dynamic_mask_attention, attention(**arguments), expected, id=f"attend-{name}"))
         else:
             calls.append(pytest.param(FUNCTIONS[function], arguments, expected, id=name))
     return calls

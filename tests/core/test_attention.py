@@ -108,9 +108,7 @@ def test_padded_queries_give_zero_whatever_stands_in_them():
     for garbage in (math.nan, math.inf, -math.inf, 1e30):
         dirty = [x.masked_fill(~mask[:, :, None, None], garbage) for x in (query, key, value)]
         dirty_importance = importance.masked_fill(~mask[:, None], garbage)
-        for got, clean in zip(
-            dynamic_mask_attention(*dirty, dirty_importance, **options), (out, lse), strict=True
-        ):
+        for got, clean in zip(dynamic_mask_attention(*dirty, dirty_importance, **options), (out, lse), strict=True):
             assert torch.equal(got, clean)
 
 

@@ -53,13 +53,9 @@ def test_gradients_equal_those_of_the_definition(case, parts):
 
 
 def test_gradcheck_of_dynamic_mask_attention():
-    case = AttentionCase(
-        "gradcheck", 1, 6, 9, 4, 2, head_dim=3, dtype=torch.float64, importance_dtype=torch.float64
-    )
+    case = AttentionCase("gradcheck", 1, 6, 9, 4, 2, head_dim=3, dtype=torch.float64, importance_dtype=torch.float64)
     inputs = [x.requires_grad_() for x in case.inputs()]
-    inputs[3].data = (
-        torch.randperm(18).view(1, 2, 9).double() / 9
-    )  # no two so close that a step changes the ranks
+    inputs[3].data = torch.randperm(18).view(1, 2, 9).double() / 9  # no two so close that a step changes the ranks
 
     def both(*tensors):
         out, lse = dynamic_mask_attention(*tensors, **window(4, 1, 1, softcap=3.0), return_lse=True)
@@ -166,8 +162,7 @@ def test_deterministic_gradients_are_bitwise_equal():
     inputs = case.inputs()
     options = window(50, 2, 10, deterministic=True, return_lse=True)
     first, second = (
-        gradients(dynamic_mask_attention, inputs, torch.ones_like(inputs[0]), None, **options)
-        for _ in range(2)
+        gradients(dynamic_mask_attention, inputs, torch.ones_like(inputs[0]), None, **options) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -175,9 +170,7 @@ def test_deterministic_gradients_are_bitwise_equal():
 @pytest.mark.parametrize("size", [1e4, 1e7, 1e9, math.exp(80), math.inf], ids=str)
 def test_equal_keys_share_the_weight_however_large_their_importance(size):
     key, value = torch.zeros(1, 4, 1, 8), torch.randn(1, 4, 1, 8, requires_grad=True)
-    out = dynamic_mask_attention(
-        torch.randn(1, 1, 1, 8), key, value, torch.full((1, 1, 4), size), keep_window_size=4
-    )
+    out = dynamic_mask_attention(torch.randn(1, 1, 1, 8), key, value, torch.full((1, 1, 4), size), keep_window_size=4)
     out.sum().backward()
     torch.testing.assert_close(out[0, 0], value[0].mean(0))
     torch.testing.assert_close(value.grad, torch.full_like(value, 0.25))

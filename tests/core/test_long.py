@@ -43,9 +43,7 @@ def test_real_tokens_between_padding_see_what_they_see_without_it(window):
     importance, mask = importance_with_ties(), torch.rand(1, SEQLEN) < 0.6
     real = mask[0].nonzero()[:, 0]
     rows = some_rows(len(real))
-    padded = inside_intervals(
-        select_visible(importance, **WINDOWS[window], padding_mask=mask), real[rows].tolist()
-    )
+    padded = inside_intervals(select_visible(importance, **WINDOWS[window], padding_mask=mask), real[rows].tolist())
     alone = inside_intervals(select_visible(importance[..., real], **WINDOWS[window]), rows)
     assert torch.equal(padded[..., real], alone) and not padded[..., ~mask[0]].any()
 
@@ -66,15 +64,11 @@ def dense_attention(query, key, value, importance, visible):
     group_size = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(group_size, 2) for x in (key, value))
     logits = torch.einsum("bthd,bjhd->bhtj", query, key) * query.shape[-1] ** -0.5
-    logits = (logits + importance.repeat_interleave(group_size, 1)[:, :, None]).masked_fill(
-        ~visible, -math.inf
-    )
+    logits = (logits + importance.repeat_interleave(group_size, 1)[:, :, None]).masked_fill(~visible, -math.inf)
     return torch.einsum("bhtj,bjhd->bthd", logits.softmax(-1), value), logits.logsumexp(-1)
 
 
-@pytest.mark.parametrize(
-    ("layout", "seqlen_q"), [("one-sequence", SEQLEN), ("one-sequence", 517), ("packed", SEQLEN)]
-)
+@pytest.mark.parametrize(("layout", "seqlen_q"), [("one-sequence", SEQLEN), ("one-sequence", 517), ("packed", SEQLEN)])
 def test_attention_and_gradients_equal_a_dense_mask(layout, seqlen_q):
     # A local window, so that every query sees a key.
     options = {"keep_window_size": 300, "num_sink_tokens": 4, "local_window_size": 130}

@@ -35,9 +35,7 @@ def test_random_cases_equal_the_definition(layout):
         if case.layout != layout:
             continue
         queries = queries_of(case)
-        expected = visible_keys(
-            case.importance, **case.options, queries=queries if layout == "positions" else None
-        )
+        expected = visible_keys(case.importance, **case.options, queries=queries if layout == "positions" else None)
         got = inside_intervals(select_visible(case.importance, **case.options), queries)
         mask = case.options.get("padding_mask")
         if mask is not None:  # a padded query's own row means nothing, but no query sees a padded key
@@ -78,16 +76,12 @@ LONG_VALUES = {
 
 
 @pytest.mark.parametrize("values", LONG_VALUES)
-@pytest.mark.parametrize(
-    "window", [(1, 0, 0), (700, 0, 0), (1000, 4, 500)], ids=["w=1", "w=700", "w=1000-s=4-r=500"]
-)
+@pytest.mark.parametrize("window", [(1, 0, 0), (700, 0, 0), (1000, 4, 500)], ids=["w=1", "w=700", "w=1000-s=4-r=500"])
 def test_long_sequences_equal_the_definition(window, values):
     w, s, r = window
     seqlen = 2203
     importance = LONG_VALUES[values](torch.randn(seqlen))
     rows = [*range(0, seqlen, 211), w - 1, w, w + 1, 2047, 2048, seqlen - 1]
-    visibility = select_visible(
-        importance[None, None], keep_window_size=w, num_sink_tokens=s, local_window_size=r
-    )
+    visibility = select_visible(importance[None, None], keep_window_size=w, num_sink_tokens=s, local_window_size=r)
     expected = rows_by_comparison(importance, rows, w, s, r)
     assert torch.equal(inside_intervals(visibility, rows)[0, 0], expected)

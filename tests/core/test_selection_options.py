@@ -13,9 +13,7 @@ INF = float("inf")
 def select(values, w, s=0, r=0, **options):
     """birth and death, as lists, of one sequence."""
     importance = torch.as_tensor(values)[None, None]
-    visibility = select_visible(
-        importance, keep_window_size=w, num_sink_tokens=s, local_window_size=r, **options
-    )
+    visibility = select_visible(importance, keep_window_size=w, num_sink_tokens=s, local_window_size=r, **options)
     return visibility.birth[0, 0].tolist(), visibility.death[0, 0].tolist()
 
 

@@ -5,12 +5,12 @@ A backend is a module with
     is_automatic(call) -> bool                       whether "auto" may take it for this call
     why_unavailable() -> str | None                  why it cannot run on this machine at all
     reject(call) -> str | None                       why it refuses this call
-    forward(call) -> (out, lse)                      out like query; lse (B, H, Sq) float32
-    backward(call, out, lse, dout, dlse) -> (dquery, dkey, dvalue, dimportance or None)
+    forward(call) -> (out, lse, stats)               as the operator returns them
+    backward(call, out, stats, dout, dlse) -> (dquery, dkey, dvalue, dimportance or None)
 
 so a new engine is a new file here and a line below.
 """
 
-from flash_dmattn.backends import reference, triton
+from flash_dmattn.backends import cuda, reference, triton
 
-BACKENDS = {"triton": triton, "reference": reference}
+BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}

@@ -1,1 +1,61 @@
-"""The CUDA engine: kernels compiled when the package is installed."""
+"""The CUDA engine: a forward for Hopper GPUs, compiled when the package is installed.
+
+The backward is that of the Triton engine, on the same saved tensors.
+"""
+
+import torch
+
+from flash_dmattn.backends import triton
+from flash_dmattn.backends.cuda import library, lists
+from flash_dmattn.call import AttentionCall
+
+_HEAD_DIMS = (64, 96, 128, 192, 256)
+_DTYPES = (torch.float16, torch.bfloat16)
+_MAX_GROUP_SIZE = 16
+
+
+def is_automatic(call: AttentionCall) -> bool:
+    return call.query.device.type == "cuda"
+
+
+def why_unavailable() -> str | None:
+    return library.why_unavailable() or triton.why_unavailable()
+
+
+def reject(call: AttentionCall) -> str | None:
+    reason = library.why_not_on(call.query.device) or lists.reject(call)
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(call.query.device) != (9, 0):
+        return "the GPU is not of compute capability 9.0"
+    if call.query.dtype not in _DTYPES:
+        return f"dtype {call.query.dtype} is not supported (float16 and bfloat16 are)"
+    head_dim = call.query.shape[-1]
+    if head_dim not in _HEAD_DIMS:
+        return f"head dim {head_dim} is not one of {_HEAD_DIMS}"
+    group_size = call.query.shape[2] // call.num_interval_heads
+    if group_size > _MAX_GROUP_SIZE:
+        return f"{group_size} query heads per interval head are above {_MAX_GROUP_SIZE}"
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        if tensor.stride(-1) != 1:
+            return f"{name} is not contiguous in the head dim"
+        strides = [stride for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
+        if tensor.data_ptr() % 16 or any(stride % 8 for stride in strides):
+            return f"the rows of {name} are not aligned to 16 bytes"
+    return None
+
+
+def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats, as the operator does."""
+    from flash_dmattn.backends.cuda.forward import run_forward, tile_size
+
+    if call.query.numel() == 0 or call.key.shape[1] == 0:
+        return triton.forward(call)
+    return run_forward(call, lists.build_key_lists(call, tile_size(call)))
+
+
+def backward(
+    call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
+    return triton.backward(call, out, stats, dout, dlse)

@@ -1,0 +1,150 @@
+// Thin wrappers of the sm_90a instructions that the kernels use: barriers, asynchronous copies, matrix descriptors.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace flash_dmattn {
+
+constexpr int kWarpgroup = 128;
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Barriers in shared memory. A wait for phase 0 returns once the barrier has completed for the first time.
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialized barriers known to all threads that synchronize with this one.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int phase) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}\n" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
+}
+
+// Barriers of the hardware among whole warps, by number.
+
+__device__ __forceinline__ void named_sync(int number, int threads) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int number, int threads) {
+    asm volatile("barrier.cta.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Copies 16 bytes to shared memory; of them `bytes` (0 or 16) are read and the rest is zero.
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
+                 : "memory");
+}
+
+// Arrives at `barrier` once all copies that this thread has issued so far have landed.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Orders earlier ordinary writes of shared memory before later reads by the tensor cores.
+__device__ __forceinline__ void fence_shared_for_tensor_cores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Warpgroup matrix products run asynchronously: fence after touching their registers, commit, wait.
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The compiler moves a wait for matrix products up before independent arithmetic, which is then not overlapped. A store
+// that depends on the arithmetic's result keeps it in place; it never happens, since the result is never negative.
+__device__ __forceinline__ void finish_before_wait(float result, uint32_t shared) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}\n" ::"f"(result),
+                 "r"(shared)
+                 : "memory");
+}
+
+// Keeps the compiler from moving uses of accumulators across this place.
+template <int kSize>
+__device__ __forceinline__ void pin(float (&registers)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Keep the compiler from computing a value anew wherever it is used: it does not see through a shuffle.
+
+__device__ __forceinline__ int keep(int value) { return __shfl_sync(~0u, value, threadIdx.x % 32); }
+
+// For a value that is the same in the whole warp.
+__device__ __forceinline__ int keep_of_warp(int value) { return __shfl_sync(~0u, value, 0); }
+
+// Keeps the compiler from computing what depends on the value ahead of a loop, where it would occupy registers.
+__device__ __forceinline__ int compute_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Describes a matrix in shared memory whose rows of kRowBytes (64 or 128) bytes are swizzled by 16-byte pieces.
+// `leading`: bytes between pieces of kRowBytes along the contiguous dimension (for operands across the depth).
+template <int kRowBytes>
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int leading) {
+    static_assert(kRowBytes == 128 || kRowBytes == 64);
+    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
+    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+           static_cast<uint64_t>(8 * kRowBytes >> 4) << 32 | kSwizzle << 62;
+}
+
+// The place of a row's 16-byte piece among the pieces of its kRowBytes.
+template <int kRowBytes>
+__device__ __forceinline__ int swizzled_piece(int row, int piece) {
+    return kRowBytes == 128 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+template <typename Element>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t packed;
+    if constexpr (sizeof(Element) == 2 && __is_same(Element, __nv_bfloat16)) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    }
+    return packed;
+}
+
+}  // namespace flash_dmattn

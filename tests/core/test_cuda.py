@@ -1,0 +1,138 @@
+"""The CUDA kernels against the reference, on a GPU that they are made for."""
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flash_dmattn
+from flash_dmattn.dispatch import explain_backends
+
+from .kernel_cases import CASES, DEVICE, GPU_CASES, Case, check, make_inputs, options, run
+
+WHY_NOT = explain_backends()["cuda"] or (
+    None if torch.cuda.get_device_capability() == (9, 0) else "the GPU is not of compute capability 9.0"
+)
+on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA engine: {WHY_NOT}")]
+pytestmark = on_the_gpu
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+@pytest.fixture
+def seed():
+    return int(os.environ["FLASH_DMATTN_TEST_SEED"])
+
+
+def random_case(number, seed):
+    """Returns one of the combinations of shapes and options that the engine must serve."""
+    choose = random.Random(f"{seed} {number}")
+    group = choose.randint(1, 16)
+    num_kv_heads = choose.choice((1, 2, 3))
+    per_query_head = group <= 4 and choose.random() < 0.15
+    window = choose.choice((1, 7, 64, 100, 256, 1000))
+    num_sink_tokens = choose.choice((0, 0, min(4, window)))
+    local_window_size = choose.choice((0, 0, (window - num_sink_tokens) // 2, window - num_sink_tokens))
+    changes = {
+        "keep_window_size": window,
+        "num_sink_tokens": num_sink_tokens,
+        "local_window_size": local_window_size,
+        "softcap": choose.choice((0.0, 0.0, 3.0)),
+        "softmax_scale": choose.choice((None, 0.03, 0.4)),
+        "add_importance_bias": choose.random() < 0.8,
+    }
+    seqlen_k = choose.choice((1, 2, 33, 127, 128, 129, 500, 1000, choose.randint(1, 1500)))
+    seqlen_q = seqlen_k if choose.random() < 0.7 else choose.randint(1, seqlen_k)
+    padding = choose.choice((None, None, None, "interior"))
+    cu_seqlens = None
+    if padding is None and choose.random() < 0.2:
+        seqlen_q = seqlen_k
+        inner = sorted(choose.randint(0, seqlen_k) for _ in range(choose.randint(0, 4)))
+        cu_seqlens = (0, *inner, seqlen_k)
+    return Case(
+        name=f"random-{number}",
+        batch=1 if cu_seqlens else choose.choice((1, 2)),
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        importance_heads=group * num_kv_heads if per_query_head else num_kv_heads,
+        head_dim=choose.choice(HEAD_DIMS),
+        dtype=choose.choice((torch.bfloat16, torch.float16)),
+        importance=choose.choice(("iid", "iid", "up", "down", "constant", "ties", "some-inf", "huge-ties")),
+        options=options(**changes),
+        padding=padding,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernels_equal_the_reference(case, seed):
+    check(replace(case, head_dim=64, dtype=torch.bfloat16), seed, "cuda")
+
+
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.head_dim in HEAD_DIMS], ids=lambda case: case.name)
+def test_kernels_equal_the_reference_at_larger_shapes(case, seed):
+    check(case if case.dtype != torch.float32 else replace(case, dtype=torch.bfloat16), seed, "cuda")
+
+
+@pytest.mark.parametrize("number", range(200))
+def test_random_combinations_equal_the_reference(number, seed):
+    case = random_case(number, seed)
+    try:
+        check(case, seed + number, "cuda")
+    except AssertionError as error:
+        raise AssertionError(f"{case} with seed {seed}: {error}") from error
+
+
+def test_every_element_is_written(seed):
+    case = Case("poisoned", seqlen_q=700, seqlen_k=700, num_heads=6, num_kv_heads=2, importance_heads=2, head_dim=128)
+    case = replace(case, dtype=torch.bfloat16)
+    tensors, _, _ = make_inputs(case, seed)
+    for _ in range(3):
+        poison = torch.full((case.seqlen_q * case.num_heads * case.head_dim * 4,), torch.nan, device=DEVICE)
+        del poison  # the outputs are allocated where it was
+        results = flash_dmattn.dynamic_mask_attention(*tensors, **case.options, return_lse=True, backend="cuda")
+        assert all(result.isfinite().all() for result in results)
+
+
+def test_two_runs_are_bitwise_equal(seed):
+    case = replace(Case("twice", seqlen_q=900, seqlen_k=900, num_heads=4, head_dim=128), dtype=torch.bfloat16)
+    first, second = (run(case, seed, "cuda")[:2] for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_strided_inputs(seed):
+    case = replace(Case("strided", seqlen_q=300, seqlen_k=300, num_heads=4, head_dim=128), dtype=torch.bfloat16)
+    (query, key, value, importance), _, _ = make_inputs(case, seed)
+    expected = flash_dmattn.dynamic_mask_attention(query, key, value, importance, **case.options, backend="cuda")
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    key, value = torch.stack([key, value], dim=2).unbind(2)
+    got = flash_dmattn.dynamic_mask_attention(query, key, value, importance, **case.options, backend="cuda")
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"head_dim": 80}, "head dim 80"),
+        ({"num_heads": 17}, "17 query heads"),
+    ],
+    ids=["float32", "head-dim", "group-size"],
+)
+def test_refusals_name_the_reason(change, words, seed):
+    case = replace(Case("refused", head_dim=64, dtype=torch.bfloat16), **change)
+    (query, key, value, importance), _, _ = make_inputs(case, seed)
+    with pytest.raises(RuntimeError, match=words):
+        flash_dmattn.dynamic_mask_attention(query, key, value, importance, keep_window_size=8, backend="cuda")
+
+
+def test_rows_that_are_not_aligned_are_refused():
+    query = torch.randn(1, 10, 2, 65, device=DEVICE, dtype=torch.bfloat16)[..., 1:]
+    with pytest.raises(RuntimeError, match="aligned"):
+        flash_dmattn.dynamic_mask_attention(
+            query, query, query, query[..., 0].float().transpose(1, 2), keep_window_size=8, backend="cuda"
+        )
