@@ -197,5 +197,7 @@ def check(case, seed, backend, gradients=True):
         if norm < 1e-6:
             assert got.norm() < 1e-4, name
             continue
-        allowed = 2 * (rounded - expected).norm() / norm + ROUNDING[case.dtype]
+        # Beside 1e6 a float32 logit is a multiple of 1/16, and not of the same 1/16 in every engine.
+        slack = 1e-2 if case.importance == "huge-ties" else 0
+        allowed = 2 * (rounded - expected).norm() / norm + ROUNDING[case.dtype] + slack
         assert (got - expected).norm() / norm <= allowed, name
