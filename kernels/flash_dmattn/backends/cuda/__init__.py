@@ -19,6 +19,8 @@ def is_automatic(call: AttentionCall) -> bool:
 
 
 def why_unavailable() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
     return library.why_unavailable() or triton.why_unavailable()
 
 
