@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--keep-window-size", type=int, default=2048)
     parser.add_argument("--local-window-size", type=int, default=0)
     parser.add_argument("--importance", choices=IMPORTANCE, default="iid")
-    parser.add_argument("--engines", nargs="+", default=["triton", "cudnn", "flash"])
+    parser.add_argument("--engines", nargs="+", default=["cuda", "triton", "cudnn", "flash"])
     parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for cuDNN")
     parser.add_argument("--flash-limit", type=int, default=32768, help="longest sequence for flash and flex")
     parser.add_argument("--runs", type=int, default=7)
@@ -187,7 +187,8 @@ def kernel_milliseconds(forward, runs: int = 5) -> float:
         for _ in range(runs):
             forward()
         torch.cuda.synchronize()
-    kernels = [event for event in profile.key_averages() if "_forward" in event.key]
+    names = ("_forward", "forward_kernel")  # of the Triton and of the CUDA engine
+    kernels = [event for event in profile.key_averages() if any(name in event.key for name in names)]
     return sum(event.self_device_time_total for event in kernels) / 1e3 / runs
 
 

@@ -20,11 +20,13 @@ def test_the_reference_is_always_available_and_last():
 def test_a_backend_asked_for_by_name_gives_what_auto_gives(backend):
     # A GPU engine takes GPU tensors; "auto" serves those of the CPU by the reference.
     device = "cuda" if backend != "reference" and torch.cuda.is_available() else "cpu"
-    inputs = [tensor.float() for tensor in AttentionCase("by-name").inputs()]
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    inputs = [tensor.to(dtype) for tensor in AttentionCase("by-name", head_dim=64).inputs()]
     expected = dynamic_mask_attention(*inputs, **window(7, 1, 2))
     moved = [tensor.to(device) for tensor in inputs]
     out = dynamic_mask_attention(*moved, **window(7, 1, 2), backend=backend)
-    torch.testing.assert_close(out.cpu(), expected)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if backend == "cuda" else {}
+    torch.testing.assert_close(out.cpu(), expected, **tolerance)
 
 
 def test_the_environment_overrides_auto(monkeypatch):

@@ -1,0 +1,30 @@
+"""Small forwards of the CUDA engine, one a kernel: what scripts/sanitize_cuda.sh watches.
+
+python scripts/small_forward.py
+"""
+
+import itertools
+
+import torch
+
+import flash_dmattn
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+def main() -> None:
+    for dtype, head_dim, softcap, window in itertools.product(
+        (torch.bfloat16, torch.float16), HEAD_DIMS, (0.0, 5.0), (100, 1000)
+    ):
+        query = torch.randn(1, 300, 6, head_dim, device="cuda", dtype=dtype)
+        key, value = torch.randn(2, 1, 300, 2, head_dim, device="cuda", dtype=dtype)
+        importance = torch.randn(1, 2, 300, device="cuda")
+        out = flash_dmattn.dynamic_mask_attention(
+            query, key, value, importance, keep_window_size=window, softcap=softcap, backend="cuda"
+        )
+        if not out.isfinite().all():
+            raise RuntimeError(f"head dim {head_dim}, {dtype}: not finite")
+
+
+if __name__ == "__main__":
+    main()
