@@ -149,7 +149,7 @@ def make_inputs(case, seed):
     if case.padding is not None:
         rows = torch.arange(case.seqlen_k)
         padding_mask = {
-            "interior": (torch.rand(1, case.seqlen_k, generator=generator) > 0.3),
+            "interior": (torch.rand(case.batch, case.seqlen_k, generator=generator) > 0.3),
             "left-and-empty": torch.stack([rows >= 60, rows < 0]),
         }[case.padding]
         real = padding_mask[:, :, None, None]
