@@ -52,7 +52,7 @@ def random_case(number, seed):
         cu_seqlens = (0, *inner, seqlen_k)
     return Case(
         name=f"random-{number}",
-        batch=1 if cu_seqlens else choose.choice((1, 2)),
+        batch=1 if cu_seqlens or padding else choose.choice((1, 2)),
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
         num_heads=group * num_kv_heads,
