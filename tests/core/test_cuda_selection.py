@@ -81,8 +81,8 @@ def test_long_sequences(values, w, seqlen):
 @pytest.mark.parametrize("values", ["distinct", "ties", "up", "special"])
 def test_padding_and_documents_at_length(values):
     rng = random.Random(int(os.environ["FLASH_DMATTN_TEST_SEED"]))
-    for _ in range(12):
-        seqlen = rng.randint(500, 9000)
+    for _ in range(5):
+        seqlen = rng.randint(500, 5000)
         w = rng.choice([1, 3, 50, 400, 2000])
         s = rng.randint(0, min(w, 5))
         options = {"keep_window_size": w, "num_sink_tokens": s, "local_window_size": rng.randint(0, w - s)}

@@ -19,9 +19,10 @@ def is_automatic(call: AttentionCall) -> bool:
 
 
 def why_unavailable() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is visible to torch"
-    return library.why_unavailable() or triton.why_unavailable()
+    reason = library.why_unavailable()
+    if reason is None and not torch.cuda.is_available():  # Triton's interpreter needs none
+        reason = "no CUDA GPU is visible to torch"
+    return reason or triton.why_unavailable()
 
 
 def reject(call: AttentionCall) -> str | None:

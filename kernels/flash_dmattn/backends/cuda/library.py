@@ -44,6 +44,8 @@ def why_not_on(device: torch.device) -> str | None:
     reason = why_unavailable()
     if reason is not None:
         return reason
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
     major, minor = torch.cuda.get_device_capability(device)
     built = [int(name) for name in architectures()]
     # Code for sm_90a runs on 9.0 alone, other code on its own and later minor versions.
