@@ -104,6 +104,20 @@ GPU_CASES = [
     ),
     *(
         Case(
+            f"dense-d{head_dim}",
+            seqlen_q=700,
+            seqlen_k=700,
+            num_heads=8,
+            num_kv_heads=2,
+            importance_heads=2,
+            head_dim=head_dim,
+            dtype=torch.bfloat16,
+            options=options(keep_window_size=1024),
+        )
+        for head_dim in (32, 64, 96, 128, 192, 256)
+    ),
+    *(
+        Case(
             f"long-{kind}",
             seqlen_q=4099,
             seqlen_k=4099,

@@ -28,6 +28,8 @@ def forward_config(query: torch.Tensor, is_listed: bool) -> BlockConfig:
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
+    if row <= 64:
+        return BlockConfig(128, 32, 4, 3)  # Triton 3.6's ptxas crashes over wider blocks
     if row <= 128:
         return BlockConfig(128, 64, 4, 3)
     if row <= 256:
@@ -42,8 +44,10 @@ def dquery_config(query: torch.Tensor) -> BlockConfig:
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(32, 32, 4, 1) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
+    if row <= 256 and is_large:
+        return BlockConfig(128, 64, 4 if row <= 128 else 8, 3)
     if row <= 256:
-        return BlockConfig(128, 64, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
+        return BlockConfig(64, 32, 4, 1)
     return BlockConfig(64, 64, 8, 1) if is_large else BlockConfig(32, 32, 4, 1)
 
 

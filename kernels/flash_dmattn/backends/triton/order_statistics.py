@@ -70,11 +70,11 @@ def _count_digits(
         blocks = tl.arange(0, BLOCKS)
         for one in tl.static_range(3):
             address = totals_ptr + one * (num_blocks + 1) + blocks
-            count = tl.load(address, mask=blocks < num_blocks, other=0, cache_modifier=".cg")
-            before = tl.cumsum(count, axis=0) - count
+            counts = tl.load(address, mask=blocks < num_blocks, other=0, cache_modifier=".cg")
+            before = tl.cumsum(counts, axis=0) - counts
             tl.debug_barrier()
             tl.store(address, before, mask=blocks < num_blocks)
-            tl.store(totals_ptr + one * (num_blocks + 1) + num_blocks, tl.sum(count, axis=0))
+            tl.store(totals_ptr + one * (num_blocks + 1) + num_blocks, tl.sum(counts, axis=0))
 
 
 @triton.jit
