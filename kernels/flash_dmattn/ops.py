@@ -24,9 +24,9 @@ def interval_attention_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq); arguments as in `AttentionCall`.
 
-    stats is for the backward, because beside a huge importance lse has no room for the log of a sum: each row's
-    highest logit times log2(e), inf where a row sees nothing, and log2 of the sum of exp of the logits less the
-    highest. It has no gradient.
+    stats is for the backward, because beside a huge importance lse has no room for the log of a sum: a number near
+    each row's highest logit, times log2(e), inf where a row sees nothing; and log2 of the sum of exp of the logits
+    less that number. It has no gradient.
     """
     call = AttentionCall(
         query,
