@@ -140,13 +140,18 @@ def causal_lm_loss(
 def _as_computed(logits: DeferredLogits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns hidden (N, hidden size), weight and bias in the dtype in which the output layer would compute."""
     hidden, weight, bias = logits.hidden, logits.weight, logits.bias
-    if isinstance(weight, DTensor) or weight.dim() != 2:
+    if isinstance(weight, DTensor) or weight.dim() != 2 or _is_freed(weight):
         raise ValueError("the chunked loss needs the whole weight of the output layer, got one sharded over devices")
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias
+
+
+def _is_freed(weight: torch.Tensor) -> bool:
+    """Whether a sharding wrapper around the output layer alone has taken the weight away again."""
+    return not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0
 
 
 def _takes_liger(logits: DeferredLogits, hidden: torch.Tensor) -> bool:

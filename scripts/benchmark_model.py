@@ -25,6 +25,8 @@ from flash_dmattn_hf.loss import use_chunked_loss
 
 DENSE = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 CHECK_LAYERS = 4
+DENSE_WARMUP = 32768
+"""Tokens of the step that warms up a dense engine: a whole step of 128K takes long."""
 CHECKED_GRADIENTS = ("q_proj", "v_proj", "dma.A", "dma.dt_proj", "embed_tokens")
 GIB = 2**30
 
@@ -36,12 +38,13 @@ def main() -> None:
     train.add_argument("--seqlens", type=int, nargs="+", default=[32768, 131072])
     train.add_argument("--engines", nargs="+", default=["flash_dmattn", *DENSE], choices=["flash_dmattn", *DENSE])
     train.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for dense engines")
-    train.add_argument("--runs", type=int, default=2)
+    train.add_argument("--runs", type=int, default=2, help="timed steps of flash_dmattn")
+    train.add_argument("--dense-runs", type=int, default=1, help="timed steps of dense engines")
     train.add_argument("--loss-engine", default="torch", choices=["auto", "liger", "torch"])
     train.add_argument("--loss-chunk-size", type=int, help="tokens whose logits exist at once")
     prefill = parts.add_parser("prefill", help="a long context in chunks, then decoding")
     prefill.add_argument("--context", type=int, default=2**20)
-    prefill.add_argument("--chunk", type=int, default=16384)
+    prefill.add_argument("--chunk", type=int, default=32768)
     prefill.add_argument("--decode", type=int, default=32, help="tokens to decode after the context")
     for part in (train, prefill):
         part.add_argument("--keep-window-size", type=int, default=2048)
@@ -112,18 +115,17 @@ def train_rows(arguments) -> Iterator[dict]:
 
 
 def measure_training(arguments, model: LlamaForCausalLM, engine: str, tokens: torch.Tensor) -> dict:
-    """Times forward plus backward of one sequence, after one such step to warm up."""
-    context = contextlib.nullcontext()
-    if engine in DENSE:
-        context = sdpa_kernel(DENSE[engine])
-    model.set_attn_implementation("sdpa" if engine in DENSE else engine)
-    row = {"seqlen": tokens.shape[1], "engine": engine}
-    with context:
+    """Times forward plus backward of one sequence, after one step to warm up."""
+    is_dense = engine in DENSE
+    runs = arguments.dense_runs if is_dense else arguments.runs
+    model.set_attn_implementation("sdpa" if is_dense else engine)
+    row = {"seqlen": tokens.shape[1], "engine": engine, "runs": runs}
+    with sdpa_kernel(DENSE[engine]) if is_dense else contextlib.nullcontext():
         try:
-            step(model, tokens)
+            step(model, tokens[:, :DENSE_WARMUP] if is_dense else tokens)
             torch.cuda.reset_peak_memory_stats()
             times = []
-            for _ in range(arguments.runs):
+            for _ in range(runs):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 loss = step(model, tokens)
@@ -137,7 +139,6 @@ def measure_training(arguments, model: LlamaForCausalLM, engine: str, tokens: to
             row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
             row["loss"] = loss.item()
     model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
     return row
 
 

@@ -149,7 +149,7 @@ def make_inputs(case, seed):
     if case.padding is not None:
         rows = torch.arange(case.seqlen_k)
         padding_mask = {
-            "interior": (torch.rand(1, case.seqlen_k, generator=generator) > 0.3),
+            "interior": (torch.rand(case.batch, case.seqlen_k, generator=generator) > 0.3),
             "left-and-empty": torch.stack([rows >= 60, rows < 0]),
         }[case.padding]
         real = padding_mask[:, :, None, None]
@@ -178,16 +178,16 @@ def run(case, seed, backend, dtype=None, gradients=True):
     loss = (out.double() * weights[..., :-1]).sum()
     loss = loss + (lse.masked_fill(lse.isneginf(), 0).double() * weights[..., -1].transpose(1, 2)).sum()
     loss.backward()
-    found = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
-    return [result.detach().double() for result in (out, lse, *found)]
+    grads = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
+    return [result.detach().double() for result in (out, lse, *grads)]
 
 
 def check(case, seed, backend, gradients=True):
     """Asserts that no result errs more than twice as much as torch in the same precision, plus rounding."""
-    exact = run(case, seed, "reference", torch.float64, gradients)
-    same_precision = run(case, seed, "reference", None, gradients)
-    results = run(case, seed, backend, None, gradients)
-    for name, expected, rounded, got in zip(NAMES, exact, same_precision, results, strict=False):
+    exact = run(case, seed, "reference", torch.float64, gradients=gradients)
+    same_precision = run(case, seed, "reference", gradients=gradients)
+    got_all = run(case, seed, backend, gradients=gradients)
+    for name, expected, rounded, got in zip(NAMES[: len(exact)], exact, same_precision, got_all, strict=True):
         if name == "lse" and case.importance == "infinite-ties":
             continue  # of the order of the largest float32, and nothing more is promised
         assert torch.equal(got.isneginf(), expected.isneginf()), name
@@ -197,5 +197,7 @@ def check(case, seed, backend, gradients=True):
         if norm < 1e-6:
             assert got.norm() < 1e-4, name
             continue
-        allowed = 2 * (rounded - expected).norm() / norm + ROUNDING[case.dtype]
+        # Beside 1e6 a float32 logit is a multiple of 1/16, and not of the same 1/16 in every engine.
+        slack = 1e-2 if case.importance == "huge-ties" else 0
+        allowed = 2 * (rounded - expected).norm() / norm + ROUNDING[case.dtype] + slack
         assert (got - expected).norm() / norm <= allowed, name

@@ -30,12 +30,26 @@ def test_training_forward_compiles_to_one_graph(case, model_type, backend):
     model = make(model_type).train()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
     inputs = {"input_ids": tokens(), "labels": tokens(), "use_cache": False, **INPUTS[case]()}
-    results = []
-    for run in (model, compiled):
-        output = run(**inputs)
-        output.loss.backward()
-        results.append((output.logits, output.loss, model_gradients(run)))
-    torch.testing.assert_close(results[0], results[1], atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(step(compiled, **inputs), step(model, **inputs), atol=1e-8, rtol=1e-6)
+
+
+def step(run, **inputs):
+    output = run(**inputs)
+    output.loss.backward()
+    return output.logits, output.loss, model_gradients(run)
+
+
+def test_the_triton_engine_compiles_to_one_graph(monkeypatch):
+    """On a CPU in Triton's interpreter; tests/hf/test_gpu.py has it compiled."""
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    monkeypatch.setenv("FLASH_DMATTN_BACKEND", "triton")
+    torch.compiler.reset()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make("llama").float().to(device).train()
+    inputs = {"input_ids": tokens(), "labels": tokens(), **padded()}
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()} | {"use_cache": False}
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled, **inputs), step(model, **inputs), atol=1e-4, rtol=1e-4)
 
 
 def model_gradients(model):

@@ -305,6 +305,18 @@ def test_it_refuses_models_that_it_cannot_serve():
         use_chunked_loss(model)
 
 
+def test_it_refuses_a_weight_that_is_gone_after_its_layer():
+    """As when the output layer is sharded by itself: its weight is whole only while the layer runs."""
+    model = tiny_model("llama").train()
+
+    def free(module, args, output):
+        module.weight.data.untyped_storage().resize_(0)
+
+    model.lm_head.register_forward_hook(free)
+    with use_chunked_loss(model), pytest.raises(ValueError, match="needs the whole weight of the output layer"):
+        model(**labelled())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -50,7 +50,7 @@ def reject(call: AttentionCall) -> str | None:
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
-    from flash_dmattn.backends.cuda.forward import run_forward, tile_size
+    from flash_dmattn.backends.cuda.forward_launch import run_forward, tile_size
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return triton.forward(call)
