@@ -282,7 +282,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
     BlockSchedule schedule;
     int number = schedule.next(p);
     if (number < 0) return;
-    int2 stretch = QueryTile(p, number).stretch(p);
+    KeyCut<Traits> next_cut(QueryTile(p, number).stretch(p));
     copy_query<Traits>(shared.base, p, QueryTile(p, number), first_row, lane);
     if (warpgroup == Traits::kConsumers - 1) named_arrive(next_turn, 2 * kWarpgroup);
 
@@ -295,7 +295,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
                 rows[r] = QueryRow(p, tile, compute_here(first_row) + r * 8 + lane / 4).row(p, tile.batch);
             }
         }
-        const KeyCut<Traits> cut(stretch);
+        const KeyCut<Traits> cut = next_cut;
         RunningSoftmax softmax;
 #pragma unroll
         for (int i = 0; i < Traits::kHeadDim / 2; ++i) acc[i] = 0.f;
@@ -359,7 +359,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
         named_sync(meeting, kWarpgroup);  // no warp reads its queries any more
         if (number >= 0) {
             const QueryTile next(p, number);
-            stretch = next.stretch(p);
+            next_cut = KeyCut<Traits>(next.stretch(p));
             copy_query<Traits>(shared.base, p, next, compute_here(first_row), lane);
         }
         wgmma_wait<0>();
