@@ -177,6 +177,8 @@ def _attend(
     batch, _, _, head_dim = query.shape
     if query_start is not None and not isinstance(query_start, torch.Tensor):
         query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
+    query_start = None if query_start is None else query_start.contiguous()
+    query_positions = None if query_positions is None else query_positions.contiguous()
     if importance is not None:
         importance = comparable(importance)
         importance = (importance if query.dtype == torch.float64 else importance.float()).contiguous()

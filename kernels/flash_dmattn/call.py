@@ -14,10 +14,11 @@ class AttentionCall:
     query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D), query's dtype.
     importance: (B, Hi, Sk) float32 (float64 for float64), contiguous, without NaN and +inf, or None for no bias.
     birth, death: (B, Hi, Sk) int32, contiguous; Hi is Hkv or H. Both None: every key is visible from its own row on.
-    query_start: (B,) int32, the row of the first query, the others follow; None when the rows follow no such order.
-    query_positions: (B, Sq) int32, the row of every query, -1 for one that sees nothing; or None. At least one of
-        the two is given; when both are, query_positions is query_start + i except for its -1.
-    max_visible: no query sees more keys than this, or None when that is unknown.
+    query_start: (B,) int32, contiguous, the row of the first query, the others follow; None when the rows follow no
+        such order.
+    query_positions: (B, Sq) int32, contiguous, the row of every query, -1 for one that sees nothing; or None. At least
+        one of the two is given; when both are, query_positions is query_start + i except for its -1.
+    max_visible: n consecutive rows see no more than max_visible + n keys altogether; None when that is unknown.
     softmax_scale: factor of the dot product. softcap: 0 is off.
     deterministic: equal inputs must give bitwise equal gradients.
     """
