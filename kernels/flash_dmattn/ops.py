@@ -42,7 +42,8 @@ def interval_attention_op(
         softcap,
         deterministic,
     )
-    return choose_backend(call, backend).forward(call)
+    with torch.cuda.device_of(query):  # a kernel runs on the current device, whatever its tensors are on
+        return choose_backend(call, backend).forward(call)
 
 
 @interval_attention_op.register_fake
@@ -89,8 +90,9 @@ def interval_attention_backward_op(
         softcap,
         deterministic,
     )
-    engine = choose_backend(call, backend)
-    dquery, dkey, dvalue, dimportance = engine.backward(call, out, stats, dout, dlse)
+    with torch.cuda.device_of(query):
+        engine = choose_backend(call, backend)
+        dquery, dkey, dvalue, dimportance = engine.backward(call, out, stats, dout, dlse)
     return dquery, dkey, dvalue, stats.new_empty(0) if dimportance is None else dimportance
 
 

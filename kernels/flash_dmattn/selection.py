@@ -88,17 +88,30 @@ def _select_visible_op(
     cu_seqlens: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if importance.device.type == "cuda" and cuda_selection.reject(importance, positions) is None:
-        return cuda_selection.select_visible(
-            importance,
-            keep_window_size,
-            num_sink_tokens,
-            local_window_size,
-            sliding_window,
-            is_causal,
-            padding_mask,
-            cu_seqlens,
-        )
+    options = (keep_window_size, num_sink_tokens, local_window_size, sliding_window, is_causal, padding_mask, cu_seqlens)
+    with torch.cuda.device_of(importance):  # a kernel runs on the current device, whatever its tensors are on
+        if importance.device.type == "cuda" and cuda_selection.reject(importance, positions) is None:
+            return cuda_selection.select_visible(importance, *options)
+        return _select_in_torch(importance, *options, positions)
+
+
+@_select_visible_op.register_fake
+def _(importance, *_):
+    birth = torch.empty_like(importance, dtype=torch.int32, memory_format=torch.contiguous_format)
+    return birth, torch.empty_like(birth)
+
+
+def _select_in_torch(
+    importance: torch.Tensor,
+    keep_window_size: int,
+    num_sink_tokens: int,
+    local_window_size: int,
+    sliding_window: int | None,
+    is_causal: bool,
+    padding_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     importance = comparable(importance)
     if positions is not None:
         axis = _PrunedAxis(importance, positions, padding_mask)
@@ -122,12 +135,6 @@ def _select_visible_op(
     places = torch.arange(order.shape[-1], device=order.device)
     rank = torch.empty_like(order).scatter_(-1, order, places - start)
     return axis.intervals_of_whole_sequence(is_sink | (competes & (rank < num_contested)))
-
-
-@_select_visible_op.register_fake
-def _(importance, *_):
-    birth = torch.empty_like(importance, dtype=torch.int32, memory_format=torch.contiguous_format)
-    return birth, torch.empty_like(birth)
 
 
 def comparable(importance: torch.Tensor) -> torch.Tensor:
