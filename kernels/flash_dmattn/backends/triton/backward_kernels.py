@@ -162,15 +162,16 @@ def _dquery(
     biases_ptr += list_index * capacity
     birth_ptr += head.to(tl.int64) * seqlen_k
     death_ptr += head.to(tl.int64) * seqlen_k
-    key_ptr += batch.to(tl.int64) * key_batch_stride + head_in_batch // HEADS_PER_KV * key_head_stride
-    value_ptr += batch.to(tl.int64) * value_batch_stride + head_in_batch // HEADS_PER_KV * value_head_stride
+    kv_head = (head_in_batch // HEADS_PER_KV).to(tl.int64)
+    key_ptr += batch.to(tl.int64) * key_batch_stride + kv_head * key_head_stride
+    value_ptr += batch.to(tl.int64) * value_batch_stride + kv_head * value_head_stride
 
     query_index, group_head, exists = query_tile(epoch, tile, seqlen_q, EPOCH, TILE, GROUP, BLOCK_M)
     row = query_rows(start_ptr, positions_ptr, batch, query_index, exists, seqlen_q, HAS_START, HAS_POSITIONS)
     query_head = head_in_batch * GROUP + group_head
     dim = tl.arange(0, BLOCK_D)
     address = query_ptr + batch.to(tl.int64) * query_batch_stride + query_index.to(tl.int64) * query_row_stride
-    address = (address + query_head * query_head_stride)[:, None] + dim[None, :]
+    address = (address + query_head.to(tl.int64) * query_head_stride)[:, None] + dim[None, :]
     is_query = exists[:, None] & (dim < HEAD_DIM)[None, :]
     num_heads = HEADS * GROUP
     out_row = (batch.to(tl.int64) * seqlen_q + query_index) * num_heads + query_head
@@ -268,7 +269,7 @@ def _dkey_dvalue(
     else:
         num_listed = seqlen_k
     if offset < num_listed:
-        kv_head = head_in_batch // HEADS_PER_KV
+        kv_head = (head_in_batch // HEADS_PER_KV).to(tl.int64)
         key_ptr += batch.to(tl.int64) * key_batch_stride + kv_head * key_head_stride
         value_ptr += batch.to(tl.int64) * value_batch_stride + kv_head * value_head_stride
         key_index, bias, counts = load_keys(
@@ -356,7 +357,7 @@ def _dkey_dvalue_run(
         highest, log_total, delta, sees_any = _load_row_stats(stats_ptr, delta_ptr, place, exists, num_stats)
         is_query = sees_any[:, None] & (dim < HEAD_DIM)[None, :]
         address = query_ptr + batch.to(tl.int64) * query_batch_stride + query_index.to(tl.int64) * query_row_stride
-        address = (address + query_head * query_head_stride)[:, None] + dim[None, :]
+        address = (address + query_head.to(tl.int64) * query_head_stride)[:, None] + dim[None, :]
         query = tl.load(address, mask=is_query, other=0.0)
         out_row = (batch.to(tl.int64) * seqlen_q + query_index) * num_heads + query_head
         dout = tl.load(dout_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], mask=is_query, other=0.0)

@@ -105,15 +105,16 @@ def _forward(
     biases_ptr += list_index * capacity
     birth_ptr += head.to(tl.int64) * seqlen_k
     death_ptr += head.to(tl.int64) * seqlen_k
-    key_ptr += batch.to(tl.int64) * key_batch_stride + head_in_batch // HEADS_PER_KV * key_head_stride
-    value_ptr += batch.to(tl.int64) * value_batch_stride + head_in_batch // HEADS_PER_KV * value_head_stride
+    kv_head = (head_in_batch // HEADS_PER_KV).to(tl.int64)
+    key_ptr += batch.to(tl.int64) * key_batch_stride + kv_head * key_head_stride
+    value_ptr += batch.to(tl.int64) * value_batch_stride + kv_head * value_head_stride
 
     query_index, group_head, exists = query_tile(epoch, tile, seqlen_q, EPOCH, TILE, GROUP, BLOCK_M)
     row = query_rows(start_ptr, positions_ptr, batch, query_index, exists, seqlen_q, HAS_START, HAS_POSITIONS)
     query_head = head_in_batch * GROUP + group_head
     dim = tl.arange(0, BLOCK_D)
     query_address = query_ptr + batch.to(tl.int64) * query_batch_stride + query_index.to(tl.int64) * query_row_stride
-    query_address = (query_address + query_head * query_head_stride)[:, None] + dim[None, :]
+    query_address = (query_address + query_head.to(tl.int64) * query_head_stride)[:, None] + dim[None, :]
     is_query = exists[:, None] & (dim < HEAD_DIM)[None, :]
     query = tl.load(query_address, mask=is_query, other=0.0)
 
@@ -143,7 +144,7 @@ def _forward(
         HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
 
-    sees_any = (row >= 0) & (total > 0)
+    sees_any = (row >= 0) & (total != 0)  # NaN is not nothing
     acc = tl.where(sees_any[:, None], acc / tl.where(sees_any, total, 1.0)[:, None], 0.0)
     log_total = tl.log2(tl.where(sees_any, total, 1.0))
     lse = tl.where(sees_any, (highest + log_total) / LOG2E, float("-inf"))
