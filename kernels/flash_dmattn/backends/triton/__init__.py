@@ -11,6 +11,7 @@ import torch
 from flash_dmattn.call import AttentionCall
 
 _MAX_HEAD_DIM = 256
+_MAX_LANES = 65535  # of a launch in its second and third dimension
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -36,6 +37,9 @@ def reject(call: AttentionCall) -> str | None:
         return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
     if call.query.shape[-1] > _MAX_HEAD_DIM:
         return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    lanes = call.query.shape[0] * call.num_interval_heads
+    if lanes > _MAX_LANES:
+        return f"{lanes} (batch, head) pairs are above {_MAX_LANES}"
     group_size = call.query.shape[2] // call.num_interval_heads
     if group_size > 32:
         return f"{group_size} query heads per interval head are above 32"
@@ -61,7 +65,8 @@ def backward(
     from flash_dmattn.backends.triton.backward_kernels import run_backward
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
-        gradients = [torch.zeros_like(tensor) for tensor in (call.query, call.key, call.value)]
+        tensors = (call.query, call.key, call.value)
+        gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
         return *gradients, None if call.importance is None else torch.zeros_like(call.importance)
     return run_backward(call, out, stats, dout, dlse)
 
