@@ -44,6 +44,8 @@ def why_not_on(device: torch.device) -> str | None:
     reason = why_unavailable()
     if reason is not None:
         return reason
+    if torch.version.hip is not None:  # it calls its GPUs CUDA devices, and some have capability 9.0
+        return "torch was built for ROCm"
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible to torch"
     major, minor = torch.cuda.get_device_capability(device)
