@@ -83,6 +83,34 @@ def test_keys_in_any_order_and_queries_by_position(seed):
     torch.testing.assert_close(*outs, atol=2e-5, rtol=1e-4)
 
 
+def test_strided_query_rows():
+    query = torch.randn(2, 30, 2, 16, device=DEVICE)
+    importance = torch.randn(2, 2, 30, device=DEVICE)
+    visibility = flash_dmattn.select_visible(importance, keep_window_size=6)
+    rows = torch.arange(60, dtype=torch.int32, device=DEVICE).view(30, 2)
+    for given in ({"query_positions": rows.t() // 2}, {"query_start": rows[0].expand(2, 2)[:, 0]}):
+        out, expected = (
+            flash_dmattn.interval_attention(query, query, query, importance, visibility, **given, backend=backend)
+            for backend in ("triton", "reference")
+        )
+        torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_nan_in_a_row_is_not_an_empty_row():
+    query, key, value = torch.randn(3, 1, 40, 2, 16, device=DEVICE)
+    query[0, 30] = torch.nan
+    importance = torch.randn(1, 2, 40, device=DEVICE)
+    for size in (8, 40):
+        (out, lse), (expected, expected_lse) = (
+            flash_dmattn.dynamic_mask_attention(
+                query, key, value, importance, keep_window_size=size, return_lse=True, backend=backend
+            )
+            for backend in ("triton", "reference")
+        )
+        assert out[0, 30].isnan().all() and lse[0, :, 30].isnan().all()
+        torch.testing.assert_close((out, lse), (expected, expected_lse), atol=2e-5, rtol=1e-4, equal_nan=True)
+
+
 def test_an_understated_max_visible_stays_inside_memory():
     query, key, value = torch.randn(3, 1, 600, 1, 16, device=DEVICE)
     visibility = flash_dmattn.select_visible(torch.randn(1, 1, 600, device=DEVICE), keep_window_size=600)
