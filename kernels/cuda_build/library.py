@@ -1,5 +1,6 @@
 """Compiles and links the library: writes a ninja file and runs ninja, which rebuilds what changed."""
 
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -69,8 +70,8 @@ def ninja_file(units: list[Unit], toolkit: Toolkit, settings: Settings, architec
     threads = f" --threads {settings.nvcc_threads}" if settings.nvcc_threads > 1 else ""
     define = f"-DFLASH_DMATTN_ARCHITECTURES='\"{' '.join(architectures)}\"'"
     lines = [
-        f"nvcc = {_escape(toolkit.nvcc)}",
-        f"exports = {_escape(EXPORTS)}",
+        f"nvcc = {_escape(shlex.quote(str(toolkit.nvcc)))}",
+        f"exports = {_escape(shlex.quote(str(EXPORTS)))}",
         f"flags = {_FLAGS}{threads}",
         _RULES,
     ]
@@ -80,7 +81,7 @@ def ninja_file(units: list[Unit], toolkit: Toolkit, settings: Settings, architec
             options.append(define)
         lines += [f"build {unit.name}.o: compile {_escape(unit.source)}", f"  options = {' '.join(options)}"]
     objects = " ".join(f"{unit.name}.o" for unit in units)
-    lines += [f"build {LIBRARY_NAME}: link {objects} | $exports", f"build objects: phony {objects}", ""]
+    lines += [f"build {LIBRARY_NAME}: link {objects} | {_escape(EXPORTS)}", f"build objects: phony {objects}", ""]
     return "\n".join(lines)
 
 
@@ -93,5 +94,5 @@ def _names(architectures: tuple[str, ...]) -> str:
     return ", ".join(f"sm_{name}" for name in architectures)
 
 
-def _escape(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def _escape(text: Path | str) -> str:
+    return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
