@@ -14,7 +14,7 @@ class Settings:
     """Choices of one build.
 
     architectures: of `ARCHITECTURES`; 90 stands for sm_90a.
-    head_dims, dtypes: of kernels with such variants, those to compile. A library to link needs all of them.
+    head_dims, dtypes: of kernels with such variants, those to compile. An installed library needs all of them.
     skip: build nothing. force: a missing tool is an error.
     max_jobs: compilers at once. nvcc_threads: threads of each, over its architectures.
     """
@@ -32,8 +32,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Reads the settings; raises ValueError, naming the variable, for a value that makes no sense.
 
     FLASH_DMATTN_CUDA_ARCHS        architectures, such as "80;90"; all of them by default
-    FLASH_DMATTN_HEAD_DIMS         head dims, such as "64;128"; all by default
-    FLASH_DMATTN_DTYPES            "bf16", "fp16" or "bf16;fp16" (the default)
+    FLASH_DMATTN_HEAD_DIMS         head dims, such as "64;128", to look at some kernels alone; all by default
+    FLASH_DMATTN_DTYPES            "bf16", "fp16" or "bf16;fp16" (the default), likewise
     FLASH_DMATTN_SKIP_CUDA_BUILD   1: build no CUDA library
     FLASH_DMATTN_FORCE_BUILD       1: fail when nvcc or ninja is missing
     MAX_JOBS, NVCC_THREADS         compilers at once (all cores by default), threads of each (1 by default)

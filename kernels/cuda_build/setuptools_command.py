@@ -10,7 +10,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 from cuda_build.library import LIBRARY_NAME, build_library
-from cuda_build.settings import read_settings
+from cuda_build.settings import DTYPES, HEAD_DIMS, read_settings
 from cuda_build.toolkit import MissingTool, find_toolkit
 from cuda_build.units import KERNELS
 
@@ -21,12 +21,17 @@ def plan_build(package: str) -> dict:
     """Returns the arguments of `setup` that make it build the library into `package`.
 
     Without nvcc or ninja there is nothing to build: it says so, and Triton serves; with FLASH_DMATTN_FORCE_BUILD=1
-    it raises `MissingTool`.
+    it raises `MissingTool`. Raises ValueError for a choice of head dims or dtypes.
     """
     settings = read_settings()
     if settings.skip:
         print("flash_dmattn: no CUDA library, as asked by FLASH_DMATTN_SKIP_CUDA_BUILD", file=sys.stderr)
         return {}
+    if (settings.head_dims, settings.dtypes) != (HEAD_DIMS, DTYPES):
+        raise ValueError(
+            "FLASH_DMATTN_HEAD_DIMS and FLASH_DMATTN_DTYPES must not be set to install: the package needs all kernels, "
+            f"got {', '.join(settings.head_dims + settings.dtypes)}"
+        )
     try:
         find_toolkit()
     except MissingTool as error:
