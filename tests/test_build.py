@@ -24,6 +24,7 @@ from cuda_build.resources import (  # noqa: E402
     parse_compiler_output,
 )
 from cuda_build.settings import ARCHITECTURES, Settings, read_settings  # noqa: E402
+from cuda_build.setuptools_command import plan_build  # noqa: E402
 from cuda_build.toolkit import MissingTool, Toolkit, find_toolkit, keep_supported  # noqa: E402
 from cuda_build.units import SOURCES, list_units  # noqa: E402
 
@@ -49,8 +50,8 @@ if "-c" in arguments:
     source = pathlib.Path(arguments[arguments.index("-c") + 1])
     if "broken" in source.read_text():
         sys.exit("fake nvcc: broken source")
-    headers = " ".join(map(str, source.parent.glob("*.h")))
-    pathlib.Path(arguments[arguments.index("-MF") + 1]).write_text(f"{{out}}: {{source}} {{headers}}\\n")
+    needed = [str(path).replace("$", "$$").replace(" ", r"\\ ") for path in (source, *source.parent.glob("*.h"))]
+    pathlib.Path(arguments[arguments.index("-MF") + 1]).write_text(f"{{out}}: {{' '.join(needed)}}\\n")
 out.write_text("fake")
 """
 
@@ -178,6 +179,21 @@ def test_only_what_changed_is_compiled_again(fake, sources, tmp_path):
     assert build() == [LIBRARY_NAME, "library.o", "selection.o"]
 
 
+def test_folders_may_have_names_that_a_shell_takes_apart(fake, sources, tmp_path, monkeypatch):
+    folder = tmp_path / "it's $HOME"
+    shutil.copytree(fake, folder / "cuda")
+    shutil.copytree(sources, folder / "csrc")
+    exports = folder / "exports.map"
+    exports.write_text("{};")
+    monkeypatch.setattr("cuda_build.library.EXPORTS", exports)
+    build = build_library(Settings(), toolkit_of(folder / "cuda"), folder / "out", folder / "csrc")
+    assert build.library.read_text() == "fake"
+    assert f"--version-script={exports}" in (tmp_path / "calls.txt").read_text()
+    calls(fake)
+    build_library(Settings(), toolkit_of(folder / "cuda"), folder / "out", folder / "csrc")
+    assert calls(fake) == []
+
+
 def test_a_source_that_does_not_compile_fails_the_build(fake, sources, tmp_path, capfd):
     (sources / "selection.cu").write_text("broken")
     with pytest.raises(RuntimeError, match="could not be compiled"):
@@ -232,6 +248,15 @@ def test_a_forced_build_fails_without_nvcc(tmp_path):
     done, wheels = pip_wheel(tmp_path, PATH=path_without_nvcc(), FLASH_DMATTN_FORCE_BUILD="1")
     assert done.returncode != 0 and not wheels
     assert "nvcc was not found" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("variable", "value"), [("FLASH_DMATTN_HEAD_DIMS", "128"), ("FLASH_DMATTN_DTYPES", "bf16")])
+def test_a_package_is_not_built_with_some_of_the_kernels(monkeypatch, variable, value):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{variable}.* must not be set to install.*{value}"):
+        plan_build("flash_dmattn")
 
 
 def test_the_package_and_its_sources_agree_on_the_version():
