@@ -88,7 +88,8 @@ def _select_visible_op(
     cu_seqlens: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    options = (keep_window_size, num_sink_tokens, local_window_size, sliding_window, is_causal, padding_mask, cu_seqlens)
+    windows = (keep_window_size, num_sink_tokens, local_window_size, sliding_window)
+    options = (*windows, is_causal, padding_mask, cu_seqlens)
     with torch.cuda.device_of(importance):  # a kernel runs on the current device, whatever its tensors are on
         if importance.device.type == "cuda" and cuda_selection.reject(importance, positions) is None:
             return cuda_selection.select_visible(importance, *options)
