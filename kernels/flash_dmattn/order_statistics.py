@@ -18,7 +18,8 @@ def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torc
         meaningless (but in [0, 2 * N)).
     Returns (R, M) int64.
     """
-    if sequence.device.type == "cuda" and low.shape == sequence.shape and triton.why_unavailable() is None:
+    fits = low.shape == sequence.shape and sequence.shape[0] <= triton.MAX_LANES
+    if sequence.device.type == "cuda" and fits and triton.why_unavailable() is None:
         from flash_dmattn.backends.triton import order_statistics
 
         return order_statistics.kth_smallest_in_ranges(sequence, low, high, k)

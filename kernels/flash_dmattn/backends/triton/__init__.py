@@ -10,8 +10,10 @@ import torch
 
 from flash_dmattn.call import AttentionCall
 
+MAX_LANES = 65535
+"""Programs of a launch in its second and third dimension: one for every batch row and head."""
+
 _MAX_HEAD_DIM = 256
-_MAX_LANES = 65535  # of a launch in its second and third dimension
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -38,8 +40,8 @@ def reject(call: AttentionCall) -> str | None:
     if call.query.shape[-1] > _MAX_HEAD_DIM:
         return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
     lanes = call.query.shape[0] * call.num_interval_heads
-    if lanes > _MAX_LANES:
-        return f"{lanes} (batch, head) pairs are above {_MAX_LANES}"
+    if lanes > MAX_LANES:
+        return f"{lanes} (batch, head) pairs are above {MAX_LANES}"
     group_size = call.query.shape[2] // call.num_interval_heads
     if group_size > 32:
         return f"{group_size} query heads per interval head are above 32"
