@@ -127,13 +127,34 @@ def test_deterministic_gradients_are_bitwise_equal(heads, seed):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"dtype": torch.float64}, "float64"), ({"head_dim": 264}, "head dim 264"), ({"num_heads": 33}, "33 query heads")],
-    ids=["float64", "head-dim", "group-size"],
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"head_dim": 264}, "head dim 264"),
+        ({"num_heads": 33}, "33 query heads"),
+        ({"batch": 65536, "seqlen_q": 1, "seqlen_k": 1}, "65536 .batch, head. pairs"),
+    ],
+    ids=["float64", "head-dim", "group-size", "heads-in-all"],
 )
 def test_refusals_name_the_reason(change, words, seed):
     (query, key, value, importance), _, _ = make_inputs(Case("refused", **change), seed)
     with pytest.raises(RuntimeError, match=words):
         flash_dmattn.dynamic_mask_attention(query, key, value, importance, keep_window_size=8, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: one that is current, and another one")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_tensors_of_a_gpu_that_is_not_current(backend, seed):
+    tensors, _, _ = make_inputs(Case("elsewhere", head_dim=64, dtype=torch.bfloat16), seed)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        moved = [tensor.detach().to(device).requires_grad_() for tensor in tensors]
+        out = flash_dmattn.dynamic_mask_attention(*moved, **options(deterministic=True), backend=backend)
+        out.float().square().sum().backward()
+        results.append([result.cpu() for result in (out, *(tensor.grad for tensor in moved))])
+    assert torch.cuda.current_device() == 0
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there)
 
 
 @pytest.mark.parametrize(("length", "k"), [(1, 0), (7, 2), (1500, 37), (2100, 500)])
