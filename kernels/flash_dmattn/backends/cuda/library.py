@@ -67,11 +67,6 @@ def architectures() -> tuple[str, ...]:
     return tuple(ask().decode().split())
 
 
-def has(name: str) -> bool:
-    """Returns whether the library exports the function `name`: variants that were not built are absent."""
-    return why_unavailable() is None and hasattr(load(), name)
-
-
 def launch(name: str, parameters: ctypes.Structure, device: torch.device) -> None:
     """Calls `name` with `parameters` on the current stream of `device`. Raises RuntimeError for a CUDA error."""
     library = load()
