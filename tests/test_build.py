@@ -1,5 +1,7 @@
 """The build of the CUDA library: its settings, what it does without tools, what is rebuilt, and what wheels hold."""
 
+import ctypes
+import importlib
 import importlib.metadata
 import os
 import re
@@ -263,6 +265,22 @@ def test_the_package_and_its_sources_agree_on_the_version():
     (version,) = re.findall(r"#define FLASH_DMATTN_ABI_VERSION (\d+)", (SOURCES / "api.h").read_text())
     assert int(version) == library.ABI_VERSION
     assert library.PATH.name == LIBRARY_NAME and library.PATH.parent == ROOT / "kernels" / "flash_dmattn"
+
+
+@pytest.mark.parametrize(
+    ("module", "header"), [("selection", "selection.h"), ("lists", "lists.h"), ("forward_launch", "forward.h")]
+)
+def test_parameters_are_laid_out_as_the_header_says(module, header):
+    types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+    (body,) = re.findall(r"struct \w+_params \{\n(.*?)\n\};", (SOURCES / header).read_text(), re.DOTALL)
+    expected = []
+    for line in body.splitlines():
+        match = re.fullmatch(r"\s*(?:const )?(\w+)(\*?) (\w+)(?:\[(\d)\])?;(?:\s*//.*)?", line)
+        kind, star, name, count = match.groups()
+        field = ctypes.c_void_p if star else types[kind]
+        expected.append((name, field * int(count) if count else field))
+    parameters = importlib.import_module(f"flash_dmattn.backends.cuda.{module}")._Parameters
+    assert list(parameters._fields_) == expected
 
 
 def shared_library(folder: Path, code: str) -> Path:
