@@ -27,7 +27,8 @@ import hashlib, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 files = [root / "pyproject.toml", root / "setup.py", *sorted((root / "requirements").glob("*.txt"))]
-files += sorted(path for path in (root / "kernels/csrc").glob("*") if path.is_file())
+for folder in ("kernels/csrc", "kernels/cuda_build"):
+    files += sorted(path for path in (root / folder).rglob("*") if path.is_file() and path.suffix != ".pyc")
 digest = hashlib.sha256(repr((str(root), sys.version)).encode())
 for file in files:
     digest.update(file.read_bytes())
