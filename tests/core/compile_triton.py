@@ -1,0 +1,83 @@
+"""Compiles the Triton kernels for a GPU that need not be here, and prints the shared memory that each takes.
+
+    python compile_triton.py CAPABILITY SHARED_MEMORY DTYPE HEAD_DIM      e.g. 89 101376 bfloat16 256
+
+Not for Triton's interpreter, which compiles nothing: hence a process of its own.
+"""
+
+import sys
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flash_dmattn.backends.triton import configs
+from flash_dmattn.backends.triton.backward_kernels import _dkey_dvalue, _dquery
+from flash_dmattn.backends.triton.forward_kernels import _forward
+
+DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"}
+INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches".split()}
+ALIGNED = {"seqlen_q", "seqlen_k", "capacity", "num_epochs", "tiles_per_epoch"}
+
+
+def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
+    """Returns the bytes of shared memory that a kernel takes."""
+    constants = {
+        "HEADS": 8,
+        "GROUP": 4,
+        "HEADS_PER_KV": 1,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "EPOCH": 512,
+        "TILE": config.block_m // 4,
+        "TILES": 16,
+        "LISTED": is_listed,
+        "HAS_BIAS": True,
+        "HAS_SOFTCAP": True,
+        "HAS_START": True,
+        "HAS_POSITIONS": False,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "SUM_HEADS": 8,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in DATA:
+            signature[name] = types[dtype]
+        elif name in INDICES:
+            signature[name] = "*i32"
+        elif name.endswith("_ptr") or name.startswith("soft"):
+            signature[name] = "*fp32" if name.endswith("_ptr") else "fp32"
+        else:
+            signature[name] = "i32"
+        if name.endswith(("_ptr", "_stride")) or name in ALIGNED:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+
+def main():
+    capability, shared_memory, head_dim = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
+    dtype = getattr(torch, sys.argv[3])
+    query = torch.empty(1, 1, 8, head_dim, dtype=dtype)
+    with patch.object(configs, "_is_large", lambda device: shared_memory >= configs._LARGE):
+        kernels = {
+            "forward": (_forward, configs.forward_config(query, True), True),
+            "forward without lists": (_forward, configs.forward_config(query, False), False),
+            "dquery": (_dquery, configs.dquery_config(query), True),
+            "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query), True),
+        }
+    for name, (kernel, config, is_listed) in kernels.items():
+        print(f"{name}: {compile_kernel(kernel, config, capability, dtype, head_dim, is_listed)}")
+
+
+if __name__ == "__main__":
+    main()
