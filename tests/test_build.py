@@ -231,6 +231,7 @@ def test_a_wheel_with_the_library_is_for_one_platform_and_every_python(fake, tmp
         names = archive.namelist()
         assert archive.read(f"flash_dmattn/{LIBRARY_NAME}") == b"fake"
     assert not [name for name in names if name.endswith((".cu", ".h", ".o")) or "cuda_build" in name]
+    assert re.search(r"\d+ CUDA sources for sm_80, sm_90, sm_100 with \S+/nvcc", done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize("reason", ["no nvcc", "skip"])

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -36,13 +37,20 @@ def python(*arguments: str, cwd: Path, path: tuple[Path, ...] = ()) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
+def source(tmp_path_factory) -> Path:
+    """A folder to build in that looks like the repository."""
     installed = Version(importlib.metadata.version("setuptools"))
     if installed < SETUPTOOLS:
         pytest.skip(f"building without isolation needs setuptools >= {SETUPTOOLS}, got {installed}")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "flash_dmattn_hf"):
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "kernels", "flash_dmattn_hf"):
         (source / name).symlink_to(ROOT / name)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp("wheel")
     python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), ".", cwd=source)
     (path,) = out.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -66,12 +74,24 @@ def test_the_wheel_holds_every_module(wheel, package, folder):
 
 def test_the_wheel_installs_only_our_packages(wheel):
     top_level = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
-    assert {"flash_dmattn", "flash_dmattn_hf"} <= top_level <= {"flash_dmattn", "flash_dmattn_hf", "flash_dma_cuda.py"}
+    assert top_level == {"flash_dmattn", "flash_dmattn_hf"}
 
 
 def test_the_wheel_carries_the_license(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("LICENSE"))
     assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_source_distribution_builds_the_library(source, tmp_path):
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    python("-c", build, cwd=source)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [*(ROOT / "kernels/csrc").rglob("*"), *(ROOT / "kernels/cuda_build").glob("*.py")]
+    needed = {path.relative_to(ROOT).as_posix() for path in needed if path.is_file()}
+    assert needed | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
+    assert not [name for name in held if name.endswith((".so", ".o", ".pyc"))]
 
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])

@@ -44,7 +44,9 @@ class Build:
 def build_library(
     settings: Settings, toolkit: Toolkit, folder: Path, sources: Path = SOURCES, link: bool = True
 ) -> Build:
-    """Builds the library in `folder`. Drops, and says so, architectures that nvcc lacks. `link=False` only compiles.
+    """Builds the library in `folder`, saying what and with what. Drops architectures that nvcc lacks, and says so.
+
+    `link=False` only compiles. The next build in the same folder compiles what has changed.
 
     Raises RuntimeError when no architecture is left or the compiler fails; its output is printed.
     """
@@ -54,6 +56,12 @@ def build_library(
     if not architectures:
         raise RuntimeError(f"{toolkit.nvcc} knows none of the wanted architectures {_names(dropped)}")
     units = list_units(settings, architectures, sources)
+    print(
+        f"flash_dmattn: {len(units)} CUDA sources for {_names(architectures)} with {toolkit.nvcc}, "
+        f"{settings.max_jobs} at a time",
+        file=sys.stderr,
+        flush=True,
+    )
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(units, toolkit, settings, architectures))

@@ -7,6 +7,7 @@ import torch
 
 from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library, lists
+from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.call import AttentionCall
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -19,10 +20,8 @@ def is_automatic(call: AttentionCall) -> bool:
 
 
 def why_unavailable() -> str | None:
-    reason = library.why_unavailable()
-    if reason is None and not torch.cuda.is_available():  # Triton's interpreter needs none
-        reason = "no CUDA GPU is visible to torch"
-    return reason or triton.why_unavailable()
+    # A GPU is asked for here as well: Triton's interpreter needs none.
+    return library.why_unavailable() or why_no_gpu() or triton.why_unavailable()
 
 
 def reject(call: AttentionCall) -> str | None:

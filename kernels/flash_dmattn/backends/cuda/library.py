@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from flash_dmattn.backends.gpu import why_no_gpu
+
 ABI_VERSION = 1
 """The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""
 
@@ -41,13 +43,11 @@ def why_not_on(device: torch.device) -> str | None:
     """Returns why the library's kernels cannot run on `device`, or None."""
     if device.type != "cuda":
         return f"tensors are on {device}, not on a CUDA GPU"
-    reason = why_unavailable()
+    reason = why_unavailable() or why_no_gpu()
     if reason is not None:
         return reason
     if torch.version.hip is not None:  # it calls its GPUs CUDA devices, and some have capability 9.0
         return "torch was built for ROCm"
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is visible to torch"
     major, minor = torch.cuda.get_device_capability(device)
     built = [int(name) for name in architectures()]
     # Code for sm_90a runs on 9.0 alone, other code on its own and later minor versions.

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.call import AttentionCall
 
 MAX_LANES = 65535
@@ -26,10 +27,8 @@ def why_unavailable() -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    if not _is_interpreted() and not torch.cuda.is_available():
-        return "no CUDA GPU is visible to torch"
-    return None
+        return f"Triton cannot be imported ({error}); torch's builds for CUDA on Linux bring it"
+    return None if _is_interpreted() else why_no_gpu()
 
 
 def reject(call: AttentionCall) -> str | None:
