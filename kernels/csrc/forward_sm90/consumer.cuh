@@ -172,28 +172,6 @@ __device__ __forceinline__ void rescale_rows(float (&acc)[kSize], const float (&
     for (int i = 0; i < kSize; ++i) acc[i] *= rescale[i >> 1 & 1];
 }
 
-// Lays the accumulators' 16-bit values out as the left operand of the next product.
-template <typename Element, int kSize>
-__device__ __forceinline__ void pack_weights(uint32_t (&packed)[kSize / 2], const float (&weights)[kSize]) {
-#pragma unroll
-    for (int i = 0; i < kSize / 2; ++i) packed[i] = pack<Element>(weights[2 * i], weights[2 * i + 1]);
-}
-
-// Transposes the 4 x 4 matrix of which each lane of a quad holds one row.
-__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4], int lane) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-        const bool is_high = lane & bit;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i & bit) continue;
-            const uint32_t sent = is_high ? words[i] : words[i | bit];
-            const uint32_t received = __shfl_xor_sync(~0u, sent, bit);
-            (is_high ? words[i] : words[i | bit]) = received;
-        }
-    }
-}
-
 // Divides the accumulators by their rows' totals and writes out, lse and stats.
 template <typename Traits>
 __device__ __forceinline__ void store_rows(

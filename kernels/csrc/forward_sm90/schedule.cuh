@@ -8,8 +8,6 @@
 
 namespace flash_dmattn {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 // Division by a number that is known before the launch.
 struct Divisor {
     uint32_t divisor;
@@ -113,20 +111,6 @@ struct SharedMemory {
     __device__ uint32_t value_full(int stage) const { return barrier(2 * Traits::kStages + stage); }
     __device__ uint32_t value_empty(int stage) const { return barrier(3 * Traits::kStages + stage); }
     __device__ uint32_t barrier(int number) const { return base + Traits::kBarrierOffset + number * 8; }
-};
-
-// Position in a ring of stages.
-template <int kStages>
-struct Ring {
-    int stage = 0;
-    int phase = 0;
-
-    __device__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
 };
 
 // A query tile: `num_tokens` queries from `first_query` on, of one interval head.
