@@ -30,7 +30,7 @@ struct BackwardShape<96> {
 };
 template <>
 struct BackwardShape<128> {
-    static constexpr int kBlockN = 128, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kBlockN = 128, kStages = 2, kProducerRegs = 24, kConsumerRegs = 240;
     static constexpr bool kSplitsHeadDim = false;
 };
 template <>

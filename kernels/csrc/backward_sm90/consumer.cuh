@@ -120,7 +120,7 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             }
         }
 
-        const int list_head = keep_of_warp(item.list_head);
+        const int list_head = keep_of_warp(item.list_head);  // the last that is read of the item
         if (lane == 0) barrier_arrive(shared.keys_empty());
         flush_item<Traits>(p, keys, list_head, 0, dkey, dvalue, dbias, lane);
     }

@@ -12,7 +12,7 @@ import torch
 
 from flash_dmattn.backends.gpu import why_no_gpu
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""
 
 PATH = Path(__file__).resolve().parents[2] / "libflash_dmattn_cuda.so"
