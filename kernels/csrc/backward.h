@@ -16,6 +16,7 @@ struct flash_dmattn_backward_params {
     const float* dlse;               // (B, H, Sq), contiguous
     const float* stats;              // (2, B, H, Sq), as flash_dmattn_forward writes it
     float* row_facts;                // (B, Hi, Sq, H / Hi, 4), scratch
+    int32_t* next_item;              // one number, scratch
     float* dquery_sums;              // (B, Hi, epochs, tiles, tile rows, D), zero; scratch
     float* dkey_sums;                // (B, Sk, Hkv, D), zero; scratch
     float* dvalue_sums;              // (B, Sk, Hkv, D), zero; scratch

@@ -23,7 +23,8 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
 constexpr int kPassThreads = 256;
 
 // Writes {shift, log_total, delta, row number} of every row of out: shift and log_total are the forward's stats, delta is
-// rowsum(dout * out) - dlse. Rows that see nothing may hold anything and become {inf, 0, 0, -1}. 16 lanes a row.
+// rowsum(dout * out) - dlse. Rows that see nothing may hold anything and become {inf, 0, 0, -1}. 16 lanes a row. Also
+// makes the main kernel begin with the first work item.
 template <typename Element>
 __global__ void __launch_bounds__(kPassThreads) gather_row_facts(const flash_dmattn_backward_params p) {
     constexpr int kLanes = 16;
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(kPassThreads) gather_row_facts(const flash_dma
     const int64_t num_rows = int64_t(p.batch) * p.seqlen_q * num_heads;
     const int64_t row = int64_t(blockIdx.x) * (kPassThreads / kLanes) + threadIdx.x / kLanes;
     const int lane = threadIdx.x % kLanes;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *p.next_item = 0;
     float sum = 0.f;
     if (row < num_rows) {
         const uint4* out = reinterpret_cast<const uint4*>(static_cast<const char*>(p.out) + row * p.head_dim * 2);

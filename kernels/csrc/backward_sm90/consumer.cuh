@@ -1,7 +1,8 @@
 // The consumers of the sm_90a backward up to head dim 128: each warpgroup owns 64 keys of the tile.
 //
 // dscores of both meet in shared memory for dquery, which the warpgroups compute in turns, a query tile each: while one
-// does, the other goes on to the next query tile.
+// does, the other goes on to the next query tile. Of a narrow item, 64 keys or less, both own all keys, and each computes
+// everything for the query tiles of its turns.
 #pragma once
 
 #include "gradients.cuh"
@@ -18,8 +19,6 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
     const int lane = keep(threadIdx.x % 32) & 31;
     const int thread = threadIdx.x % kWarpgroup;
     warpgroup = keep_of_warp(warpgroup);
-    const int first_row = warpgroup * 64 + warp * 16;  // of the warp, among the keys
-    const uint32_t my_keys = warpgroup * 64 * Traits::kRowBytes;
     // Named barriers: 1 and 2, dscores are complete; 3 and 4, they may be written again; 5 and 6, a warpgroup on its own.
     constexpr int kComplete = 1, kFree = 3, kMeeting = 5;
 
@@ -34,11 +33,34 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
     for (int phase = 0;; phase ^= 1) {
         barrier_wait(shared.item_full(), phase);
         if (item.num_tiles == 0) break;
-        const ThreadKeys keys(p, item, first_row + lane / 4);
+        const bool is_narrow = keep_of_warp(item.num_keys) <= 64;
+        const int first_key = is_narrow ? 0 : warpgroup * 64;
+        const ThreadKeys keys(p, item, first_key + warp * 16 + lane / 4);
         const int end = keep_of_warp(item.first_tile + item.num_tiles);
         barrier_wait(shared.keys_full(), phase);
 
-        for (int tile = keep_of_warp(item.first_tile); tile < end; ++tile, half ^= 1) {
+        int tile = keep_of_warp(item.first_tile);
+        const auto advance = [&] {
+            ring.advance();
+            half ^= 1;
+            ++tile;
+        };
+        // Of a narrow item: what a warpgroup has to do for a query tile of the other.
+        const auto pass_turn = [&] {
+            barrier_wait(shared.rows_full(ring.stage), ring.phase);
+            // The other multiplies all 128 rows of dscores by keys, of which the last 64 are zero.
+            const uint32_t zeros[kBlockM / 4] = {};
+            named_sync(kFree + half, 2 * kWarpgroup);
+            store_transposed<kBlockM / 8>(shared.dscores(half), zeros, 64 + warp * 16, 0, lane);
+            fence_shared_for_tensor_cores();
+            named_arrive(kComplete + half, 2 * kWarpgroup);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared.rows_empty(ring.stage));
+            advance();
+        };
+        if (is_narrow && half != warpgroup) pass_turn();
+
+        while (tile < end) {
             const bool is_my_turn = half == warpgroup;
             const float* facts =
                 reinterpret_cast<const float*>(smem + Traits::kFactsOffset + ring.stage * Traits::kFactBytes) + lane % 4 * 2;
@@ -50,9 +72,9 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             fence_shared_for_tensor_cores();
             wgmma_fence();
             start_products<Traits, kBlockM>(
-                scores, shared.key() + my_keys, kKeyPieces, shared.query(ring.stage), kQueryPieces);
+                scores, shared.key() + first_key * Traits::kRowBytes, kKeyPieces, shared.query(ring.stage), kQueryPieces);
             start_products<Traits, kBlockM>(
-                dweights, shared.value() + my_keys, kKeyPieces, shared.dout(ring.stage), kQueryPieces);
+                dweights, shared.value() + first_key * Traits::kRowBytes, kKeyPieces, shared.dout(ring.stage), kQueryPieces);
             wgmma_wait<1>();
             pin(scores);
             weigh_products<kHasSoftcap>(scores, slopes, p, keys, item, facts);
@@ -74,7 +96,7 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
 
             // The other warpgroup reads what is written over in its own turns only.
             if (!is_my_turn) named_sync(kFree + half, 2 * kWarpgroup);
-            store_transposed<kBlockM / 8>(shared.dscores(half), dscores, first_row, 0, lane);
+            store_transposed<kBlockM / 8>(shared.dscores(half), dscores, first_key + warp * 16, 0, lane);
             fence_shared_for_tensor_cores();
             if (!is_my_turn) named_arrive(kComplete + half, 2 * kWarpgroup);
 
@@ -92,14 +114,13 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             pin(dkey);
             __syncwarp();
             if (lane == 0) barrier_arrive(shared.rows_empty(ring.stage));
-            ring.advance();
 
             if (is_my_turn) {
                 float dquery[kHeadDim / 2];
                 if (thread == 0) reduce_bulk_wait_read();
                 named_sync(kComplete + half, 2 * kWarpgroup);
                 wgmma_fence();
-                start_dquery<Traits, kHeadDim>(dquery, shared.dscores(half), shared.key());
+                start_dquery<Traits, kHeadDim, Traits::kBlockN>(dquery, shared.dscores(half), shared.key());
                 wgmma_wait<0>();
                 pin(dquery);
                 named_arrive(kFree + half, 2 * kWarpgroup);
@@ -118,6 +139,8 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
                     reduce_bulk(sums, shared.sums(warpgroup), Traits::kSumBytes);
                 }
             }
+            advance();
+            if (is_narrow && tile < end) pass_turn();
         }
 
         const int list_head = keep_of_warp(item.list_head);  // the last that is read of the item

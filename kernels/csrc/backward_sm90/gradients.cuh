@@ -45,12 +45,12 @@ __device__ __forceinline__ void start_products(float (&acc)[kN / 2], uint32_t a,
     wgmma_commit();
 }
 
-// acc = dscores keys, of kN columns: of dscores^T in shared memory, a row of 64 queries per key, and of rows of K.
-template <typename Traits, int kN>
+// acc = dscores keys, of kN columns and kKeys keys: of dscores^T in shared memory, a row of 64 queries per key, and of rows of K.
+template <typename Traits, int kN, int kKeys>
 __device__ __forceinline__ void start_dquery(float (&acc)[kN / 2], uint32_t dscores, uint32_t key) {
     using Product = Wgmma<kN, typename Traits::Element>;
 #pragma unroll
-    for (int depth = 0; depth < Traits::kBlockN / 16; ++depth) {
+    for (int depth = 0; depth < kKeys / 16; ++depth) {
         const uint64_t a = matrix_descriptor<128>(dscores + depth * 16 * 128, 16);
         const uint64_t b = matrix_descriptor<Traits::kRowBytes>(
             key + depth * 16 * Traits::kRowBytes, Traits::kBlockN * Traits::kRowBytes);

@@ -81,7 +81,7 @@ __device__ __forceinline__ void produce_gradients(const BackwardKernelParams& p,
     const RowCopies<Traits> copies(p, warp, lane);
     const int64_t token_bytes = p.query_strides[1] * 2;
     const int dout_token_bytes = p.num_interval_heads * p.group_size * Traits::kHeadDim * 2;
-    ItemWalk<Traits> walk(p);
+    ItemWalk<Traits> walk(p, reinterpret_cast<int*>(smem + Traits::kSlotsOffset));
     Ring<Traits::kStages> ring;
 
     for (int keys_phase = 1;; keys_phase ^= 1) {

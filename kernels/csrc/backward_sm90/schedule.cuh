@@ -64,7 +64,8 @@ struct BackwardTraits : BackwardShape<kHeadDim_> {
     static constexpr int kFactsOffset = kSumsOffset + (kSplitsHeadDim ? 0 : 2 * kSumBytes);
     static constexpr int kFactBytes = 4 * kBlockM * 4;  // shift, log_total, delta, row of the queries of a stage
     static constexpr int kItemOffset = kFactsOffset + kStages * kFactBytes;
-    static constexpr int kBarrierOffset = kItemOffset + 32;
+    static constexpr int kSlotsOffset = kItemOffset + 32;
+    static constexpr int kBarrierOffset = kSlotsOffset + 8;
     static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 3) * 8;
 
     static_assert(kKeysPerWarp % kRowsPerCopy == 0 && kRowsPerWarp % kRowsPerCopy == 0 && kKeysPerWarp <= 32);
@@ -119,21 +120,25 @@ struct WorkItem {
     }
 };
 
-// The items of a block: every gridDim.x-th, so that blocks at work share lists.
+// Hands out items to the blocks as they come for them, in the order of the lists, so that blocks at work share lists.
+// All threads of the producer warpgroup walk together.
 template <typename Traits>
 struct ItemWalk {
+    static constexpr int kMeeting = 7;  // named barrier of the producers
     const BackwardKernelParams& p;
-    int number;
+    int* slots;  // two numbers in shared memory
+    int turn = 0;
 
-    __device__ explicit ItemWalk(const BackwardKernelParams& params)
-        : p(params), number(int(blockIdx.x) - int(gridDim.x)) {}
+    __device__ ItemWalk(const BackwardKernelParams& params, int* slots) : p(params), slots(slots) {}
 
-    // Returns the next item; all lanes of a warp call it together.
     __device__ WorkItem next(int lane) {
         WorkItem item;
         item.num_tiles = 0;
         while (item.num_tiles == 0) {
-            number += gridDim.x;
+            if (threadIdx.x % kWarpgroup == 0) slots[turn] = atomicAdd(p.next_item, 1);
+            named_sync(kMeeting, kWarpgroup);
+            const int number = slots[turn];
+            turn ^= 1;
             if (number >= p.num_items) break;
             const int list = number / p.key_tiles;
             item.offset = (number - list * p.key_tiles) * Traits::kBlockN;

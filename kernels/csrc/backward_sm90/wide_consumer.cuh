@@ -83,7 +83,7 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
 
             float dquery[kColumns / 2];
             wgmma_fence();
-            start_dquery<Traits, kColumns>(
+            start_dquery<Traits, kColumns, Traits::kBlockN>(
                 dquery, shared.dscores(half), shared.key() + warpgroup * kMyPieces * kKeyPieces);
             start_sum<Traits>(dvalue, shared.weights(half), shared.dout(ring.stage) + my_query_columns);
             start_sum<Traits>(dkey, shared.dscores(half), shared.query(ring.stage) + my_query_columns);

@@ -21,7 +21,8 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "dout", "dlse", "stats")),
-        *((name, ctypes.c_void_p) for name in ("row_facts", "dquery_sums", "dkey_sums", "dvalue_sums", "dimportance")),
+        *((name, ctypes.c_void_p) for name in ("row_facts", "next_item")),
+        *((name, ctypes.c_void_p) for name in ("dquery_sums", "dkey_sums", "dvalue_sums", "dimportance")),
         *((name, ctypes.c_void_p) for name in ("dquery", "dkey", "dvalue", "birth", "death")),
         *((name, ctypes.c_void_p) for name in ("query_start", "query_positions")),
         *((name, ctypes.c_void_p) for name in ("entries", "biases", "sections", "stretches")),
@@ -108,6 +109,7 @@ def run_listed_backward(
     dimportance = None if call.importance is None else zeros(*call.importance.shape)
     dquery_sums = zeros(lists.num_lists, num_epochs, tiles_per_epoch, tile_rows, head_dim)
     dkey_sums, dvalue_sums = zeros(2, *call.key.shape)
+    next_item = torch.empty(1, dtype=torch.int32, device=device)
     row_facts = torch.empty(lists.num_lists, seqlen_q, group_size, 4, dtype=torch.float32, device=device)
     dout, dlse = dout.contiguous(), dlse.contiguous()
     query_start = None if call.query_start is None else call.query_start.contiguous()
@@ -121,6 +123,7 @@ def run_listed_backward(
         dlse=dlse.data_ptr(),
         stats=stats.data_ptr(),
         row_facts=row_facts.data_ptr(),
+        next_item=next_item.data_ptr(),
         dquery_sums=dquery_sums.data_ptr(),
         dkey_sums=dkey_sums.data_ptr(),
         dvalue_sums=dvalue_sums.data_ptr(),
