@@ -55,7 +55,7 @@ struct flash_dmattn_backward_params {
 // Query rows (tokens x group heads) of a tile, or 0 when there is no kernel for the head dim.
 int flash_dmattn_backward_tile_rows(int head_dim);
 
-// Returns 0 or a cudaError_t: cudaErrorInvalidValue for a head dim without a kernel, cudaErrorNoKernelImageForDevice when
-// the library was built without sm_90a.
+// Returns 0 or a cudaError_t: cudaErrorInvalidValue for a head dim without a kernel or sizes beyond those of its counters,
+// cudaErrorNoKernelImageForDevice when the library was built without sm_90a.
 int flash_dmattn_backward(const flash_dmattn_backward_params* params, void* stream);
 }

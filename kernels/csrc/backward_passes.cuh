@@ -22,8 +22,8 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
 
 constexpr int kPassThreads = 256;
 
-// Writes {shift, log_total, delta, row number} of every row of out: shift and log_total are the forward's stats, delta is
-// rowsum(dout * out) - dlse. Rows that see nothing may hold anything and become {inf, 0, 0, -1}. 16 lanes a row. Also
+// Writes {shift, log_total, delta, row number} of every row of out: shift and log_total are the forward's stats, delta
+// is rowsum(dout * out) - dlse. Rows that see nothing may hold anything and become {inf, 0, 0, -1}. 16 lanes a row. Also
 // makes the main kernel begin with the first work item.
 template <typename Element>
 __global__ void __launch_bounds__(kPassThreads) gather_row_facts(const flash_dmattn_backward_params p) {
@@ -61,15 +61,16 @@ __global__ void __launch_bounds__(kPassThreads) gather_row_facts(const flash_dma
         facts.x = shift;
         facts.y = p.stats[place + int64_t(p.batch) * num_heads * p.seqlen_q];
         facts.z = sum - p.dlse[place];
-        facts.w = __int_as_float(p.query_positions == nullptr ? p.query_start[batch] + query : p.query_positions[token]);
+        facts.w = __int_as_float(
+            p.query_positions == nullptr ? p.query_start[batch] + query : p.query_positions[token]);
     }
-    const int64_t target =
-        ((int64_t(batch) * p.num_interval_heads + interval_head) * p.seqlen_q + query) * p.group_size + head % p.group_size;
+    const int64_t list_head = int64_t(batch) * p.num_interval_heads + interval_head;
+    const int64_t target = (list_head * p.seqlen_q + query) * p.group_size + head % p.group_size;
     reinterpret_cast<float4*>(p.row_facts)[target] = facts;
 }
 
-// Writes dquery from its sums, which lie tile by tile in the order of accumulators: the float4 of thread t and columns 8 i
-// on stand for rows t / 32 * 16 + t % 32 / 4 and that + 8, columns 8 i + t % 4 * 2 and the next. A block per tile.
+// Writes dquery from its sums, which lie tile by tile in the order of accumulators: the float4 of thread t and columns
+// 8 i on stands for rows t / 32 * 16 + t % 32 / 4 and that + 8, columns 8 i + t % 4 * 2 and the next. A block per tile.
 template <typename Element>
 __global__ void __launch_bounds__(128) finish_dquery(const flash_dmattn_backward_params p) {
     constexpr int kRows = 64;

@@ -83,7 +83,9 @@ __device__ __forceinline__ void reduce_bulk(float* target, uint32_t source, int 
 }
 
 // Waits until the shared memory that this thread's reductions read may be written again.
-__device__ __forceinline__ void reduce_bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void reduce_bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 
 __device__ __forceinline__ void reduce_bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

@@ -1,8 +1,8 @@
 // The consumers of the sm_90a backward up to head dim 128: each warpgroup owns 64 keys of the tile.
 //
 // dscores of both meet in shared memory for dquery, which the warpgroups compute in turns, a query tile each: while one
-// does, the other goes on to the next query tile. Of a narrow item, 64 keys or less, both own all keys, and each computes
-// everything for the query tiles of its turns.
+// does, the other goes on to the next query tile. Of a narrow item, 64 keys or less, both own all keys, and each
+// computes everything for the query tiles of its turns.
 #pragma once
 
 #include "gradients.cuh"
@@ -19,7 +19,7 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
     const int lane = keep(threadIdx.x % 32) & 31;
     const int thread = threadIdx.x % kWarpgroup;
     warpgroup = keep_of_warp(warpgroup);
-    // Named barriers: 1 and 2, dscores are complete; 3 and 4, they may be written again; 5 and 6, a warpgroup on its own.
+    // Named barriers: 1 and 2, dscores are complete; 3 and 4, they may be written again; 5 and 6, a warpgroup alone.
     constexpr int kComplete = 1, kFree = 3, kMeeting = 5;
 
     float dkey[kHeadDim / 2], dvalue[kHeadDim / 2], dbias[2] = {0.f, 0.f};
@@ -63,7 +63,8 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
         while (tile < end) {
             const bool is_my_turn = half == warpgroup;
             const float* facts =
-                reinterpret_cast<const float*>(smem + Traits::kFactsOffset + ring.stage * Traits::kFactBytes) + lane % 4 * 2;
+                reinterpret_cast<const float*>(smem + Traits::kFactsOffset + ring.stage * Traits::kFactBytes) +
+                lane % 4 * 2;
             float scores[kBlockM / 2], dweights[kBlockM / 2];
             uint32_t weights[kBlockM / 4], dscores[kBlockM / 4];
             __half2 slopes[kHasSoftcap ? kBlockM / 4 : 1];
@@ -72,9 +73,11 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             fence_shared_for_tensor_cores();
             wgmma_fence();
             start_products<Traits, kBlockM>(
-                scores, shared.key() + first_key * Traits::kRowBytes, kKeyPieces, shared.query(ring.stage), kQueryPieces);
+                scores, shared.key() + first_key * Traits::kRowBytes, kKeyPieces, shared.query(ring.stage),
+                kQueryPieces);
             start_products<Traits, kBlockM>(
-                dweights, shared.value() + first_key * Traits::kRowBytes, kKeyPieces, shared.dout(ring.stage), kQueryPieces);
+                dweights, shared.value() + first_key * Traits::kRowBytes, kKeyPieces, shared.dout(ring.stage),
+                kQueryPieces);
             wgmma_wait<1>();
             pin(scores);
             weigh_products<kHasSoftcap>(scores, slopes, p, keys, item, facts);

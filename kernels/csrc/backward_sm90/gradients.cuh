@@ -28,7 +28,8 @@ struct ThreadKeys {
 
 // acc = a b^T, both with rows of kRowBytes-wide pieces along the depth; `pieces`: bytes from piece to piece.
 template <typename Traits, int kN>
-__device__ __forceinline__ void start_products(float (&acc)[kN / 2], uint32_t a, int a_pieces, uint32_t b, int b_pieces) {
+__device__ __forceinline__ void start_products(
+    float (&acc)[kN / 2], uint32_t a, int a_pieces, uint32_t b, int b_pieces) {
     using Product = Wgmma<kN, typename Traits::Element>;
 #pragma unroll
     for (int depth = 0; depth < Traits::kHeadDim / 16; ++depth) {
@@ -45,7 +46,8 @@ __device__ __forceinline__ void start_products(float (&acc)[kN / 2], uint32_t a,
     wgmma_commit();
 }
 
-// acc = dscores keys, of kN columns and kKeys keys: of dscores^T in shared memory, a row of 64 queries per key, and of rows of K.
+// acc = dscores keys, of kN columns and kKeys keys: of dscores^T in shared memory, a row of 64 queries per key, and of
+// rows of K.
 template <typename Traits, int kN, int kKeys>
 __device__ __forceinline__ void start_dquery(float (&acc)[kN / 2], uint32_t dscores, uint32_t key) {
     using Product = Wgmma<kN, typename Traits::Element>;

@@ -2,8 +2,8 @@
 //
 // A persistent block takes one tile of an epoch's keys after the other, gathers its rows of K and V once and walks the
 // query tiles that see some of it. A query tile is kBlockM rows, tokens x group heads. Products are transposed, keys by
-// queries, so that dkey, dvalue and dimportance stay in the registers of the two consumer warpgroups; dquery is added to
-// fp32 sums in memory, which no two query tiles share. At the end of an item dkey and dvalue are added to theirs.
+// queries, so that dkey, dvalue and dimportance stay in the registers of the two consumer warpgroups; dquery is added
+// to fp32 sums in memory, which no two query tiles share. At the end of an item dkey and dvalue are added to theirs.
 #pragma once
 
 #include "consumer.cuh"

@@ -26,7 +26,8 @@ __device__ __forceinline__ void gather_keys(
         const uint32_t place = target + row * Traits::kRowBytes + swizzled_piece<Traits::kRowBytes>(row, piece) * 16;
 #pragma unroll
         for (int i = 0; i < Traits::kPieces; ++i) {
-            copy_async(place + i * Traits::kBlockN * Traits::kRowBytes, source + i * Traits::kRowBytes, key >= 0 ? 16 : 0);
+            copy_async(
+                place + i * Traits::kBlockN * Traits::kRowBytes, source + i * Traits::kRowBytes, key >= 0 ? 16 : 0);
         }
     }
 }
@@ -61,13 +62,14 @@ struct RowCopies {
             const bool copies = seen >> row & 1;
             const char* source = base + (copies ? offsets[i] : 0);
             // Rows that are kRowsPerCopy apart differ in their swizzle where that is less than its period.
-            const uint32_t swizzle =
-                Traits::kRowBytes == 128 ? (i * Traits::kRowsPerCopy & 7) << 4 : (i * Traits::kRowsPerCopy >> 1 & 3) << 4;
-            const uint32_t lane_place = target + ((place ^ swizzle) + i * Traits::kRowsPerCopy * Traits::kRowBytes);
+            const int rows_apart = i * Traits::kRowsPerCopy;
+            const uint32_t swizzle = (Traits::kRowBytes == 128 ? rows_apart & 7 : rows_apart >> 1 & 3) << 4;
+            const uint32_t lane_place = target + ((place ^ swizzle) + rows_apart * Traits::kRowBytes);
 #pragma unroll
             for (int k = 0; k < Traits::kPieces; ++k) {
                 copy_async(
-                    lane_place + k * Traits::kBlockM * Traits::kRowBytes, source + k * Traits::kRowBytes, copies ? 16 : 0);
+                    lane_place + k * Traits::kBlockM * Traits::kRowBytes, source + k * Traits::kRowBytes,
+                    copies ? 16 : 0);
             }
         }
     }
@@ -106,10 +108,12 @@ __device__ __forceinline__ void produce_gradients(const BackwardKernelParams& p,
         const int epoch_first = item.epoch * p.epoch_size;
         const int epoch_end = min(epoch_first + p.epoch_size, p.seqlen_q);
         int query = epoch_first + item.first_tile * p.tile_size;
-        const char* query_row = static_cast<const char*>(p.query) +
-                                (batch * p.query_strides[0] + query * p.query_strides[1] + first_head * p.query_strides[2]) * 2;
+        const int64_t query_offset =
+            batch * p.query_strides[0] + query * p.query_strides[1] + first_head * p.query_strides[2];
+        const char* query_row = static_cast<const char*>(p.query) + query_offset * 2;
         const char* dout_row = static_cast<const char*>(p.dout) +
-                               (int64_t(batch) * p.seqlen_q + query) * dout_token_bytes + first_head * Traits::kHeadDim * 2;
+                               (int64_t(batch) * p.seqlen_q + query) * dout_token_bytes +
+                               first_head * Traits::kHeadDim * 2;
         const float4* facts = reinterpret_cast<const float4*>(p.row_facts) +
                               (int64_t(item.list_head) * p.seqlen_q + query) * p.group_size;
         const int row_of_lane = warp * Traits::kRowsPerWarp + lane;

@@ -36,8 +36,8 @@ struct BackwardTraits : BackwardShape<kHeadDim_> {
     static constexpr int kConsumers = 2;  // warpgroups
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 
-    // A matrix lies in shared memory as pieces of kRowBytes columns, each piece with all its rows. A warpgroup's part of
-    // the head dim is a number of pieces.
+    // A matrix lies in shared memory as pieces of kRowBytes wide rows, each piece with all its rows. A warpgroup's part
+    // of the head dim is a number of pieces.
     static constexpr int kRowBytes = kHeadDim % (kSplitsHeadDim ? 128 : 64) == 0 ? 128 : 64;
     static constexpr int kPieces = kHeadDim * 2 / kRowBytes;
     static constexpr int kDepthsPerPiece = kRowBytes / 32;  // a product is 16 elements deep
