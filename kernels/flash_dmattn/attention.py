@@ -34,7 +34,8 @@ def interval_attention(
     query: (B, Sq, H, D), float16, bfloat16, float32 or float64.
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
     importance: (B, Hi, Sk) floating point, Hi = Hkv or H, added to the logits in float32 (NaN as -inf, +inf as the
-        largest float32; a key of -inf weighs 0), or None for no bias.
+        largest float32; a key of -inf weighs 0), or None for no bias. GPU engines add 2.3e38 at most, and a key below
+        -2.3e38 weighs 0.
     visibility: birth and death, int32 (B, Hi, Sk); or None: every key from its own row on, as in dense attention.
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
     query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing.
