@@ -1,4 +1,4 @@
-// Accumulators of a matrix product: how a warp's values become 16-bit operands, and rows to store.
+// Accumulators of a matrix product: exponentials, how a warp's values become 16-bit operands, and rows to store.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,12 @@
 namespace flash_dmattn {
 
 constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
