@@ -21,6 +21,20 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
                  : "memory");
 }
 
+// Copies 4 bytes to shared memory.
+__device__ __forceinline__ void copy_word_async(uint32_t target, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+
+// The copies that a thread has issued since its last group are one group.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the last kPending groups of this thread have not landed.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Keeps the compiler from computing what depends on the value ahead of a loop, where it would occupy registers.
