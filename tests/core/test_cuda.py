@@ -1,4 +1,4 @@
-"""The CUDA kernels against the reference, on a GPU that they are made for.
+"""The CUDA kernels against the reference: those for the GPU at hand, and those for others, which it runs as well.
 
 The backward is the Triton engine's and tested there; the first test shows that it works on what this forward saves.
 """
@@ -11,17 +11,23 @@ import pytest
 import torch
 
 import flash_dmattn
+from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.cuda.target import ARCHITECTURE_VARIABLE
 from flash_dmattn.dispatch import explain_backends
 
 from .kernel_cases import CASES, DEVICE, GPU_CASES, Case, check, make_inputs, options, run
 
-WHY_NOT = explain_backends()["cuda"] or (
-    None if torch.cuda.get_device_capability() == (9, 0) else "the GPU is not of compute capability 9.0"
-)
+WHY_NOT = explain_backends()["cuda"] or library.why_not_on(torch.device("cuda", 0))
 on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA engine: {WHY_NOT}")]
 pytestmark = on_the_gpu
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+@pytest.fixture(params=("", "80", "120"), ids=("own", "sm80", "sm120"), autouse=True)
+def architecture(request, monkeypatch):
+    """The kernels for the GPU itself, and those for all architectures in the shapes for much and little shared memory."""
+    monkeypatch.setenv(ARCHITECTURE_VARIABLE, request.param)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The CUDA engine: a forward for Hopper GPUs, compiled when the package is installed.
+"""The CUDA engine: a forward for Hopper GPUs and one for all others from compute capability 8.0 on, compiled when the
+package is installed.
 
 The backward is that of the Triton engine, on the same saved tensors.
 """
@@ -6,7 +7,7 @@ The backward is that of the Triton engine, on the same saved tensors.
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.backends.cuda import library, lists
+from flash_dmattn.backends.cuda import library, lists, target
 from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.call import AttentionCall
 
@@ -25,16 +26,19 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: AttentionCall) -> str | None:
-    reason = library.why_not_on(call.query.device) or lists.reject(call)
+    from flash_dmattn.backends.cuda.forward_launch import tile_rows
+
+    device = call.query.device
+    reason = library.why_not_on(device) or lists.reject(call) or target.reject(device)
     if reason is not None:
         return reason
-    if torch.cuda.get_device_capability(call.query.device) != (9, 0):
-        return "the GPU is not of compute capability 9.0"
     if call.query.dtype not in _DTYPES:
         return f"dtype {call.query.dtype} is not supported (float16 and bfloat16 are)"
     head_dim = call.query.shape[-1]
     if head_dim not in _HEAD_DIMS:
         return f"head dim {head_dim} is not one of {_HEAD_DIMS}"
+    if tile_rows(call) == 0:
+        return f"the CUDA library was built without the forward for head dim {head_dim} and {call.query.dtype}"
     group_size = call.query.shape[2] // call.num_interval_heads
     if group_size > _MAX_GROUP_SIZE:
         return f"{group_size} query heads per interval head are above {_MAX_GROUP_SIZE}"
