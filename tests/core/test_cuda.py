@@ -26,7 +26,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 
 @pytest.fixture(params=("", "80", "120"), ids=("own", "sm80", "sm120"), autouse=True)
 def architecture(request, monkeypatch):
-    """The kernels for the GPU itself, and those for all architectures in the shapes for much and little shared memory."""
+    """The kernels for the GPU itself, and those for all, in their shapes for much and for little shared memory."""
     monkeypatch.setenv(ARCHITECTURE_VARIABLE, request.param)
 
 
