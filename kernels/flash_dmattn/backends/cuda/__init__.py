@@ -1,8 +1,11 @@
-"""The CUDA engine: a forward for Hopper GPUs and one for all others from compute capability 8.0 on, compiled when the
-package is installed.
+"""The CUDA engine: a forward for Hopper GPUs and one for all others from compute capability 8.0 on, and a backward for
+Hopper, compiled when the package is installed.
 
-The backward is that of the Triton engine, on the same saved tensors.
+Where its backward does not serve, the Triton engine's takes over, on the same saved tensors.
 """
+
+import functools
+import logging
 
 import torch
 
@@ -10,6 +13,8 @@ from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library, lists, target
 from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.call import AttentionCall
+
+logger = logging.getLogger("flash_dmattn")
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -64,4 +69,15 @@ def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
-    return triton.backward(call, out, stats, dout, dlse)
+    from flash_dmattn.backends.cuda.backward_launch import reject_backward, run_backward
+
+    reason = reject_backward(call)
+    if reason is not None:
+        _announce_triton(reason)
+        return triton.backward(call, out, stats, dout, dlse)
+    return run_backward(call, out, stats, dout, dlse)
+
+
+@functools.cache
+def _announce_triton(reason: str) -> None:
+    logger.info("flash_dmattn takes the backward of the triton backend (cuda: %s)", reason)

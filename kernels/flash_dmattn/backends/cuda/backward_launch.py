@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from flash_dmattn.backends.cuda.library import has, launch, load, pointer
+from flash_dmattn.backends.cuda.library import launch, load, pointer
 from flash_dmattn.backends.cuda.lists import build_key_lists
 from flash_dmattn.backends.key_lists import KeyLists
 from flash_dmattn.call import AttentionCall
@@ -49,8 +49,6 @@ class _Parameters(ctypes.Structure):
 
 def reject_backward(call: AttentionCall) -> str | None:
     """Returns why this backward does not serve a call that the forward serves, or None."""
-    if not has("flash_dmattn_backward"):
-        return "the CUDA library has no backward"
     if call.deterministic:
         return "gradients are added up in no fixed order"
     if call.query.numel() == 0 or call.key.shape[1] == 0:
