@@ -77,13 +77,11 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
                 scores, reinterpret_cast<int*>(smem + Traits::kBirthOffset) + first,
                 reinterpret_cast<int*>(smem + Traits::kDeathOffset) + first, rows, lane);
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.key_empty(key_ring.stage));
+        barrier_arrive(shared.key_empty(key_ring.stage));
         key_ring.advance();
     };
     const auto release_value = [&] {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.value_empty(value_ring.stage));
+        barrier_arrive(shared.value_empty(value_ring.stage));
         value_ring.advance();
     };
 
