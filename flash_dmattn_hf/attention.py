@@ -88,15 +88,19 @@ def dynamic_mask_attention_forward(
 
 
 def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Tensor:
-    """Attends over the survivors and the new tokens that the cache left with the gate, then lets it evict."""
+    """Attends over the survivors and the new tokens, which the cache left with the gate, and lets it evict."""
     (layer, *cached), gate.pending = gate.pending, None
-    for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
-        if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:
-            raise RuntimeError(
-                f"layer {gate.layer_idx} changed its {name} between the cache and the attention function, "
-                "which a DynamicMaskCache cannot follow"
-            )
+    if not torch.compiler.is_compiling():
+        for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
+            if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:
+                raise RuntimeError(
+                    f"layer {gate.layer_idx} changed its {name} between the cache and the attention function, "
+                    "which a DynamicMaskCache cannot follow"
+                )
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    options["add_importance_bias"] = gate.config.add_importance_bias
+    if layer.takes_step:
+        return layer.step(query.transpose(1, 2), padding_mask, **options)
     view = layer.view(padding_mask)
     out = interval_attention(
         query.to(view.value.dtype).transpose(1, 2),
@@ -106,7 +110,6 @@ def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Te
         view.visibility,
         query_positions=view.query_positions,
         max_visible=gate.config.keep_window_size,
-        add_importance_bias=gate.config.add_importance_bias,
         **options,
     )
     layer.evict()
