@@ -48,7 +48,9 @@ def dynamic_mask_attention_forward(
     window = sliding_window_of(module) if gate is None else gate.sliding_window
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
     tag = tag_of(attention_mask)
-    _check_sliding_window(module, window, sliding_window, attention_mask, tag)
+    is_cached = gate is not None and gate.pending is not None
+    if not (is_cached and query.shape[2] == 1 and tag is None):  # a static cache reduces the mask of one token
+        _check_sliding_window(module, window, sliding_window, attention_mask, tag)
     if tag is not None and tag.is_full and attention_mask.shape[1] <= key.shape[2]:
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
@@ -56,7 +58,7 @@ def dynamic_mask_attention_forward(
     if gate is not None:
         if not torch.compiler.is_compiling():
             gate.was_called = True
-        if gate.pending is not None:
+        if is_cached:
             _refuse_documents(documents)
             return _attend_cached(gate, query, key, value, attention_mask, options), None
         _refuse_dropped_keys(gate, key, attention_mask)

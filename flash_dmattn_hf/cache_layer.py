@@ -47,6 +47,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         before the first update. Hc is the number of kv heads, or of query heads when importance is per query head.
     row_is_real: (B, w) bool, which of the first w tokens were no padding.
     num_rows: tokens processed, padding included.
+    is_counted_outside: True while a captured or compiled forward of one token leaves counting it to `count_step`.
     record_past: while True nothing is evicted before the next `crop`, which can then undo every token since.
     """
 
@@ -60,7 +61,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         }
         self._windows = {"keep_window_size": config.keep_window_size, **self._competition}
         self._sliding_window = gate.sliding_window
-        self.record_past = False
+        self.record_past = self.is_counted_outside = False
         self._release()
 
     @property
@@ -188,10 +189,16 @@ class DynamicMaskCacheLayer(DynamicLayer):
             **self._competition,
             **options,
         )
-        self._count_rows(padding_mask)
-        self._num_undoable = self._num_undoable + 1 if self.num_rows <= self._windows["keep_window_size"] else 0
-        self._num_new = 0
+        if not self.is_counted_outside:
+            self._count_rows(padding_mask)
+            self._num_undoable = self._num_undoable + 1 if self.num_rows <= self._windows["keep_window_size"] else 0
+        self._new, self._num_new = None, 0
         return out
+
+    def count_step(self) -> None:
+        """Counts one token of every batch row, which can then not be undone."""
+        self.num_rows += 1
+        self._num_undoable = 0
 
     def view(self, padding_mask: torch.Tensor | None = None) -> CacheView:
         """Gives the new tokens their positions and says which keys each of them sees.

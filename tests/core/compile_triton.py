@@ -49,6 +49,8 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
         "BLOCK_N": config.block_n,
         "BLOCK_G": 16,
         "BLOCK_S": 16,
+        "GROUP_ROWS": 4,
+        "EVEN": True,
         "SPLIT": SLOTS // 16,
         "SPLITS": 16,
         "HAS_PADDING": True,

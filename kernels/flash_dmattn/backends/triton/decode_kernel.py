@@ -25,7 +25,7 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
     config = config or decode_config(batch * heads, num_slots, call.query)
     num_splits = triton.cdiv(num_slots, config.split_size)
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
-    device = out.device
+    device, block_d = out.device, max(16, triton.next_power_of_2(head_dim))
     parts = torch.empty(batch * heads * num_splits * group_size, head_dim, dtype=torch.float32, device=device)
     sums = torch.empty(*parts.shape[:1], 2, dtype=torch.float32, device=device)
     worst = torch.empty(batch * heads * num_splits, 2, dtype=torch.int64, device=device)
@@ -56,12 +56,14 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
         GROUP=group_size,
         HEADS_PER_KV=heads // call.key.shape[2],
         HEAD_DIM=head_dim,
+        GROUP_ROWS=triton.next_power_of_2(group_size),
         BLOCK_G=max(16, triton.next_power_of_2(group_size)),
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=block_d,
         BLOCK_N=config.block_n,
         SPLIT=config.split_size,
         SPLITS=num_splits,
         BLOCK_S=triton.next_power_of_2(num_splits),
+        EVEN=num_slots % config.split_size == 0 and head_dim == block_d,
         HAS_PADDING=padding_mask is not None,
         HAS_BIAS=call.add_importance_bias,
         HAS_SOFTCAP=call.softcap > 0,
@@ -109,12 +111,14 @@ def _decode(
     GROUP: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -140,44 +144,41 @@ def _decode(
     is_dim = dim < HEAD_DIM
     query_address = query_ptr + batch * query_batch_stride + (head_in_batch * GROUP + lane)[:, None] * query_head_stride
     query = tl.load(query_address + dim[None, :], mask=(lane < GROUP)[:, None] & is_dim[None, :], other=0.0)
-    new_key = tl.load(key_ptr + batch * key_batch_stride + kv_head * key_head_stride + dim, mask=is_dim, other=0.0)
-    new_value = tl.load(
-        value_ptr + batch * value_batch_stride + kv_head * value_head_stride + dim, mask=is_dim, other=0.0
-    )
+
+    # Whether the token takes the victim's slot counts only in the program that owns it; others may read it too late.
     new_importance = tl.load(
         importance_ptr + batch * importance_batch_stride + head_in_batch * importance_head_stride
     ).to(tl.float32)
     new_importance = tl.where(new_importance == new_importance, new_importance, float("-inf"))
     new_importance = tl.minimum(new_importance, 3.4028234663852886e38) + 0.0
-
-    # Whether the token takes the victim's slot counts only in the program that owns it; others may read it too late.
     old_importance = tl.load(slot_importance_ptr + victim)
     old_position = tl.load(positions_ptr + victim)
     old_priority = _priority(old_importance, old_position, now, num_sink_tokens, local_window_size)
     new_priority = _priority(new_importance, now, now, num_sink_tokens, local_window_size)
     takes = is_real & (new_priority >= old_priority)
-    owns = (victim >= split * SPLIT) & (victim < (split + 1) * SPLIT)
-
-    # The token's own column starts the running softmax of the program that owns its slot.
-    product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
-    own_logits = _logits(product, _bias(new_importance, HAS_BIAS), softmax_scale, softcap, HAS_SOFTCAP)
-    highest = tl.where(takes & owns, own_logits, float("-inf"))
-    total = tl.where(highest != float("-inf"), 1.0, 0.0)
-    acc = tl.where(total[:, None] != 0, new_value.to(tl.float32)[None, :], 0.0)
-
-    worst_rank = tl.full((), 9223372036854775807, tl.int64)
-    worst_slot = tl.full((), 0, tl.int32)
     after = now + is_real.to(tl.int32)
+
+    highest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    worst_rank = tl.full((BLOCK_N,), 9223372036854775807, tl.int64)
+    worst_slot = tl.full((BLOCK_N,), 2147483647, tl.int32)
     for offset in range(0, SPLIT, BLOCK_N):
         slot = split * SPLIT + offset + tl.arange(0, BLOCK_N)
-        exists = slot < num_slots
-        key_address = keys_ptr + slot[:, None].to(tl.int64) * HEAD_DIM + dim[None, :]
-        value_address = values_ptr + slot[:, None].to(tl.int64) * HEAD_DIM + dim[None, :]
-        importance = tl.load(slot_importance_ptr + slot, mask=exists, other=0.0)
-        position = tl.load(positions_ptr + slot, mask=exists, other=-1)
-        is_row = exists[:, None] & is_dim[None, :]
-        key = tl.load(key_address, mask=is_row, other=0.0)
-        value = tl.load(value_address, mask=is_row, other=0.0)
+        row = slot.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+        if EVEN:
+            exists = slot >= 0
+            key = tl.load(keys_ptr + row)
+            importance = tl.load(slot_importance_ptr + slot)
+            position = tl.load(positions_ptr + slot)
+            value = tl.load(values_ptr + row)
+        else:
+            exists = slot < num_slots
+            is_row = exists[:, None] & is_dim[None, :]
+            key = tl.load(keys_ptr + row, mask=is_row, other=0.0)
+            importance = tl.load(slot_importance_ptr + slot, mask=exists, other=0.0)
+            position = tl.load(positions_ptr + slot, mask=exists, other=-1)
+            value = tl.load(values_ptr + row, mask=is_row, other=0.0)
 
         is_new = (slot == victim) & takes
         visible = exists & (position >= 0) & (now - position < sliding_window) & is_real & (is_new == 0)
@@ -195,11 +196,31 @@ def _decode(
         importance = tl.where(is_new, new_importance, importance)
         position = tl.where(is_new, now, position)
         rank = _rank(_priority(importance, position, after, num_sink_tokens, local_window_size), position)
-        rank = tl.where(exists, rank, 9223372036854775807)
-        lowest = tl.min(rank, axis=0)
-        lowest_slot = tl.min(tl.where(rank == lowest, slot, 2147483647), axis=0)
-        worst_slot = tl.where(lowest < worst_rank, lowest_slot, worst_slot)
-        worst_rank = tl.minimum(lowest, worst_rank)
+        is_worse = exists & (rank < worst_rank)
+        worst_slot = tl.where(is_worse, slot, worst_slot)
+        worst_rank = tl.where(is_worse, rank, worst_rank)
+
+    writes = takes & (victim >= split * SPLIT) & (victim < (split + 1) * SPLIT)
+    if writes:
+        key_address = key_ptr + batch * key_batch_stride + kv_head * key_head_stride
+        value_address = value_ptr + batch * value_batch_stride + kv_head * value_head_stride
+        new_key = tl.load(key_address + dim, mask=is_dim, other=0.0)
+        new_value = tl.load(value_address + dim, mask=is_dim, other=0.0)
+        product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
+        new_logits = _logits(product, _bias(new_importance, HAS_BIAS), softmax_scale, softcap, HAS_SOFTCAP)
+        highest_now = tl.maximum(highest, new_logits)
+        shift_now = tl.where(highest_now == float("-inf"), 0.0, highest_now)
+        weight = tl.exp2(new_logits - shift_now)
+        scale = tl.exp2(highest - shift_now)
+        total = total * scale + weight
+        acc = acc * scale[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
+        highest = highest_now
+        tl.debug_barrier()  # every thread has read the victim's slot
+        new_row = victim.to(tl.int64) * HEAD_DIM + dim
+        tl.store(keys_ptr + new_row, new_key, mask=is_dim)
+        tl.store(values_ptr + new_row, new_value, mask=is_dim)
+        tl.store(slot_importance_ptr + victim, new_importance)
+        tl.store(positions_ptr + victim, now)
 
     part = (head * SPLITS + split) * GROUP + lane
     is_part = lane < GROUP
@@ -207,21 +228,16 @@ def _decode(
     tl.store(sums_ptr + part * 2, highest, mask=is_part)
     tl.store(sums_ptr + part * 2 + 1, total, mask=is_part)
     worst_ptr += head * SPLITS * 2
-    tl.store(worst_ptr + split * 2, worst_rank)
-    tl.store(worst_ptr + split * 2 + 1, worst_slot.to(tl.int64))
-    tl.debug_barrier()  # every thread has read the victim's slot before it is written, and its part is in memory
-    writes = takes & owns
-    row = victim.to(tl.int64) * HEAD_DIM + dim
-    tl.store(keys_ptr + row, new_key, mask=is_dim & writes)
-    tl.store(values_ptr + row, new_value, mask=is_dim & writes)
-    tl.store(slot_importance_ptr + victim, new_importance, mask=writes)
-    tl.store(positions_ptr + victim, now, mask=writes)
-
+    lowest = tl.min(worst_rank, axis=0)
+    lowest_slot = tl.min(tl.where(worst_rank == lowest, worst_slot, 2147483647), axis=0)
+    tl.store(worst_ptr + split * 2, lowest)
+    tl.store(worst_ptr + split * 2 + 1, lowest_slot.to(tl.int64))
+    tl.debug_barrier()  # every thread's part is in memory
     if tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
         tl.store(victims_ptr + head, _worst_slot(worst_ptr, SPLITS, BLOCK_S))
         tl.store(lengths_ptr + head, after)
         tl.store(arrivals_ptr + head, 0)
-        _put_together(out_ptr, parts_ptr, sums_ptr, head, dim, GROUP, HEAD_DIM, SPLITS, BLOCK_S)
+        _put_together(out_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, HEAD_DIM, BLOCK_D, SPLITS, BLOCK_S)
 
 
 @triton.jit
@@ -235,25 +251,34 @@ def _worst_slot(worst_ptr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _put_together(
-    out_ptr, parts_ptr, sums_ptr, head, dim,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    out_ptr, parts_ptr, sums_ptr, head, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Weighs the parts of a head's programs and stores the output of its group."""
-    part = tl.arange(0, BLOCK_S)
-    exists = part < SPLITS
-    is_dim = dim < HEAD_DIM
-    for group_head in tl.range(0, GROUP, loop_unroll_factor=4):
-        row = (head * SPLITS + part) * GROUP + group_head
-        highest = tl.load(sums_ptr + row * 2, mask=exists, other=float("-inf"), cache_modifier=".cg")
-        total = tl.load(sums_ptr + row * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg")
+    lane = tl.arange(0, GROUP_ROWS)
+    dim = tl.arange(0, BLOCK_D)
+    split = tl.arange(0, BLOCK_S)
+    is_lane = lane < GROUP
+    exists = is_lane[:, None] & (dim < HEAD_DIM)[None, :]
+    first = head * SPLITS * GROUP + lane
+    every = (first[None, :] + split[:, None] * GROUP) * 2
+    is_part = (split < SPLITS)[:, None] & is_lane[None, :]
+    highest = tl.max(tl.load(sums_ptr + every, mask=is_part, other=float("-inf"), cache_modifier=".cg"), axis=0)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros((GROUP_ROWS,), tl.float32)
+    acc = tl.zeros((GROUP_ROWS, BLOCK_D), tl.float32)
+    for number in tl.range(0, SPLITS, loop_unroll_factor=8):
+        row = first + number * GROUP
+        part_highest = tl.load(sums_ptr + row * 2, mask=is_lane, other=float("-inf"), cache_modifier=".cg")
+        part_total = tl.load(sums_ptr + row * 2 + 1, mask=is_lane, other=0.0, cache_modifier=".cg")
         address = parts_ptr + row[:, None] * HEAD_DIM + dim[None, :]
-        acc = tl.load(address, mask=exists[:, None] & is_dim[None, :], other=0.0, cache_modifier=".cg")
-        shift = tl.max(highest, axis=0)
-        weight = tl.exp2(highest - tl.where(shift == float("-inf"), 0.0, shift))
-        total = tl.sum(total * weight, axis=0)
-        out = tl.sum(acc * weight[:, None], axis=0) / tl.where(total == 0, 1.0, total)
-        out_row = (head * GROUP + group_head) * HEAD_DIM
-        tl.store(out_ptr + out_row + dim, out.to(out_ptr.dtype.element_ty), mask=is_dim)
+        part = tl.load(address, mask=exists, other=0.0, cache_modifier=".cg")
+        weight = tl.exp2(part_highest - shift)
+        total += part_total * weight
+        acc += part * weight[:, None]
+    out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    out_row = (head * GROUP + lane) * HEAD_DIM
+    tl.store(out_ptr + out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
