@@ -123,6 +123,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         capacity = self._windows["keep_window_size"]
         slots = make_slots(batch, num_heads, capacity, head_dim, self.dtype, self.device)
         for name, state in slots._asdict().items():
+            torch._dynamo.mark_static_address(state)
             setattr(self, name, state)
         with torch.inference_mode(False):
             self.row_is_real = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
@@ -139,6 +140,15 @@ class DynamicMaskCacheLayer(DynamicLayer):
         """
         gate = self.gate
         self.check_attended()
+        if not self.is_counted_outside:
+            self._make_room(key_states, value_states)
+        self._new = (key_states.to(self.dtype), value_states, comparable(gate(value_states)))
+        self._num_new = key_states.shape[2]
+        gate.pending = (self, key_states, value_states)
+        return key_states, value_states
+
+    def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes slots for the first tokens, and has those of later tokens on their device."""
         batch = value_states.shape[0]
         fresh = (batch, value_states.dtype, value_states.device)
         if not self.is_initialized or (
@@ -148,10 +158,6 @@ class DynamicMaskCacheLayer(DynamicLayer):
         if batch != self.keys.shape[0]:
             raise ValueError(f"key_states must have the cache's batch size {self.keys.shape[0]}, got {batch}")
         self.to(key_states.device)
-        self._new = (key_states.to(self.dtype), value_states, comparable(gate(value_states)))
-        self._num_new = key_states.shape[2]
-        gate.pending = (self, key_states, value_states)
-        return key_states, value_states
 
     def check_attended(self) -> None:
         """Raises RuntimeError when the attention function never saw the last tokens of `update`."""
