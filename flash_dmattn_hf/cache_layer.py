@@ -260,8 +260,9 @@ class DynamicMaskCacheLayer(DynamicLayer):
         """Puts what survives of the tail into the slots."""
         if not len(self._tail):
             return
-        num_kept, capacity = self.num_kept, cache_capacity(
-            self._windows["keep_window_size"], self._windows["local_window_size"]
+        num_kept, capacity = (
+            self.num_kept,
+            cache_capacity(self._windows["keep_window_size"], self._windows["local_window_size"]),
         )
         if self.num_keys <= capacity:
             start, rows = num_kept, self._tail.rows
@@ -301,9 +302,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         Raises ValueError for a positive number, and for more tokens than can be undone without loss.
         """
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove must be zero or minus the number of tokens, got {tokens_to_remove}"
-            )
+            raise ValueError(f"tokens_to_remove must be zero or minus the number of tokens, got {tokens_to_remove}")
         if not self.is_initialized:
             return
         self.check_attended()

@@ -1,4 +1,4 @@
-"""Tokens that wait behind the slots of a cache layer: those of the forward being processed, or all that can be undone."""
+"""Tokens that wait behind the slots of a cache layer: those being processed, or all that can be undone."""
 
 import torch
 

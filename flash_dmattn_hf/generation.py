@@ -16,10 +16,11 @@ from flash_dmattn_hf.captured import CapturedForward, StepForward
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.names import is_ours
 
+_CONSTANT = "the default DynamicMaskCache is of constant size anyway"
 _REFUSED = {
-    "quantized": "quantized values have other importances; the default DynamicMaskCache is of constant size anyway",
-    "offloaded_static": "evicting needs the keys on the device; the default DynamicMaskCache is of constant size anyway",
-    "offloaded": "evicting needs the keys on the device; the default DynamicMaskCache is of constant size anyway",
+    "quantized": f"quantized values have other importances; {_CONSTANT}",
+    "offloaded": f"evicting needs the keys on the device; {_CONSTANT}",
+    "offloaded_static": f"evicting needs the keys on the device; {_CONSTANT}",
     "paged": "its paged cache holds the same tokens for all heads, flash_dmattn keeps other tokens per head",
 }
 
@@ -86,7 +87,7 @@ def wrap_assisted_decoding(original):
 
 
 def wrap_compiled_call(original):
-    """Makes generate() capture the forward of one token on a GPU, unless a `compile_config` asks for its compilation."""
+    """Makes generate() capture the forward of one token on a GPU, unless a `compile_config` wants it compiled."""
 
     @functools.wraps(original)
     def get_compiled_call(self, compile_config):

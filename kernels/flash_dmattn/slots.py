@@ -1,8 +1,8 @@
 """Fixed slots: what decoding needs of the past, allocated once, and the step of one token over them.
 
-A key that falls out of the top K never comes back, so w slots per head hold all that later queries can see. One more
-token takes at most one slot: an empty one, or that of the worst key that competes. Nothing moves and nothing grows, so a
-step has fixed shapes and fixed addresses, and costs the same after a million tokens as after w.
+A key that falls out of the top K never comes back, so w slots per head hold all that later queries can see. One
+more token takes at most one slot: an empty one, or that of the worst key that competes. Nothing moves and nothing
+grows, so a step has fixed shapes and fixed addresses, and costs the same after a million tokens as after w.
 """
 
 import torch

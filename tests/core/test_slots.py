@@ -25,7 +25,9 @@ BACKENDS_AND_DTYPES = [
         "triton",
         torch.float32,
         id="triton-float32",
-        marks=pytest.mark.skipif(NO_TRITON, reason="Triton is not installed, or neither a GPU nor its interpreter is used"),
+        marks=pytest.mark.skipif(
+            NO_TRITON, reason="Triton is not installed, or neither a GPU nor its interpreter is used"
+        ),
     ),
 ]
 
@@ -161,9 +163,7 @@ def test_engines_keep_the_same_keys(name, small_programs):
     case = CASES[name]
     inputs = draw(case, torch.float32)
     ours, theirs = (make_slots(2, inputs[3].shape[1], case.w, case.head_dim, torch.float32, DEVICE) for _ in range(2))
-    every_step = zip(
-        steps(case, ours, *inputs, "triton"), steps(case, theirs, *inputs, "reference"), strict=True
-    )
+    every_step = zip(steps(case, ours, *inputs, "triton"), steps(case, theirs, *inputs, "reference"), strict=True)
     for out, expected in every_step:
         torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
         assert all(map(torch.equal, by_position(ours), by_position(theirs)))

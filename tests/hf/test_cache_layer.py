@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SEED
 
-from flash_dmattn import NEVER, Visibility, select_visible
+from flash_dmattn import NEVER, Visibility
 from flash_dmattn.decode import find_victim
 from flash_dmattn_hf.cache_layer import CacheView, DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig

@@ -1,8 +1,8 @@
-"""Decoding: one launch appends a token to fixed slots, gives up the key it pushes out, attends, and finds the next victim.
+"""Decoding in one launch: it appends a token to fixed slots, evicts, attends, and finds the next victim.
 
-The slots of a head are split over programs. Each attends to its slots and finds the worst key among them; the program that
-owns the victim of this step also writes the token there. The last program of a head to finish puts the parts together. The
-grid depends on shapes alone and no program waits for another, so a CUDA graph can hold the step.
+The slots of a head are split over programs. Each attends to its slots and finds the worst key among them; the program
+that owns the victim of this step also writes the token there. The last program of a head to finish puts the parts
+together. The grid depends on shapes alone and no program waits for another, so a CUDA graph can hold the step.
 """
 
 import torch
