@@ -83,3 +83,13 @@ def test_a_forward_that_waits_for_the_gpu_cannot_be_captured():
         model.generate(**prompt, max_new_tokens=5, cache_implementation="static")
     torch.cuda.synchronize()
     assert model.generate(**prompt, max_new_tokens=5).shape[1] == 155
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["log_zoh", "zoh"])
+def test_the_importance_of_one_token_is_that_of_many(form):
+    """One launch for a single token, torch for several."""
+    gate = make_model(importance=form).model.layers[0].self_attn.dma
+    value = torch.randn(2, gate.num_kv_heads, 5, gate.head_dim, device="cuda")
+    single = torch.cat([gate(token) for token in value.split(1, dim=2)], dim=2)
+    torch.testing.assert_close(single, gate(value), rtol=1e-5, atol=1e-6)
