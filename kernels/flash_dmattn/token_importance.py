@@ -6,9 +6,12 @@ from flash_dmattn.backends import triton
 
 
 def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    """Whether `token_importance` serves: one token on a GPU, no gradient wanted, no float64."""
+    """Whether `token_importance` serves: one token on a GPU, no gradient wanted, no float64, nothing compiled around it.
+
+    A compiler fuses the operations itself.
+    """
     tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
-    if value.device.type != "cuda" or value.shape[2] != 1 or value.stride(3) != 1:
+    if torch.compiler.is_compiling() or value.device.type != "cuda" or value.shape[2] != 1 or value.stride(3) != 1:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False

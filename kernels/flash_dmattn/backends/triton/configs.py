@@ -12,7 +12,8 @@ import triton
 
 _LARGE = 160 * 1024  # bytes of shared memory that a program can have
 
-_DECODE_PROGRAMS = 512
+_DECODE_PROGRAMS, _MAX_SPLIT = 256, 1024
+"""Programs that keep a GPU busy while decoding, and the most slots of one."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,12 @@ def dkey_config(query: torch.Tensor) -> BlockConfig:
 
 
 def decode_config(num_heads: int, num_slots: int, query: torch.Tensor) -> DecodeConfig:
-    """As few slots a program as keep the GPU busy, so that one sequence is spread over it; num_heads: of the batch."""
-    row = _bytes_per_row(query)
-    block_n = max(16, min(64, 2**14 // row))
+    """A sequence alone is spread over the whole GPU; num_heads: of the batch."""
+    block_n = max(16, min(64, 2**14 // _bytes_per_row(query)))
     splits = triton.cdiv(_DECODE_PROGRAMS, num_heads)
-    split_size = max(block_n, triton.next_power_of_2(triton.cdiv(num_slots, splits)))
-    return DecodeConfig(split_size, block_n, 4, 3 if _is_large(query.device) else 2)
+    split_size = triton.next_power_of_2(triton.cdiv(num_slots, splits))
+    split_size = max(block_n, min(split_size, _MAX_SPLIT))
+    return DecodeConfig(split_size, block_n, 4, 1 if split_size == block_n else 2)
 
 
 def _bytes_per_row(query: torch.Tensor) -> int:
