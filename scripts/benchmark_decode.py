@@ -37,6 +37,7 @@ SHAPES = {
                      "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
 }  # fmt: skip
 ENGINES = ("flash_dmattn", "flash_dmattn-eager", "dense-dynamic", "dense-static")
+DEVICE = "cuda"
 CHECK_LAYERS, CHECK_STEPS = 4, 24
 GIB = 2**30
 
@@ -58,17 +59,22 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
 
-    where = environment("cuda")
+    where = environment(DEVICE)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
     print(header(where))
     print(settings)
     torch.manual_seed(arguments.seed)
-    kernels = [] if arguments.no_kernel else list(kernel_rows(arguments))
-    rows = [row for shape in arguments.shapes for row in model_rows(arguments, shape)]
-    if arguments.json:
-        save_json(arguments.json, {"environment": where, "settings": settings, "kernel": kernels, "rows": rows})
-    if arguments.png:
-        draw(arguments.png, where, settings, rows)
+    report = {"environment": where, "settings": settings, "kernel": [], "rows": []}
+    try:
+        if not arguments.no_kernel:
+            report["kernel"].extend(kernel_rows(arguments))
+        for shape in arguments.shapes:
+            report["rows"].extend(model_rows(arguments, shape))
+    finally:  # what was measured before an interruption is kept
+        if arguments.json:
+            save_json(arguments.json, report)
+        if arguments.png:
+            draw(arguments.png, report)
 
 
 def kernel_rows(arguments) -> Iterator[dict]:
@@ -96,9 +102,9 @@ def time_kernel(arguments, batch: int, context: int) -> tuple[float, int]:
     num_layers = 16 if batch < 16 else 2
     competition = {"num_sink_tokens": 4, "local_window_size": 3 * w // 4}
     layers = [random_slots(batch, kv_heads, w, head_dim, context, competition) for _ in range(num_layers)]
-    query = torch.randn(batch, 1, heads, head_dim, dtype=torch.bfloat16, device="cuda")
-    key, value = torch.randn(2, batch, 1, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda")
-    importance = torch.randn(batch, kv_heads, 1, device="cuda")
+    query = torch.randn(batch, 1, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    key, value = torch.randn(2, batch, 1, kv_heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    importance = torch.randn(batch, kv_heads, 1, device=DEVICE)
 
     def step() -> None:
         for slots in layers:
@@ -113,7 +119,7 @@ def time_kernel(arguments, batch: int, context: int) -> tuple[float, int]:
 
 def random_slots(batch, kv_heads, w, head_dim, context, competition) -> Slots:
     """Slots as a context leaves them: sinks, the local window, and others anywhere before it."""
-    slots = make_slots(batch, kv_heads, w, head_dim, torch.bfloat16, "cuda")
+    slots = make_slots(batch, kv_heads, w, head_dim, torch.bfloat16, DEVICE)
     for state in (slots.keys, slots.values, slots.importance):
         state.normal_()
     slots.positions.copy_(kept_positions(w, context, **competition))
@@ -125,12 +131,12 @@ def random_slots(batch, kv_heads, w, head_dim, context, competition) -> Slots:
 def kept_positions(w: int, context: int, num_sink_tokens: int, local_window_size: int) -> torch.Tensor:
     """(w,) positions: all of them for short contexts, else sinks, evenly spread ones, and the last."""
     if context <= w:
-        rows = torch.arange(w, device="cuda")
+        rows = torch.arange(w, device=DEVICE)
         return torch.where(rows < context, rows, -1)
     num_spread = w - num_sink_tokens - local_window_size
-    spread = torch.linspace(num_sink_tokens, context - local_window_size - 1, num_spread, device="cuda").long()
-    recent = torch.arange(context - local_window_size, context, device="cuda")
-    return torch.cat([torch.arange(num_sink_tokens, device="cuda"), spread, recent])
+    spread = torch.linspace(num_sink_tokens, context - local_window_size - 1, num_spread, device=DEVICE).long()
+    recent = torch.arange(context - local_window_size, context, device=DEVICE)
+    return torch.cat([torch.arange(num_sink_tokens, device=DEVICE), spread, recent])
 
 
 def capture(function: Callable[[], object]) -> Callable[[], object]:
@@ -176,8 +182,8 @@ def model_rows(arguments, shape: str) -> Iterator[dict]:
 
 def print_row(row: dict) -> None:
     name = f"{row['shape']:>13} {row['batch']:>6} {row['context']:>8} {row['engine']:>19}"
-    if "out_of_memory" in row:
-        print(f"{name} out of memory", flush=True)
+    if "failed" in row:
+        print(f"{name} {row['failed']}", flush=True)
         return
     print(
         f"{name} {row['milliseconds']:>8.2f} {row['tokens_per_second']:>9.0f} {row['cache_bytes'] / 2**20:>10.1f} "
@@ -191,7 +197,7 @@ def make_model(arguments, shape: dict, num_layers: int | None = None) -> LlamaFo
     longest = max(arguments.contexts) + 4096
     shape = {**shape, "num_hidden_layers": num_layers or shape["num_hidden_layers"]}
     config = LlamaConfig(**shape, max_position_embeddings=longest, tie_word_embeddings=True, pad_token_id=0)
-    with torch.device("cuda"), dynamic_mask_config(keep_window_size=arguments.keep_window_size, initializer_std=1.0):
+    with torch.device(DEVICE), dynamic_mask_config(keep_window_size=arguments.keep_window_size, initializer_std=1.0):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="flash_dmattn")
     return model.eval()
 
@@ -212,7 +218,9 @@ def measure(arguments, model: LlamaForCausalLM, engine: str, batch: int, context
             torch.cuda.synchronize()
             times.append((time.perf_counter() - start) * 1e3)
     except torch.cuda.OutOfMemoryError:
-        return {"out_of_memory": True}
+        return {"failed": "out of memory"}
+    except RuntimeError as error:
+        return {"failed": str(error).splitlines()[0]}
     milliseconds = statistics.median(times)
     return {
         "milliseconds": milliseconds,
@@ -224,8 +232,8 @@ def measure(arguments, model: LlamaForCausalLM, engine: str, batch: int, context
 
 def make_step(arguments, model, engine, batch, context) -> tuple[Callable[[], object], int]:
     """Returns a function that decodes one more token of every row, and the bytes of the filled cache."""
-    token = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
-    position = torch.full((batch, 1), context, device="cuda")
+    token = torch.randint(0, model.config.vocab_size, (batch, 1), device=DEVICE)
+    position = torch.full((batch, 1), context, device=DEVICE)
     forward = model
     if engine.startswith("flash"):
         cache = filled_slots(model, batch, context, static=engine == "flash_dmattn")
@@ -247,7 +255,7 @@ def make_step(arguments, model, engine, batch, context) -> tuple[Callable[[], ob
 def filled_slots(model, batch: int, context: int, static: bool) -> DynamicMaskCache:
     """Our cache after a context of random keys."""
     cache, config = DynamicMaskCache(model, static=static), model.config
-    empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=model.dtype, device="cuda")
+    empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=model.dtype, device=DEVICE)
     for layer in cache.mask_layers:
         layer.lazy_initialization(empty, empty)
         settings = layer.gate.config
@@ -266,10 +274,10 @@ def filled_dense(arguments, model, batch: int, context: int, static: bool) -> Dy
     if not static:
         cache = DynamicCache(config=config)
         for index in range(config.num_hidden_layers):
-            cache.update(*(torch.randn(shape, dtype=model.dtype, device="cuda") for _ in range(2)), index)
+            cache.update(*(torch.randn(shape, dtype=model.dtype, device=DEVICE) for _ in range(2)), index)
         return cache
     cache = StaticCache(config=config, max_cache_len=context + arguments.steps + 8)
-    cache.early_initialization(batch, shape[1], shape[3], model.dtype, torch.device("cuda"))
+    cache.early_initialization(batch, shape[1], shape[3], model.dtype, torch.device(DEVICE))
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
@@ -282,7 +290,7 @@ def check(arguments, shape: dict) -> None:
     """Raises unless captured steps after a prefill are as near to float32 as one pass of the reference in bf16."""
     model = make_model(arguments, shape, CHECK_LAYERS)
     prompt = arguments.keep_window_size + 256
-    tokens = torch.randint(0, shape["vocab_size"], (1, prompt + CHECK_STEPS), device="cuda")
+    tokens = torch.randint(0, shape["vocab_size"], (1, prompt + CHECK_STEPS), device=DEVICE)
     with reference_engine():
         rounded = model(tokens, use_cache=False).logits[:, prompt:].float()
         cast(model, torch.float32)
@@ -292,7 +300,7 @@ def check(arguments, shape: dict) -> None:
     model(tokens[:, :prompt], past_key_values=cache)
     logits = []
     for row in range(prompt, prompt + CHECK_STEPS):
-        position = torch.full((1, 1), row, device="cuda")
+        position = torch.full((1, 1), row, device=DEVICE)
         logits.append(forward(input_ids=tokens[:, row : row + 1], position_ids=position, past_key_values=cache).logits)
     got = torch.cat(logits, dim=1).float()
     allowed, error = ((each - exact).norm() / exact.norm() for each in (rounded, got))

@@ -1,8 +1,12 @@
 """The picture of `benchmark_decode.py`: tokens a second and bytes of cache against the length of the context."""
 
 
-def draw(path: str, where: dict, settings: dict, rows: list[dict]) -> None:
-    """A line of panels per shape: one of speed for every batch size, one of memory for the smallest batch."""
+def draw(path: str, report: dict) -> None:
+    """A line of panels per shape: one of speed for every batch size, one of memory for the smallest batch.
+
+    report: what `benchmark_decode.py` writes as JSON.
+    """
+    where, settings, rows = report["environment"], report["settings"], report["rows"]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -12,7 +16,7 @@ def draw(path: str, where: dict, settings: dict, rows: list[dict]) -> None:
     size = (4 * (len(batches) + 1), 3.6 * len(shapes))
     figure, axes = pyplot.subplots(len(shapes), len(batches) + 1, figsize=size, squeeze=False, constrained_layout=True)
     for panels, shape in zip(axes, shapes, strict=True):
-        mine = [row for row in rows if row["shape"] == shape and "out_of_memory" not in row]
+        mine = [row for row in rows if row["shape"] == shape and "failed" not in row]
         for axis, batch in zip(panels, batches, strict=False):
             _lines(axis, settings["engines"], [row for row in mine if row["batch"] == batch], "tokens_per_second", 1)
             axis.set_title(f"{shape}, batch {batch}: tokens a second")
