@@ -93,7 +93,10 @@ def wrap_compiled_call(original):
     def get_compiled_call(self, compile_config):
         if not is_active(self):
             return original(self, compile_config)
-        if compile_config is None and self.device.type == "cuda":
+        if compile_config is None:
+            devices = {parameter.device for parameter in self.parameters()}
+            if len(devices) > 1 or self.device.type != "cuda":  # a graph holds the kernels of one GPU
+                return self.__call__
             return StepForward(self, CapturedForward(self))
         return StepForward(self, original(self, compile_config))
 

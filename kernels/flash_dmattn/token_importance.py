@@ -6,7 +6,7 @@ from flash_dmattn.backends import triton
 
 
 def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    """Whether `token_importance` serves: one token on a GPU, no gradient wanted, no float64, nothing compiled around it.
+    """Whether `token_importance` serves: one token on a GPU, no gradient, no float64, nothing compiled around it.
 
     A compiler fuses the operations itself.
     """

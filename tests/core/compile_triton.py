@@ -17,6 +17,7 @@ from flash_dmattn.backends.triton import configs
 from flash_dmattn.backends.triton.backward_kernels import _dkey_dvalue, _dquery
 from flash_dmattn.backends.triton.decode_kernel import _decode
 from flash_dmattn.backends.triton.forward_kernels import _forward
+from flash_dmattn.backends.triton.importance_kernel import _importance
 
 DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"}
 INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches".split()}
@@ -54,6 +55,9 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
         "SPLIT": SLOTS // 16,
         "SPLITS": 16,
         "HAS_PADDING": True,
+        "NUM_INPUTS": 8 * head_dim,
+        "BLOCK": 1024,
+        "HAS_EXP": True,
     }
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
     signature, attributes = {}, {}
@@ -66,7 +70,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
             signature[name] = "*i32"
         elif name in ("padding_ptr", "worst_ptr"):
             signature[name] = {"padding_ptr": "*i1", "worst_ptr": "*i64"}[name]
-        elif name.endswith("_ptr") or name.startswith("soft"):
+        elif name.endswith("_ptr") or name.startswith(("soft", "max_exponent")):
             signature[name] = "*fp32" if name.endswith("_ptr") else "fp32"
         else:
             signature[name] = "i32"
@@ -89,6 +93,7 @@ def main():
             "dquery": (_dquery, configs.dquery_config(query), True),
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query), True),
             "decode": (_decode, configs.decode_config(8, SLOTS, query), True),
+            "token importance": (_importance, configs.DecodeConfig(SLOTS, 64, 4, 1), True),
         }
     for name, (kernel, config, is_listed) in kernels.items():
         print(f"{name}: {compile_kernel(kernel, config, capability, dtype, head_dim, is_listed)}")

@@ -173,3 +173,18 @@ def test_a_copy_of_a_static_cache_is_static():
         model(ids, past_key_values=past)
     twin = copy.deepcopy(past)
     assert twin.is_static and twin.is_compileable and set(twin.addresses()).isdisjoint(past.addresses())
+
+
+def test_what_runs_a_step(monkeypatch):
+    """A graph on one GPU, torch.compile where it is asked for, the model itself elsewhere; dense as ever."""
+    model = make_model("llama-topk")
+    assert model.get_compiled_call(None) == model.__call__
+    compiled = model.get_compiled_call(compile_config())
+    assert isinstance(compiled, captured.StepForward) and compiled.run is model._compiled_call
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    on_gpu = model.get_compiled_call(None)
+    assert isinstance(on_gpu, captured.StepForward) and isinstance(on_gpu.run, captured.CapturedForward)
+    model.lm_head.to("meta")
+    assert model.get_compiled_call(None) == model.__call__, "layers on two devices"
+    dense = make_model("llama-topk", implementation="sdpa")
+    assert not isinstance(dense.get_compiled_call(compile_config()), captured.StepForward)
