@@ -34,7 +34,7 @@ def flash_dmattn_func(
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
     attn_mask: (1 or B, 1 or Hkv or H, 1 or Sq, 1 or Sk), bool, or 1.0 / 0.0; zero hides a key. None: all visible.
     attn_bias: of such a shape, floating point, added to the logits. None: nothing. Its gradient is summed over what is
-        broadcast. Neither is expanded in memory, and without a query dimension both take O(N) time and memory per query.
+        broadcast. Neither is expanded in memory, and without a query dimension both take O(N) memory.
     scale: factor of the dot product; None: D ** -0.5. Also named softmax_scale.
     is_causal: query i sees no key after i + Sk - Sq; None: False.
     softcap: logits are softcap * tanh(logits / softcap) before the bias; None or 0: off.
@@ -124,7 +124,7 @@ def flex_dmattn_func(
     is_causal: bool | None = True,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`flash_dmattn_func` on torch's FlexAttention, causal unless told otherwise; RuntimeError where it cannot serve."""
+    """`flash_dmattn_func` on torch's FlexAttention, causal by default; RuntimeError where that cannot serve."""
     is_causal = True if is_causal is None else is_causal
     return _attend(query, key, value, attn_mask, attn_bias, scale, is_causal, backend="flex")
 

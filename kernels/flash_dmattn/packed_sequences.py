@@ -56,7 +56,7 @@ class PackedSequences:
         return self.pad(tensor, self.query_index).transpose(1, 2)
 
     def intervals(self, attn_mask, attn_bias, is_causal: bool) -> tuple[Visibility, torch.Tensor]:
-        """Returns who sees a key, in rows of all keys, and the row (total_q,) of each query, -1 for one without keys."""
+        """Returns who sees a key, in rows of all keys, and the row (total_q,) of each query, -1 for none."""
         sequence, place = self._places(self.key_bounds, self.key)
         rows = torch.arange(len(place), device=place.device)
         birth = (rows if is_causal else self.key_bounds[sequence]).int()

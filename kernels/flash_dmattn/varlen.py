@@ -1,4 +1,4 @@
-"""Attention over sequences of different lengths that stand one behind another, with the masks of `flash_dmattn_func`."""
+"""`flash_dmattn_func` over sequences of different lengths that stand one behind another."""
 
 import torch
 
@@ -33,7 +33,7 @@ def flash_dmattn_varlen_func(
 
     query: (total_q, H, D). key, value: (total_k, Hkv, D).
     attn_mask, attn_bias: as in `flash_dmattn_func` for the sequences filled up at the end, (1 or B, 1 or Hkv or H,
-        1 or max_seqlen_q, 1 or max_seqlen_k); or (total_q, 1 or Hkv or H, max_seqlen_k), a row for each query. Where they
+        1 or max_seqlen_q, 1 or max_seqlen_k); or (total_q, 1 or Hkv or H, max_seqlen_k), a row a query. Where they
         have a query dimension, query, key and value are copied into padded batches, with a mask of padding beside the
         caller's; where not, the interval engine takes O(N).
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where the sequences start and end; cu_seqlens_k: None: cu_seqlens_q.

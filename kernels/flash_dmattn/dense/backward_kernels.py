@@ -11,13 +11,13 @@ import triton.language as tl
 
 from flash_dmattn.backends.triton.backward_kernels import _delta, _load_row_stats, _score
 from flash_dmattn.backends.triton.configs import BlockConfig
-from flash_dmattn.backends.triton.tiles import LOG2E, gather_rows
+from flash_dmattn.backends.triton.tiles import gather_rows
 from flash_dmattn.dense.bias_gradient import BiasGradient
 from flash_dmattn.dense.call import DenseCall
 from flash_dmattn.dense.configs import dkey_config, dquery_config, grains
 from flash_dmattn.dense.forward_kernels import shared_head, split_lane
 from flash_dmattn.dense.launch import constants, shared_arguments
-from flash_dmattn.dense.tiles import classify_tiles, list_tiles, load_bias, load_visible, merge_heads
+from flash_dmattn.dense.tiles import classify_tiles, list_tiles, list_transposed_tiles, load_bias, load_visible
 
 
 def run_backward(
@@ -68,8 +68,7 @@ def run_backward(
     )
 
     config = dkey_blocks or dkey_config(call.query)
-    classes = merge_heads(classes, num_kv_heads).transpose(-1, -2)
-    lists = list_tiles(classes, config.block_n // grain_n, config.block_m // grain_m, are_rows_keys=True)
+    lists = list_transposed_tiles(classes, num_kv_heads, config.block_n // grain_n, config.block_m // grain_m)
     rows, columns = lists.order.shape[2:]
     dkey, dvalue = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.key, call.value))
     dbias = BiasGradient(call, needs_dbias)
@@ -83,7 +82,8 @@ def run_backward(
         rows,
         columns,
         **numbers,
-        LIST_HEADS=classes.shape[1],
+        LIST_HEADS=lists.order.shape[1],
+        DBIAS_HEADS=dbias.num_heads,
         DBIAS=dbias.mode,
         **_blocks(config),
     )
@@ -213,7 +213,8 @@ def _dkey_dvalue(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MASK_BATCHES: tl.constexpr, MASK_HEADS: tl.constexpr,
     BIAS_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    LIST_HEADS: tl.constexpr, DBIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LIST_HEADS: tl.constexpr, DBIAS_HEADS: tl.constexpr, DBIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     batch, first_head, kv_head = split_lane(tl.program_id(1), 0, KV_HEADS, GROUP)
@@ -242,7 +243,7 @@ def _dkey_dvalue(
         bias_ptr, bias_head_stride, bias_row_stride, bias_key_stride,
         softmax_scale, softcap, query_row_stride, query_head_stride, seqlen_q, seqlen_k,
         KV_HEADS, GROUP, MASK_HEADS, BIAS_HEADS, HEAD_DIM, BLOCK_D, HAS_MASK, HAS_BIAS, HAS_SOFTCAP, IS_CAUSAL,
-        PRECISION, DBIAS, BLOCK_M, BLOCK_N, False,
+        PRECISION, DBIAS_HEADS, DBIAS, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     dkey, dvalue = _dkey_dvalue_run(
         dkey, dvalue, key, value, key_index, counts, num_full, num_listed, order_ptr, batch, first_head,
@@ -251,7 +252,7 @@ def _dkey_dvalue(
         bias_ptr, bias_head_stride, bias_row_stride, bias_key_stride,
         softmax_scale, softcap, query_row_stride, query_head_stride, seqlen_q, seqlen_k,
         KV_HEADS, GROUP, MASK_HEADS, BIAS_HEADS, HEAD_DIM, BLOCK_D, HAS_MASK, HAS_BIAS, HAS_SOFTCAP, IS_CAUSAL,
-        PRECISION, DBIAS, BLOCK_M, BLOCK_N, True,
+        PRECISION, DBIAS_HEADS, DBIAS, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     place = ((batch * seqlen_k + key_index) * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
@@ -269,13 +270,13 @@ def _dkey_dvalue_run(
     softmax_scale, softcap, query_row_stride, query_head_stride, seqlen_q, seqlen_k,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MASK_HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DBIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr, DBIAS_HEADS: tl.constexpr,
+    DBIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the listed query tiles from `first` up to `last`, all heads of the group, to the gradients."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
     # Heads that share a bias add up in registers before dbias is written.
-    SHARES: tl.constexpr = (DBIAS == "store" or DBIAS == "add") and GROUP > 1 and BIAS_HEADS < HEADS
+    SHARES: tl.constexpr = (DBIAS == "store" or DBIAS == "add") and GROUP > 1 and DBIAS_HEADS < HEADS
     num_stats = tl.num_programs(1).to(tl.int64) * GROUP * seqlen_q
     out_stride = HEADS * HEAD_DIM
     dbias = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -314,18 +315,18 @@ def _dkey_dvalue_run(
         dlogits = weights * (dweights - delta[None, :])
         dkey = tl.dot((dlogits * factor).to(query.dtype), query, dkey, input_precision=PRECISION)
         if DBIAS == "column":
-            place = dbias_ptr + shared_head(head, HEADS, BIAS_HEADS) * dbias_head_stride + key_index
+            place = dbias_ptr + shared_head(head, HEADS, DBIAS_HEADS) * dbias_head_stride + key_index
             tl.atomic_add(place, tl.sum(dlogits, axis=1), mask=counts, sem="relaxed")
         elif SHARES:
             dbias = tl.where(step % GROUP == 0, 0.0, dbias) + dlogits
             if step % GROUP == GROUP - 1:
                 _write_dbias(
-                    dbias, dbias_ptr + shared_head(head, HEADS, BIAS_HEADS) * dbias_head_stride, dbias_row_stride,
+                    dbias, dbias_ptr + shared_head(head, HEADS, DBIAS_HEADS) * dbias_head_stride, dbias_row_stride,
                     row, exists, key_index, counts, DBIAS,
                 )  # fmt: skip
         elif DBIAS != "none":
             _write_dbias(
-                dlogits, dbias_ptr + shared_head(head, HEADS, BIAS_HEADS) * dbias_head_stride, dbias_row_stride,
+                dlogits, dbias_ptr + shared_head(head, HEADS, DBIAS_HEADS) * dbias_head_stride, dbias_row_stride,
                 row, exists, key_index, counts, DBIAS,
             )  # fmt: skip
     return dkey, dvalue

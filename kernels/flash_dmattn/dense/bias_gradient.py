@@ -35,6 +35,10 @@ class BiasGradient:
         dtype = bias.dtype if self.mode == "store" and tuple(shape) == tuple(bias.shape) else torch.float32
         self.memory = torch.zeros(shape, dtype=dtype, device=bias.device)
 
+    @property
+    def num_heads(self) -> int:
+        return 1 if self.memory is None else self.memory.shape[1]
+
     def arguments(self) -> tuple:
         """Returns the address and the strides over batch, heads and rows, 0 where the gradient is shared."""
         if self.memory is None:

@@ -8,15 +8,13 @@ import triton.language as tl
 
 from flash_dmattn.dense.call import DenseCall
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
-
 
 @dataclass(frozen=True)
 class TileLists:
     """For every row of tiles, the tiles of it that are not empty, full ones first.
 
-    order: (Bm, Hm, rows, columns) int32, tile numbers of a row, full ones, then partial, then empty ones.
-    counts: (Bm, Hm, rows, 2) int32, how many are full, and how many are not empty.
+    order: (Bm, Hl, rows, columns) int32, tile numbers of a row, full ones, then partial ones.
+    counts: (Bm, Hl, rows, 2) int32, how many are full, and how many are not empty.
     """
 
     order: torch.Tensor
@@ -24,7 +22,7 @@ class TileLists:
 
 
 def classify_tiles(call: DenseCall, grain_m: int, grain_n: int) -> torch.Tensor:
-    """Returns (Bm, Hm, cdiv(Sq, grain_m), cdiv(Sk, grain_n)) uint8, the class of each tile of the call's mask.
+    """Returns (Bm, Hm, cdiv(Sq, grain_m), cdiv(Sk, grain_n)) uint8: 0 for an empty tile, 1 a partial, 2 a full one.
 
     Keys beyond Sk are hidden; rows beyond Sq do not count. Bm and Hm are those of the mask, 1 and 1 without one.
     """
@@ -50,19 +48,45 @@ def classify_tiles(call: DenseCall, grain_m: int, grain_n: int) -> torch.Tensor:
     return classes
 
 
-def list_tiles(classes: torch.Tensor, rows: int, columns: int, are_rows_keys: bool = False) -> TileLists:
-    """Returns the lists of tiles that are `rows` x `columns` of the classified ones; of keys when these are rows."""
-    classes = _merge(_merge(classes, rows, 2, are_rows_keys), columns, 3, not are_rows_keys)
-    order = classes.argsort(dim=-1, descending=True, stable=True).int()
-    counts = torch.stack([(classes == FULL).sum(-1), (classes != EMPTY).sum(-1)], dim=-1).int()
+def list_tiles(classes: torch.Tensor, rows: int, columns: int) -> TileLists:
+    """Returns, for tiles of `rows` x `columns` of the classified ones, those of keys that each row of tiles visits."""
+    batch, heads, grain_rows, grain_columns = classes.shape
+    shape = (batch, heads, triton.cdiv(grain_rows, rows), triton.cdiv(grain_columns, columns))
+    return _list(classes, shape, classes.stride(), rows, columns, merged_heads=1, are_rows_keys=False)
+
+
+def list_transposed_tiles(classes: torch.Tensor, num_kv_heads: int, rows: int, columns: int) -> TileLists:
+    """Returns, for tiles of `rows` grains of keys x `columns` of queries, those of queries that see each row of tiles.
+
+    The heads of a group share a list: a tile is empty or full there when it is so for all of them.
+    """
+    batch, heads, grain_columns, grain_rows = classes.shape
+    merged = triton.cdiv(heads, num_kv_heads)
+    shape = (batch, heads // merged, triton.cdiv(grain_rows, rows), triton.cdiv(grain_columns, columns))
+    strides = classes.transpose(-1, -2).stride()
+    return _list(classes, shape, strides, rows, columns, merged, are_rows_keys=True)
+
+
+def _list(classes, shape, strides, rows, columns, merged_heads, are_rows_keys) -> TileLists:
+    order = torch.empty(shape, dtype=torch.int32, device=classes.device)
+    counts = torch.empty(*shape[:3], 2, dtype=torch.int32, device=classes.device)
+    grain_rows, grain_columns = classes.shape[2:][:: -1 if are_rows_keys else 1]
+    _list_tiles[(shape[2], shape[0] * shape[1])](
+        order,
+        counts,
+        classes,
+        *strides,
+        shape[1],
+        grain_rows,
+        grain_columns,
+        shape[3],
+        HEADS=merged_heads,
+        ROWS=rows,
+        COLUMNS=columns,
+        ARE_ROWS_KEYS=are_rows_keys,
+        BLOCK=min(1024, max(16, triton.next_power_of_2(shape[3]))),
+    )
     return TileLists(order, counts)
-
-
-def merge_heads(classes: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """Returns classes (Bm, 1 or Hkv, rows, columns): a tile's class for all heads of a group together."""
-    if classes.shape[1] <= num_kv_heads:
-        return classes
-    return _merge(classes, classes.shape[1] // num_kv_heads, 1, is_edge_hidden=False)
 
 
 def mask_arguments(call: DenseCall) -> tuple:
@@ -77,19 +101,6 @@ def tensor_arguments(tensor: torch.Tensor | None, call: DenseCall) -> tuple:
     view = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
     strides = (stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return (view, *strides)
-
-
-def _merge(classes: torch.Tensor, count: int, dim: int, is_edge_hidden: bool) -> torch.Tensor:
-    """Joins `count` neighbors: empty or full when all are. Beyond the edge everything is hidden, or does not count."""
-    missing = -classes.shape[dim] % count
-    if count == 1:
-        return classes
-    if missing:
-        last = classes.narrow(dim, classes.shape[dim] - 1, 1)
-        filler = torch.zeros_like(last) if is_edge_hidden else last
-        classes = torch.cat([classes, *[filler] * missing], dim=dim)
-    least, most = (bound(classes.unflatten(dim, (-1, count)), dim=dim + 1) for bound in (torch.amin, torch.amax))
-    return torch.where(least == most, most, PARTIAL).to(torch.uint8)
 
 
 @triton.jit
@@ -123,6 +134,70 @@ def _classify(
         all_visible = tl.min(tl.min((visible | (row >= seqlen_q)[:, None]).to(tl.int32), axis=1), axis=0)
         place = (lane.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * columns + column
         tl.store(classes_ptr + place, (any_visible + all_visible * any_visible).to(tl.uint8))
+
+
+@triton.jit
+def _list_tiles(
+    order_ptr,  # (Bm, Hl, rows, columns)
+    counts_ptr,  # (Bm, Hl, rows, 2)
+    classes_ptr,  # (Bm, Hl * HEADS, rows * ROWS, columns * COLUMNS), up to the edge
+    batch_stride,
+    head_stride,
+    row_stride,
+    column_stride,
+    heads,
+    grain_rows,
+    grain_columns,
+    columns,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ARE_ROWS_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.program_id(1)
+    tile_row = tl.program_id(0)
+    classes_ptr += (lane // heads).to(tl.int64) * batch_stride + (lane % heads).to(tl.int64) * HEADS * head_stride
+    list_row = lane.to(tl.int64) * tl.num_programs(0) + tile_row
+    order_ptr += list_row * columns
+    num_full = tl.zeros((), tl.int32)
+    num_partial = tl.zeros((), tl.int32)
+    for write in tl.static_range(2):  # full ones are counted before any is written
+        first_partial = num_full
+        num_full = tl.zeros((), tl.int32)
+        num_partial = tl.zeros((), tl.int32)
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            least = tl.full((BLOCK,), 2, tl.int32)
+            most = tl.zeros((BLOCK,), tl.int32)
+            for head in tl.static_range(HEADS):
+                for i in tl.static_range(ROWS):
+                    for j in tl.static_range(COLUMNS):
+                        row = tile_row * ROWS + i
+                        place = column * COLUMNS + j
+                        exists = column < columns
+                        # Keys beyond the edge are hidden, queries beyond it do not count: the last one counts twice.
+                        if ARE_ROWS_KEYS:
+                            place = tl.minimum(place, grain_columns - 1)
+                            exists = exists & (row < grain_rows)
+                        else:
+                            row = tl.minimum(row, grain_rows - 1)
+                            exists = exists & (place < grain_columns)
+                        address = classes_ptr + head * head_stride + row * row_stride + place * column_stride
+                        found = tl.load(address, mask=exists, other=0).to(tl.int32)
+                        least = tl.minimum(least, found)
+                        most = tl.maximum(most, found)
+            is_full = (least == 2).to(tl.int32)
+            is_partial = (most > 0).to(tl.int32) - is_full
+            if write == 1:
+                place = num_full + tl.cumsum(is_full, axis=0) - 1
+                tl.store(order_ptr + place, column, mask=is_full > 0)
+                place = first_partial + num_partial + tl.cumsum(is_partial, axis=0) - 1
+                tl.store(order_ptr + place, column, mask=is_partial > 0)
+            num_full += tl.sum(is_full, axis=0)
+            num_partial += tl.sum(is_partial, axis=0)
+    tl.store(counts_ptr + list_row * 2, num_full)
+    tl.store(counts_ptr + list_row * 2 + 1, num_full + num_partial)
 
 
 @triton.jit
