@@ -66,9 +66,7 @@ def check_windows(
         )
 
 
-def check_cu_seqlens(
-    cu_seqlens: torch.Tensor, batch: int, device: torch.device, name: str = "cu_seqlens"
-) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, device: torch.device, name: str = "cu_seqlens") -> None:
     """Raises ValueError unless cu_seqlens is an integer vector on `device` and the batch is packed."""
     _check_tensor(name, cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:

@@ -69,9 +69,7 @@ class PackedSequences:
         row = end - self.query_bounds[sequence + 1] + self.query_bounds[sequence] + place
         if not is_causal:
             row = self.key_bounds[sequence]
-        return Visibility(birth, death), torch.where(
-            (row < self.key_bounds[sequence]) | (row >= end), -1, row
-        ).int()
+        return Visibility(birth, death), torch.where((row < self.key_bounds[sequence]) | (row >= end), -1, row).int()
 
     def importance(self, attn_mask, attn_bias) -> torch.Tensor | None:
         """Returns the bias of every key, (1, Hi, total_k)."""
@@ -143,5 +141,3 @@ def _longest(name: str, given: int | None, bounds: torch.Tensor) -> int:
         if given is not None and given < longest:
             raise ValueError(f"{name} must be at least {longest}, the longest sequence, got {given}")
     return int(longest if given is None else given)
-
-

@@ -112,5 +112,3 @@ def test_masks_without_rows_take_the_interval_engine(monkeypatch):
                 assert out.isfinite().all()
     with pytest.raises(AssertionError, match="dense op"):
         dense_attention(query, key, key, mask.expand(1, 2, 40, 60).clone())
-
-

@@ -109,7 +109,7 @@ def _intervals(query, key, attn_mask, attn_bias, is_causal) -> tuple[Visibility 
         return Visibility(birth, torch.full_like(birth, NEVER)), max(1, seqlen_k)
     visible = _per_key(attn_mask, batch, heads, seqlen_k) != 0
     max_visible = None
-    if not torch.compiler.is_compiling() and visible.numel() > 0:
+    if not torch.compiler.is_compiling() and visible.numel() > 0 and visible.device.type != "meta":
         max_visible = max(1, int(visible.sum(-1).max()))
     return Visibility(birth, torch.where(visible, NEVER, birth)), max_visible
 

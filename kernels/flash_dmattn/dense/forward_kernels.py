@@ -12,16 +12,12 @@ from flash_dmattn.dense.launch import constants, shared_arguments
 from flash_dmattn.dense.tiles import classify_tiles, list_tiles, load_bias, load_visible
 
 
-def run_forward(
-    call: DenseCall, config: BlockConfig | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run_forward(call: DenseCall, config: BlockConfig | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
     config = config or forward_config(call.query)
     batch, seqlen_q, num_heads, _ = call.query.shape
     grain_m, grain_n = grains(call.query)
-    lists = list_tiles(
-        classify_tiles(call, grain_m, grain_n), config.block_m // grain_m, config.block_n // grain_n
-    )
+    lists = list_tiles(classify_tiles(call, grain_m, grain_n), config.block_m // grain_m, config.block_n // grain_n)
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=out.device)
     stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=out.device)

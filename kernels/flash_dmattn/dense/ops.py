@@ -21,9 +21,7 @@ def dense_attention_op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq) as `interval_attention_op`; see `DenseCall`."""
-    call = DenseCall(
-        query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic
-    )
+    call = DenseCall(query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic)
     with torch.cuda.device_of(query):
         return choose_backend(call, backend, ENGINES).forward(call)
 
@@ -56,9 +54,7 @@ def dense_attention_backward_op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of query, key, value and attn_bias; the last is empty unless it is needed."""
-    call = DenseCall(
-        query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic
-    )
+    call = DenseCall(query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic)
     with torch.cuda.device_of(query):
         engine = choose_backend(call, backend, ENGINES)
         dquery, dkey, dvalue, dbias = engine.backward(call, out, stats, dout, dlse, needs_dbias)
