@@ -11,7 +11,7 @@ from flash_dmattn.dense.attention import dense_attention
 from .dense_cases import CASES, GPU_CASES, check, make_inputs, run
 from .kernel_cases import DEVICE, HAS_GPU
 
-INTERPRETED = ("kv-heads", "query-heads", "one-for-all-deterministic", "bias-by-key", "bias-only-causal", "float-mask")
+INTERPRETED = ("kv-heads", "query-heads", "one-for-all-deterministic", "bias-by-key", "bias-only-causal")
 
 
 @pytest.fixture
@@ -29,6 +29,8 @@ def test_the_reference_equals_the_definition(case, seed):
 @pytest.mark.parametrize("case", [case for case in CASES if HAS_GPU or case.name in INTERPRETED], ids=str)
 def test_the_triton_kernels_equal_the_definition(case, seed):
     pytest.importorskip("triton", reason="Triton is published for Linux only")
+    if not HAS_GPU:  # tiles are of 32 x 32 there: two of them each way, and an edge
+        case = replace(case, seqlen_q=34, seqlen_k=50, num_heads=2, num_kv_heads=1 if case.mask == "bkqs" else 2)
     check(case, seed, "triton")
 
 

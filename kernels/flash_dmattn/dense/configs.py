@@ -6,9 +6,14 @@ from flash_dmattn.backends.triton import configs
 from flash_dmattn.backends.triton.configs import BlockConfig
 
 
-def grains(query: torch.Tensor) -> tuple[int, int]:
-    """Returns rows and keys of a tile as it is classified; every block shape here is a multiple of it."""
+def forward_grains(query: torch.Tensor) -> tuple[int, int]:
+    """Returns rows and keys of a tile as it is classified; the forward's block shapes are multiples of it."""
     return (32, 16) if query.dtype == torch.float32 else (64, 32)
+
+
+def backward_grains(query: torch.Tensor) -> tuple[int, int]:
+    """Returns the same for the backward."""
+    return (32, 16) if query.dtype == torch.float32 else (32, 32)
 
 
 def forward_config(query: torch.Tensor) -> BlockConfig:
