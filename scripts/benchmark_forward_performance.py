@@ -138,9 +138,9 @@ def check(name: str, shape: Shape, inputs: Inputs, function) -> None:
     with torch.no_grad():
         expected = definition(few, small)
         if name == "sdpa":  # it has no row without keys: such a row is the mean of all values
-            seen = expected.flatten(2).any(-1)[..., None, None]
+            seen = expected.any(-1, keepdim=True)
             out, expected = out * seen, expected * seen
-    error = ((out - expected).norm() / expected.norm()).item()
+    error = ((out - expected).norm() / expected.norm().clamp(min=1e-3)).item()  # nothing may be seen at all
     if not error < 2e-2:
         raise RuntimeError(f"{name} is wrong on {shape}: relative error {error:.2e}")
 

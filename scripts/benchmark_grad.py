@@ -68,7 +68,7 @@ def shapes(device: str) -> list[Shape]:
 def compare(shape: Shape, names: list[str], device: str, dtype: torch.dtype, arguments) -> list[dict]:
     inputs = make_inputs(shape, device, dtype, arguments.seed)
     with torch.no_grad():
-        sees_any = definition(shape, inputs).flatten(2).any(-1)[..., None, None]
+        sees_any = definition(shape, inputs).any(-1, keepdim=True)  # (B, Sq, H, 1)
     dout = torch.randn_like(inputs.query) * sees_any
     exact = Inputs(*(None if x is None else x.float() if x.is_floating_point() else x for x in vars(inputs).values()))
     leaves = exact.leaves()

@@ -1,6 +1,6 @@
 """Trains two-layer models on multi-query associative recall: dense, windows and DMA at equal budget.
 
-    python scripts/benchmark_mqar.py --config configs/mqar_256.yaml --json mqar.json --png mqar.png
+    python scripts/benchmark_mqar.py --config configs/mqar/n256.yaml --json mqar.json --png mqar.png
 
 All variants, seeds and learning rates train side by side as one batched model, on the same examples. For every variant
 and seed the learning rate with the lowest loss on its own last training batches is kept; accuracy is measured on

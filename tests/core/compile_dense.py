@@ -78,7 +78,7 @@ def main():
         grain = shared_configs.BlockConfig(*configs.forward_grains(query), 4, 1)
         kernels = {
             "classify": (_classify, grain),
-            "forward": (_forward, configs.forward_config(query)),
+            "forward": (_forward, configs.forward_config(query, True)),
             "dquery": (_dquery, configs.dquery_config(query)),
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query)),
         }

@@ -55,6 +55,8 @@ def attend(call: AttentionCall | DenseCall) -> tuple[torch.Tensor, torch.Tensor]
 
     from torch.nn.attention.flex_attention import AuxRequest
 
+    biases = call.attn_bias if isinstance(call, DenseCall) else call.importance
+    biases_need_gradient = biases is not None and biases.requires_grad
     run = _compiled() if query.device.type == "cuda" else _flex_attention()
     out, auxiliary = run(
         query,
@@ -65,6 +67,7 @@ def attend(call: AttentionCall | DenseCall) -> tuple[torch.Tensor, torch.Tensor]
         scale=call.softmax_scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
+        kernel_options={"bwd_num_stages": 1} if biases_need_gradient else None,  # else no room in shared memory
     )
     return out.transpose(1, 2), auxiliary.lse
 

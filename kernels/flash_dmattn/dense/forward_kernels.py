@@ -14,7 +14,7 @@ from flash_dmattn.dense.tiles import classify_tiles, list_tiles, load_bias, load
 
 def run_forward(call: DenseCall, config: BlockConfig | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
-    config = config or forward_config(call.query)
+    config = config or forward_config(call.query, call.attn_bias is not None)
     batch, seqlen_q, num_heads, _ = call.query.shape
     grain_m, grain_n = forward_grains(call.query)
     lists = list_tiles(classify_tiles(call, grain_m, grain_n), config.block_m // grain_m, config.block_n // grain_n)
