@@ -13,7 +13,7 @@ def forward_grains(query: torch.Tensor) -> tuple[int, int]:
 
 def backward_grains(query: torch.Tensor) -> tuple[int, int]:
     """Returns the same for the backward."""
-    return (32, 16) if query.dtype == torch.float32 else (32, 32)
+    return (16, 16) if query.dtype == torch.float32 else (32, 32)
 
 
 def forward_config(query: torch.Tensor, has_bias: bool) -> BlockConfig:
@@ -45,7 +45,7 @@ def dquery_config(query: torch.Tensor) -> BlockConfig:
 def dkey_config(query: torch.Tensor) -> BlockConfig:
     row, large = configs._bytes_per_row(query), configs._is_large(query.device)
     if query.dtype == torch.float32:
-        return BlockConfig(32, 32, 4, 1) if large and row <= 512 else BlockConfig(32, 16, 4, 1)
+        return BlockConfig(32, 32, 4, 1) if large and row <= 512 else BlockConfig(16, 16, 4, 1)
     if row <= 256:
         return BlockConfig(64, 128, 8, 1) if large else BlockConfig(64, 64, 8, 1)
-    return BlockConfig(64, 64, 8, 1) if large else BlockConfig(64, 32, 8, 1)
+    return BlockConfig(64, 64, 8, 1) if large else BlockConfig(32, 32, 4, 1)
