@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs compute-sanitizer over small cases of the CUDA forward: needs a GPU of compute capability 9.0 and the library.
+# Runs compute-sanitizer over small cases of the CUDA engine: needs a GPU of compute capability 9.0 and the library.
 #   bash scripts/sanitize_cuda.sh [TOOL ...]     memcheck and racecheck by default
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || set -- memcheck racecheck
 for tool in "$@"; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=forward_kernel \
-        python scripts/small_forward.py
+    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=ward_kernel \
+        python scripts/small_attention.py
 done

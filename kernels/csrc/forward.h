@@ -41,12 +41,13 @@ struct flash_dmattn_forward_params {
     int32_t capacity;
     int32_t head_dim;
     int32_t is_bfloat16;     // otherwise float16
+    int32_t is_for_sm90a;    // the kernels for it, otherwise those for all architectures
+    int32_t shared_bytes;    // of shared memory that a block may have; the kernels for all have shapes for 99 KB and more
 };
 
-// Query rows (tokens x group heads) of a tile, or 0 when there is no kernel for the head dim.
-int flash_dmattn_forward_tile_rows(int head_dim);
+// Query rows (tokens x group heads) of a tile, or 0 when the library has no such kernel.
+int flash_dmattn_forward_tile_rows(int head_dim, int is_bfloat16, int is_for_sm90a);
 
-// Returns 0 or a cudaError_t: cudaErrorInvalidValue for a head dim without a kernel, cudaErrorNoKernelImageForDevice when
-// the library was built without sm_90a.
+// Returns 0 or a cudaError_t, cudaErrorNoKernelImageForDevice when the library has no such kernel.
 int flash_dmattn_forward(const flash_dmattn_forward_params* params, void* stream);
 }

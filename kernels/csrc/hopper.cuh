@@ -1,18 +1,14 @@
-// Thin wrappers of the sm_90a instructions that the kernels use: barriers, asynchronous copies, matrix descriptors.
+// Thin wrappers of the sm_90a instructions that the kernels use: barriers, copies that arrive at them, matrix descriptors.
 #pragma once
 
 #include <cstdint>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "fragments.cuh"
+#include "shared_memory.cuh"
 
 namespace flash_dmattn {
 
 constexpr int kWarpgroup = 128;
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // Barriers in shared memory. A wait for phase 0 returns once the barrier has completed for the first time.
 
@@ -47,18 +43,59 @@ __device__ __forceinline__ void named_arrive(int number, int threads) {
     asm volatile("barrier.cta.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Copies 16 bytes to shared memory; of them `bytes` (0 or 16) are read and the rest is zero.
-__device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes)
-                 : "memory");
-}
+// Position in a ring of stages.
+template <int kStages>
+struct Ring {
+    int stage = 0;
+    int phase = 0;
+
+    __device__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
 
 // Arrives at `barrier` once all copies that this thread has issued so far have landed.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Adds fp32 numbers in shared memory to those at `target`, `bytes` of them, a multiple of 16; both 16-byte aligned.
+__device__ __forceinline__ void reduce_bulk(float* target, uint32_t source, int bytes) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+        "cp.async.bulk.commit_group;" ::"l"(target),
+        "r"(source), "r"(bytes)
+        : "memory");
+}
+
+// Waits until the shared memory that this thread's reductions read may be written again.
+__device__ __forceinline__ void reduce_bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ __forceinline__ void reduce_bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ void reduce(float* target, float value) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void reduce(float* target, float4 values) {
+    asm volatile(
+        "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(values.x), "f"(values.y),
+        "f"(values.z), "f"(values.w)
+        : "memory");
+}
+
+// Writes four 8 x 8 matrices of 16-bit values; lane i tells where row i % 8 of matrix i / 8 goes.
+__device__ __forceinline__ void store_matrices(uint32_t target, const uint32_t* values) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(values[0]),
+        "r"(values[1]), "r"(values[2]), "r"(values[3])
+        : "memory");
+}
 
 // Orders earlier ordinary writes of shared memory before later reads by the tensor cores.
 __device__ __forceinline__ void fence_shared_for_tensor_cores() {
@@ -108,12 +145,6 @@ __device__ __forceinline__ int keep(int value) { return __shfl_sync(~0u, value, 
 // For a value that is the same in the whole warp.
 __device__ __forceinline__ int keep_of_warp(int value) { return __shfl_sync(~0u, value, 0); }
 
-// Keeps the compiler from computing what depends on the value ahead of a loop, where it would occupy registers.
-__device__ __forceinline__ int compute_here(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // Describes a matrix in shared memory whose rows of kRowBytes (64 or 128) bytes are swizzled by 16-byte pieces.
 // `leading`: bytes between pieces of kRowBytes along the contiguous dimension (for operands across the depth).
 template <int kRowBytes>
@@ -122,29 +153,6 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int lead
     constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
     return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
            static_cast<uint64_t>(8 * kRowBytes >> 4) << 32 | kSwizzle << 62;
-}
-
-// The place of a row's 16-byte piece among the pieces of its kRowBytes.
-template <int kRowBytes>
-__device__ __forceinline__ int swizzled_piece(int row, int piece) {
-    return kRowBytes == 128 ? piece ^ (row & 7) : piece ^ (row >> 1 & 3);
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-template <typename Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t packed;
-    if constexpr (sizeof(Element) == 2 && __is_same(Element, __nv_bfloat16)) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    }
-    return packed;
 }
 
 }  // namespace flash_dmattn

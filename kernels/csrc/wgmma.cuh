@@ -2,6 +2,7 @@
 //
 // Wgmma<N, Element>::score    d = a b^T or d += a b^T, both operands in shared memory, rows along the depth ("K-major")
 // Wgmma<N, Element>::weigh    d += a b, a in registers, b in shared memory with rows across the depth ("MN-major")
+// Wgmma<N, Element>::multiply like score; an operand that is turned has its rows across the depth
 #pragma once
 
 #include <cstdint>
@@ -70,6 +71,14 @@ struct Wgmma;
                          I0 ", " I1 ", p, 1, 1, 0, 0;\n}\n"                                                     \
                          : FD_REGS##N                                                                           \
                          : "l"(a), "l"(b), "n"(kAccumulate));                                                   \
+        }                                                                                                       \
+        template <bool kAccumulate, bool kTurnA, bool kTurnB>                                                   \
+        static __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b) {            \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " I2 ", 0;\n"                                         \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FD_TEXTS##N "}, " \
+                         I0 ", " I1 ", p, 1, 1, " I3 ", " I4 ";\n}\n"                                          \
+                         : FD_REGS##N                                                                           \
+                         : "l"(a), "l"(b), "n"(kAccumulate), "n"(kTurnA), "n"(kTurnB));                         \
         }                                                                                                       \
         static __device__ __forceinline__ void weigh(float (&d)[N / 2], const uint32_t* a, uint64_t b) {        \
             asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                             \

@@ -1,8 +1,6 @@
-"""The CUDA kernels against the reference, on a GPU that they are made for.
+"""The CUDA kernels against the reference: those for the GPU at hand, and those for others, which it runs as well."""
 
-The backward is the Triton engine's and tested there; the first test shows that it works on what this forward saves.
-"""
-
+import logging
 import os
 import random
 from dataclasses import replace
@@ -11,17 +9,23 @@ import pytest
 import torch
 
 import flash_dmattn
+from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.cuda.target import ARCHITECTURE_VARIABLE
 from flash_dmattn.dispatch import explain_backends
 
 from .kernel_cases import CASES, DEVICE, GPU_CASES, Case, check, make_inputs, options, run
 
-WHY_NOT = explain_backends()["cuda"] or (
-    None if torch.cuda.get_device_capability() == (9, 0) else "the GPU is not of compute capability 9.0"
-)
+WHY_NOT = explain_backends()["cuda"] or library.why_not_on(torch.device("cuda", 0))
 on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA engine: {WHY_NOT}")]
 pytestmark = on_the_gpu
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+@pytest.fixture(params=("", "80", "120"), ids=("own", "sm80", "sm120"), autouse=True)
+def architecture(request, monkeypatch):
+    """The kernels for the GPU itself, and those for all architectures in the shapes for much and little shared memory."""
+    monkeypatch.setenv(ARCHITECTURE_VARIABLE, request.param)
 
 
 @pytest.fixture
@@ -79,14 +83,14 @@ def test_kernels_equal_the_reference(case, seed):
 @pytest.mark.parametrize("case", [case for case in GPU_CASES if case.head_dim in HEAD_DIMS], ids=lambda case: case.name)
 def test_kernels_equal_the_reference_at_larger_shapes(case, seed):
     case = case if case.dtype != torch.float32 else replace(case, dtype=torch.bfloat16)
-    check(case, seed, "cuda", gradients=False)
+    check(case, seed, "cuda")
 
 
 @pytest.mark.parametrize("number", range(200))
 def test_random_combinations_equal_the_reference(number, seed):
     case = random_case(number, seed)
     try:
-        check(case, seed + number, "cuda", gradients=False)
+        check(case, seed + number, "cuda")
     except AssertionError as error:
         raise AssertionError(f"{case} with seed {seed}: {error}") from error
 
@@ -94,28 +98,99 @@ def test_random_combinations_equal_the_reference(number, seed):
 def test_every_element_is_written(seed):
     case = Case("poisoned", seqlen_q=700, seqlen_k=700, num_heads=6, num_kv_heads=2, importance_heads=2, head_dim=128)
     case = replace(case, dtype=torch.bfloat16)
-    tensors, _, _ = make_inputs(case, seed)
+    tensors = [tensor.requires_grad_() for tensor in make_inputs(case, seed)[0]]
+
+    def poison():  # what is allocated next lies where this was
+        torch.full((case.seqlen_q * case.num_heads * case.head_dim * 16,), torch.nan, device=DEVICE)
+
     for _ in range(3):
-        poison = torch.full((case.seqlen_q * case.num_heads * case.head_dim * 4,), torch.nan, device=DEVICE)
-        del poison  # the outputs are allocated where it was
+        poison()
         results = flash_dmattn.dynamic_mask_attention(*tensors, **case.options, return_lse=True, backend="cuda")
-        assert all(result.isfinite().all() for result in results)
+        dout, dlse = (torch.ones_like(result) for result in results)
+        poison()
+        gradients = torch.autograd.grad(results, tensors, (dout, dlse))
+        assert all(result.isfinite().all() for result in (*results, *gradients))
 
 
-def test_two_runs_are_bitwise_equal(seed):
+def test_two_forwards_are_bitwise_equal(seed):
     case = replace(Case("twice", seqlen_q=900, seqlen_k=900, num_heads=4, head_dim=128), dtype=torch.bfloat16)
     first, second = (run(case, seed, "cuda", gradients=False) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+def forbid_triton(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the backward of the Triton engine was called")
+
+    monkeypatch.setattr(flash_dmattn.backends.triton, "backward", refuse)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
+    forbid_triton(monkeypatch)
+    case = Case("own", num_heads=6, num_kv_heads=2, importance_heads=2, head_dim=head_dim, dtype=dtype)
+    check(case, seed, "cuda")
+
+
+def test_triton_s_backward_serves_with_a_reason(seed, monkeypatch, caplog):
+    flash_dmattn.backends.cuda._announce_triton.cache_clear()
+    case = Case("deterministic", head_dim=64, dtype=torch.bfloat16, options=options(deterministic=True))
+    with caplog.at_level(logging.INFO, logger="flash_dmattn"):
+        check(case, seed, "cuda")
+    assert "no fixed order" in caplog.text
+    forbid_triton(monkeypatch)
+    with pytest.raises(AssertionError, match="Triton"):
+        check(case, seed, "cuda")
+
+
+def test_both_ways_run_in_a_cuda_graph(seed):
+    case = Case("graph", seqlen_q=700, seqlen_k=700, num_heads=8, num_kv_heads=2, importance_heads=2, head_dim=128)
+    case = replace(case, dtype=torch.bfloat16)
+    tensors = [tensor.requires_grad_() for tensor in make_inputs(case, seed)[0]]
+    visibility = flash_dmattn.select_visible(tensors[3].detach(), keep_window_size=100)
+    dout = torch.randn_like(tensors[0])
+
+    def work():
+        out = flash_dmattn.interval_attention(*tensors, visibility, max_visible=100, backend="cuda")
+        return torch.autograd.grad(out, tensors, dout)
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    with torch.no_grad():
+        for tensor in tensors[:3]:
+            tensor.copy_(torch.randn_like(tensor))
+        dout.copy_(torch.randn_like(dout))
+    for _ in range(2):
+        graph.replay()
+        for got, expected in zip(captured, work(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_strided_inputs(seed):
     case = replace(Case("strided", seqlen_q=300, seqlen_k=300, num_heads=4, head_dim=128), dtype=torch.bfloat16)
-    (query, key, value, importance), _, _ = make_inputs(case, seed)
-    expected = flash_dmattn.dynamic_mask_attention(query, key, value, importance, **case.options, backend="cuda")
-    query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    key, value = torch.stack([key, value], dim=2).unbind(2)
-    got = flash_dmattn.dynamic_mask_attention(query, key, value, importance, **case.options, backend="cuda")
-    assert torch.equal(got, expected)
+    inputs, _, weights = make_inputs(case, seed)
+    dout = weights[..., :-1].to(case.dtype)
+
+    def work(dout, *tensors):
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = flash_dmattn.dynamic_mask_attention(*tensors, **case.options, backend="cuda")
+        return out, *torch.autograd.grad(out, tensors, dout)
+
+    def turn(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    query, key, value, importance = inputs
+    out, *expected = work(dout, *inputs)
+    got_out, *got = work(turn(dout), turn(query), *torch.stack([key, value], dim=2).unbind(2), turn(importance))
+    assert torch.equal(got_out, out)
+    for mine, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int stage = 0; stage < Traits::kStages; ++stage) {
-            barrier_init(shared.key_full(stage), kWarpgroup + 4);
-            barrier_init(shared.key_empty(stage), Traits::kConsumers * 4);
+            // Every thread arrives for itself: at key_full when its biases are written, and again when its copies are.
+            barrier_init(shared.key_full(stage), 2 * kWarpgroup);
+            barrier_init(shared.key_empty(stage), Traits::kConsumers * kWarpgroup);
             barrier_init(shared.value_full(stage), kWarpgroup);
-            barrier_init(shared.value_empty(stage), Traits::kConsumers * 4);
+            barrier_init(shared.value_empty(stage), Traits::kConsumers * kWarpgroup);
         }
         fence_barrier_init();
     }

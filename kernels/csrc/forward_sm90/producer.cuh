@@ -196,8 +196,7 @@ __device__ __forceinline__ void produce(const KernelParams& p, char* smem) {
         gather<Traits>(shared.key(key_ring.stage), p.key, p.key_strides, p.key_row_bytes, p, tile, warp, lane);
         store_facts<Traits>(smem, key_ring.stage, tile, intervals, warp, lane);
         copy_async_arrive(shared.key_full(key_ring.stage));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.key_full(key_ring.stage));
+        barrier_arrive(shared.key_full(key_ring.stage));
         key_ring.advance();
         if (previous.exists) copy_value(previous);
         previous = tile;

@@ -1,14 +1,20 @@
-"""The CUDA engine: a forward for Hopper GPUs, compiled when the package is installed.
+"""The CUDA engine: a forward for Hopper GPUs and one for all others from compute capability 8.0 on, and a backward for
+Hopper, compiled when the package is installed.
 
-The backward is that of the Triton engine, on the same saved tensors.
+Where its backward does not serve, the Triton engine's takes over, on the same saved tensors.
 """
+
+import functools
+import logging
 
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.backends.cuda import library, lists
+from flash_dmattn.backends.cuda import library, lists, target
 from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.call import AttentionCall
+
+logger = logging.getLogger("flash_dmattn")
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -25,16 +31,19 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: AttentionCall) -> str | None:
-    reason = library.why_not_on(call.query.device) or lists.reject(call)
+    from flash_dmattn.backends.cuda.forward_launch import tile_rows
+
+    device = call.query.device
+    reason = library.why_not_on(device) or lists.reject(call) or target.reject(device)
     if reason is not None:
         return reason
-    if torch.cuda.get_device_capability(call.query.device) != (9, 0):
-        return "the GPU is not of compute capability 9.0"
     if call.query.dtype not in _DTYPES:
         return f"dtype {call.query.dtype} is not supported (float16 and bfloat16 are)"
     head_dim = call.query.shape[-1]
     if head_dim not in _HEAD_DIMS:
         return f"head dim {head_dim} is not one of {_HEAD_DIMS}"
+    if tile_rows(call) == 0:
+        return f"the CUDA library was built without the forward for head dim {head_dim} and {call.query.dtype}"
     group_size = call.query.shape[2] // call.num_interval_heads
     if group_size > _MAX_GROUP_SIZE:
         return f"{group_size} query heads per interval head are above {_MAX_GROUP_SIZE}"
@@ -60,4 +69,15 @@ def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
-    return triton.backward(call, out, stats, dout, dlse)
+    from flash_dmattn.backends.cuda.backward_launch import reject_backward, run_backward
+
+    reason = reject_backward(call)
+    if reason is not None:
+        _announce_triton(reason)
+        return triton.backward(call, out, stats, dout, dlse)
+    return run_backward(call, out, stats, dout, dlse)
+
+
+@functools.cache
+def _announce_triton(reason: str) -> None:
+    logger.info("flash_dmattn takes the backward of the triton backend (cuda: %s)", reason)

@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from flash_dmattn.backends.cuda.library import launch, load, pointer
+from flash_dmattn.backends.cuda.target import find_target
 from flash_dmattn.backends.key_lists import KeyLists
 from flash_dmattn.call import AttentionCall
 
@@ -34,13 +35,21 @@ class _Parameters(ctypes.Structure):
         ("capacity", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("is_bfloat16", ctypes.c_int32),
+        ("is_for_sm90a", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
     )
 
 
+def tile_rows(call: AttentionCall) -> int:
+    """Returns the rows of a query tile, tokens x group heads, or 0 when the library has no kernel for the call."""
+    target = find_target(call.query.device)
+    is_bfloat16 = call.query.dtype == torch.bfloat16
+    return load().flash_dmattn_forward_tile_rows(call.query.shape[-1], is_bfloat16, target.is_for_sm90a)
+
+
 def tile_size(call: AttentionCall) -> int:
-    """Returns the query tokens of a tile, whose rows are tokens x group heads."""
-    rows = load().flash_dmattn_forward_tile_rows(call.query.shape[-1])
-    return rows // (call.query.shape[2] // call.num_interval_heads)
+    """Returns the query tokens of a tile."""
+    return tile_rows(call) // (call.query.shape[2] // call.num_interval_heads)
 
 
 def run_forward(call: AttentionCall, lists: KeyLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,6 +60,7 @@ def run_forward(call: AttentionCall, lists: KeyLists) -> tuple[torch.Tensor, tor
     stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=out.device)
     # Without lists the only epoch is as long as the sequence, so that no tile of it is empty.
     epoch_size = seqlen_q if lists.entries is None else lists.epoch_size
+    target = find_target(out.device)
     parameters = _Parameters(
         query=call.query.data_ptr(),
         key=call.key.data_ptr(),
@@ -84,6 +94,8 @@ def run_forward(call: AttentionCall, lists: KeyLists) -> tuple[torch.Tensor, tor
         capacity=lists.capacity,
         head_dim=head_dim,
         is_bfloat16=call.query.dtype == torch.bfloat16,
+        is_for_sm90a=target.is_for_sm90a,
+        shared_bytes=target.shared_bytes,
     )
     launch("flash_dmattn_forward", parameters, out.device)
     return out, lse, stats

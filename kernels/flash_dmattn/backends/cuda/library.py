@@ -6,14 +6,18 @@ library links no torch and no Python, so one file serves all versions of both.
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
 
 from flash_dmattn.backends.gpu import why_no_gpu
 
-ABI_VERSION = 1
+ABI_VERSION = 3
 """The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""
+
+DISABLING_VARIABLE = "FLASH_DMATTN_DISABLE_CUDA"
+"""1 makes the library unavailable, so that everything is served as where it is not installed."""
 
 PATH = Path(__file__).resolve().parents[2] / "libflash_dmattn_cuda.so"
 
@@ -28,9 +32,16 @@ def load() -> ctypes.CDLL:
     return _open(PATH)
 
 
-@functools.cache
 def why_unavailable() -> str | None:
-    """Returns why the library cannot be loaded, or None."""
+    """Returns why the library cannot be used, or None. Raises ValueError for a switch that is neither 0 nor 1."""
+    switch = os.environ.get(DISABLING_VARIABLE, "")
+    if switch not in ("", "0", "1"):
+        raise ValueError(f"the environment variable {DISABLING_VARIABLE} must be 0 or 1, got {switch!r}")
+    return f"{DISABLING_VARIABLE}=1 turns it off" if switch == "1" else _why_not_loaded()
+
+
+@functools.cache
+def _why_not_loaded() -> str | None:
     try:
         load()
     except LibraryUnavailable as error:
@@ -38,14 +49,15 @@ def why_unavailable() -> str | None:
     return None
 
 
-@functools.cache
 def why_not_on(device: torch.device) -> str | None:
     """Returns why the library's kernels cannot run on `device`, or None."""
     if device.type != "cuda":
         return f"tensors are on {device}, not on a CUDA GPU"
-    reason = why_unavailable() or why_no_gpu()
-    if reason is not None:
-        return reason
+    return why_unavailable() or why_no_gpu() or _why_not_built_for(device)
+
+
+@functools.cache
+def _why_not_built_for(device: torch.device) -> str | None:
     if torch.version.hip is not None:  # it calls its GPUs CUDA devices, and some have capability 9.0
         return "torch was built for ROCm"
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,6 +1,6 @@
-"""Small forwards of the CUDA engine, one a kernel: what scripts/sanitize_cuda.sh watches.
+"""Small forwards and backwards of the CUDA engine, one a kernel: what scripts/sanitize_cuda.sh watches.
 
-python scripts/small_forward.py
+python scripts/small_attention.py
 """
 
 import itertools
@@ -18,11 +18,10 @@ def main() -> None:
     ):
         query = torch.randn(1, 300, 6, head_dim, device="cuda", dtype=dtype)
         key, value = torch.randn(2, 1, 300, 2, head_dim, device="cuda", dtype=dtype)
-        importance = torch.randn(1, 2, 300, device="cuda")
-        out = flash_dmattn.dynamic_mask_attention(
-            query, key, value, importance, keep_window_size=window, softcap=softcap, backend="cuda"
-        )
-        if not out.isfinite().all():
+        inputs = [x.requires_grad_() for x in (query, key, value, torch.randn(1, 2, 300, device="cuda"))]
+        out = flash_dmattn.dynamic_mask_attention(*inputs, keep_window_size=window, softcap=softcap, backend="cuda")
+        results = out, *torch.autograd.grad(out, inputs, torch.randn_like(out))
+        if not all(result.isfinite().all() for result in results):
             raise RuntimeError(f"head dim {head_dim}, {dtype}: not finite")
 
 

@@ -1,0 +1,67 @@
+// Backward of interval attention for sm_90a.
+//
+// A persistent block takes one tile of an epoch's keys after the other, gathers its rows of K and V once and walks the
+// query tiles that see some of it. A query tile is kBlockM rows, tokens x group heads. Products are transposed, keys by
+// queries, so that dkey, dvalue and dimportance stay in the registers of the two consumer warpgroups; dquery is added
+// to fp32 sums in memory, which no two query tiles share. At the end of an item dkey and dvalue are added to theirs.
+#pragma once
+
+#include "consumer.cuh"
+#include "producer.cuh"
+#include "wide_consumer.cuh"
+
+namespace flash_dmattn {
+
+template <typename Traits, bool kHasSoftcap>
+__global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __grid_constant__ BackwardKernelParams p) {
+    extern __shared__ __align__(1024) char smem[];
+    const BackwardMemory<Traits> shared{shared_address(smem)};
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int stage = 0; stage < Traits::kStages; ++stage) {
+            barrier_init(shared.rows_full(stage), kWarpgroup + 4);
+            barrier_init(shared.rows_empty(stage), Traits::kConsumers * 4);
+        }
+        barrier_init(shared.item_full(), 1);
+        barrier_init(shared.keys_full(), kWarpgroup);
+        barrier_init(shared.keys_empty(), Traits::kConsumers * 4);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    const int warpgroup = threadIdx.x / kWarpgroup;
+    if (warpgroup == 0) {
+        shrink_registers<Traits::kProducerRegs>();
+        produce_gradients<Traits>(p, smem);
+    } else {
+        grow_registers<Traits::kConsumerRegs>();
+        if constexpr (Traits::kSplitsHeadDim) {
+            consume_wide<Traits, kHasSoftcap>(p, smem, warpgroup - 1);
+        } else {
+            consume_rows<Traits, kHasSoftcap>(p, smem, warpgroup - 1);
+        }
+    }
+}
+
+template <typename Element, int kHeadDim>
+cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
+    using Traits = BackwardTraits<Element, kHeadDim>;
+    const auto kernel = p.softcap > 0 ? backward_kernel<Traits, true> : backward_kernel<Traits, false>;
+    int device, num_processors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    // Item numbers are int32; byte offsets of rows within a query tile are uint32.
+    const int64_t key_tiles = (p.capacity + Traits::kBlockN - 1) / Traits::kBlockN;
+    const int64_t items = int64_t(p.batch) * p.num_interval_heads * p.num_epochs * key_tiles;
+    const int64_t longest_tile = p.tile_size * (p.query_strides[1] + p.group_size * p.query_strides[2]);
+    if (items > INT32_MAX - 65536 || longest_tile > INT32_MAX / 2) return cudaErrorInvalidValue;
+    if (items == 0) return cudaSuccess;
+    const int blocks = items < num_processors ? int(items) : num_processors;
+    kernel<<<blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(BackwardKernelParams(p, Traits::kBlockN));
+    return cudaGetLastError();
+}
+
+}  // namespace flash_dmattn

@@ -1,0 +1,152 @@
+// The producer warpgroup of the sm_90a backward: picks the work, gathers K and V of a key tile once, then brings query
+// tile after query tile with the rows' facts.
+#pragma once
+
+#include <cmath>
+
+#include "schedule.cuh"
+
+namespace flash_dmattn {
+
+// Copies the rows of the warp's keys to their places in a tile of shared memory; rows of no key become zero.
+template <typename Traits>
+__device__ __forceinline__ void gather_keys(
+    uint32_t target, const void* matrix, const int64_t (&strides)[3], const BackwardKernelParams& p,
+    const WorkItem& item, int key_of_lane, int warp, int lane) {
+    const int batch = item.list_head / p.num_interval_heads;
+    const int head = (item.list_head - batch * p.num_interval_heads) / p.interval_heads_per_kv_head;
+    const int piece = lane % Traits::kLanesPerRow;
+    const char* base = static_cast<const char*>(matrix) + (batch * strides[0] + head * strides[2]) * 2 + piece * 16;
+    const int64_t row_bytes = strides[1] * 2;
+#pragma unroll
+    for (int first = 0; first < Traits::kKeysPerWarp; first += Traits::kRowsPerCopy) {
+        const int key = __shfl_sync(~0u, key_of_lane, first + lane / Traits::kLanesPerRow);
+        const char* source = base + max(key, 0) * row_bytes;
+        const int row = warp * Traits::kKeysPerWarp + first + lane / Traits::kLanesPerRow;
+        const uint32_t place = target + row * Traits::kRowBytes + swizzled_piece<Traits::kRowBytes>(row, piece) * 16;
+#pragma unroll
+        for (int i = 0; i < Traits::kPieces; ++i) {
+            copy_async(
+                place + i * Traits::kBlockN * Traits::kRowBytes, source + i * Traits::kRowBytes, key >= 0 ? 16 : 0);
+        }
+    }
+}
+
+// The rows of query and dout that a lane copies of every tile: byte offsets from those of the tile's first token.
+template <typename Traits>
+struct RowCopies {
+    static constexpr int kCopies = Traits::kRowsPerWarp / Traits::kRowsPerCopy;
+    uint32_t query[kCopies];
+    uint32_t dout[kCopies];
+    uint32_t place;
+
+    __device__ RowCopies(const BackwardKernelParams& p, int warp, int lane) {
+        const int piece = lane % Traits::kLanesPerRow;
+        const int first_row = warp * Traits::kRowsPerWarp + lane / Traits::kLanesPerRow;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+            const int row = first_row + i * Traits::kRowsPerCopy;
+            const int token = row / p.group_size, head = row - token * p.group_size;
+            query[i] = uint32_t(token * p.query_strides[1] + head * p.query_strides[2]) * 2 + piece * 16;
+            dout[i] = uint32_t(token * p.num_interval_heads * p.group_size + head) * Traits::kHeadDim * 2 + piece * 16;
+        }
+        place = first_row * Traits::kRowBytes + swizzled_piece<Traits::kRowBytes>(first_row, piece) * 16;
+    }
+
+    // Bit i of `seen` tells whether row i of the warp's is to be copied; the others become zero.
+    __device__ __forceinline__ void start(
+        uint32_t target, const char* base, const uint32_t (&offsets)[kCopies], unsigned seen, int lane) const {
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+            const int row = i * Traits::kRowsPerCopy + lane / Traits::kLanesPerRow;
+            const bool copies = seen >> row & 1;
+            const char* source = base + (copies ? offsets[i] : 0);
+            // Rows that are kRowsPerCopy apart differ in their swizzle where that is less than its period.
+            const int rows_apart = i * Traits::kRowsPerCopy;
+            const uint32_t swizzle = (Traits::kRowBytes == 128 ? rows_apart & 7 : rows_apart >> 1 & 3) << 4;
+            const uint32_t lane_place = target + ((place ^ swizzle) + rows_apart * Traits::kRowBytes);
+#pragma unroll
+            for (int k = 0; k < Traits::kPieces; ++k) {
+                copy_async(
+                    lane_place + k * Traits::kBlockM * Traits::kRowBytes, source + k * Traits::kRowBytes,
+                    copies ? 16 : 0);
+            }
+        }
+    }
+};
+
+template <typename Traits>
+__device__ __forceinline__ void produce_gradients(const BackwardKernelParams& p, char* smem) {
+    const BackwardMemory<Traits> shared{shared_address(smem)};
+    const int warp = threadIdx.x / 32 % 4;
+    const int lane = threadIdx.x % 32;
+    const RowCopies<Traits> copies(p, warp, lane);
+    const int64_t token_bytes = p.query_strides[1] * 2;
+    const int dout_token_bytes = p.num_interval_heads * p.group_size * Traits::kHeadDim * 2;
+    ItemWalk<Traits> walk(p, reinterpret_cast<int*>(smem + Traits::kSlotsOffset));
+    Ring<Traits::kStages> ring;
+
+    for (int keys_phase = 1;; keys_phase ^= 1) {
+        const WorkItem item = walk.next(lane);
+        int key = -1;
+        if (item.num_tiles > 0 && lane < Traits::kKeysPerWarp) {
+            float bias;
+            key = item.key(p, warp * Traits::kKeysPerWarp + lane, bias);
+        }
+        barrier_wait(shared.keys_empty(), keys_phase);
+        if (threadIdx.x % kWarpgroup == 0) {
+            *reinterpret_cast<WorkItem*>(smem + Traits::kItemOffset) = item;
+            barrier_arrive(shared.item_full());
+        }
+        if (item.num_tiles == 0) break;
+        gather_keys<Traits>(shared.key(), p.key, p.key_strides, p, item, key, warp, lane);
+        gather_keys<Traits>(shared.value(), p.value, p.value_strides, p, item, key, warp, lane);
+        copy_async_arrive(shared.keys_full());
+
+        const int batch = item.list_head / p.num_interval_heads;
+        const int first_head = (item.list_head - batch * p.num_interval_heads) * p.group_size;
+        const int epoch_first = item.epoch * p.epoch_size;
+        const int epoch_end = min(epoch_first + p.epoch_size, p.seqlen_q);
+        int query = epoch_first + item.first_tile * p.tile_size;
+        const int64_t query_offset =
+            batch * p.query_strides[0] + query * p.query_strides[1] + first_head * p.query_strides[2];
+        const char* query_row = static_cast<const char*>(p.query) + query_offset * 2;
+        const char* dout_row = static_cast<const char*>(p.dout) +
+                               (int64_t(batch) * p.seqlen_q + query) * dout_token_bytes +
+                               first_head * Traits::kHeadDim * 2;
+        const float4* facts = reinterpret_cast<const float4*>(p.row_facts) +
+                              (int64_t(item.list_head) * p.seqlen_q + query) * p.group_size;
+        const int row_of_lane = warp * Traits::kRowsPerWarp + lane;
+        const auto load_facts = [&] {
+            const int num_rows = lane < Traits::kRowsPerWarp ? min(p.tile_size, epoch_end - query) * p.group_size : 0;
+            return row_of_lane < num_rows ? __ldg(facts + row_of_lane)
+                                          : make_float4(INFINITY, 0.f, 0.f, __int_as_float(-1));
+        };
+        float4 fact = load_facts();
+        for (int n = 0; n < item.num_tiles; ++n) {
+            const unsigned seen = __ballot_sync(~0u, fact.x < INFINITY);
+            barrier_wait(shared.rows_empty(ring.stage), ring.phase ^ 1);
+            copies.start(shared.query(ring.stage), query_row, copies.query, seen, lane);
+            copies.start(shared.dout(ring.stage), dout_row, copies.dout, seen, lane);
+            if (lane < Traits::kRowsPerWarp) {
+                float* stage = reinterpret_cast<float*>(smem + Traits::kFactsOffset + ring.stage * Traits::kFactBytes);
+                stage[row_of_lane] = fact.x;
+                stage[Traits::kBlockM + row_of_lane] = fact.y;
+                stage[2 * Traits::kBlockM + row_of_lane] = fact.z;
+                stage[3 * Traits::kBlockM + row_of_lane] = fact.w;
+            }
+            copy_async_arrive(shared.rows_full(ring.stage));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared.rows_full(ring.stage));
+            ring.advance();
+            query += p.tile_size;
+            query_row += p.tile_size * token_bytes;
+            dout_row += int64_t(p.tile_size) * dout_token_bytes;
+            facts += p.tile_size * p.group_size;
+            if (n + 1 < item.num_tiles) fact = load_facts();
+        }
+    }
+    copy_async_wait_all();
+}
+
+}  // namespace flash_dmattn
