@@ -13,7 +13,8 @@ and, if it decodes over fixed slots,
     reject_decoding(call) -> str | None              why it refuses this step
     decode(call) -> out                              changes the slots
 
-so a new engine is a new file here and a line below. One that differentiates itself has, instead of forward and backward,
+so a new engine is a new file here and a line below. One that differentiates itself has, in place of forward and
+backward,
 
     attend(call) -> (out, lse)
 

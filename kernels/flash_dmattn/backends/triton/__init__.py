@@ -74,7 +74,7 @@ def backward(
 
 
 def reject_decoding(call: DecodeCall) -> str | None:
-    if call.query.device.type != "cuda" and not _is_interpreted():
+    if call.query.device.type != "cuda" and not is_interpreted():
         return f"tensors are on {call.query.device}, not on a CUDA GPU"
     if call.query.dtype not in _DTYPES:
         return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
