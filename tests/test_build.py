@@ -277,7 +277,13 @@ def test_the_package_and_its_sources_agree_on_the_version():
 
 
 @pytest.mark.parametrize(
-    ("module", "header"), [("selection", "selection.h"), ("lists", "lists.h"), ("forward_launch", "forward.h")]
+    ("module", "header"),
+    [
+        ("selection", "selection.h"),
+        ("lists", "lists.h"),
+        ("forward_launch", "forward.h"),
+        ("backward_launch", "backward.h"),
+    ],
 )
 def test_parameters_are_laid_out_as_the_header_says(module, header):
     types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
