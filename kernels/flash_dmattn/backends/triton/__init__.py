@@ -10,6 +10,7 @@ import torch
 
 from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.call import AttentionCall
+from flash_dmattn.decode_call import DecodeCall
 
 MAX_LANES = 65535
 """Programs of a launch in its second and third dimension: one for every batch row and head."""
@@ -28,11 +29,11 @@ def why_unavailable() -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton cannot be imported ({error}); torch's builds for CUDA on Linux bring it"
-    return None if _is_interpreted() else why_no_gpu()
+    return None if is_interpreted() else why_no_gpu()
 
 
 def reject(call: AttentionCall) -> str | None:
-    if call.query.device.type != "cuda" and not _is_interpreted():
+    if call.query.device.type != "cuda" and not is_interpreted():
         return f"tensors are on {call.query.device}, not on a CUDA GPU"
     if call.query.dtype not in _DTYPES:
         return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
@@ -72,6 +73,26 @@ def backward(
     return run_backward(call, out, stats, dout, dlse)
 
 
+def reject_decoding(call: DecodeCall) -> str | None:
+    if call.query.device.type != "cuda" and not is_interpreted():
+        return f"tensors are on {call.query.device}, not on a CUDA GPU"
+    if call.query.dtype not in _DTYPES:
+        return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
+    if call.query.shape[-1] > _MAX_HEAD_DIM:
+        return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    group_size = call.query.shape[2] // call.slots.keys.shape[1]
+    if group_size > 32:
+        return f"{group_size} query heads per head of the slots are above 32"
+    return None
+
+
+def decode(call: DecodeCall) -> torch.Tensor:
+    """Changes the slots and returns out (B, 1, H, D)."""
+    from flash_dmattn.backends.triton.decode_kernel import run_decode
+
+    return run_decode(call)
+
+
 def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, seqlen_q, num_heads, _ = call.query.shape
     out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
@@ -79,5 +100,5 @@ def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, tor
     return out, -stats[0], stats
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
