@@ -48,7 +48,9 @@ def dynamic_mask_attention_forward(
     window = sliding_window_of(module) if gate is None else gate.sliding_window
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
     tag = tag_of(attention_mask)
-    _check_sliding_window(module, window, sliding_window, attention_mask, tag)
+    is_cached = gate is not None and gate.pending is not None
+    if not (is_cached and query.shape[2] == 1 and tag is None):  # a static cache reduces the mask of one token
+        _check_sliding_window(module, window, sliding_window, attention_mask, tag)
     if tag is not None and tag.is_full and attention_mask.shape[1] <= key.shape[2]:
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
@@ -56,7 +58,7 @@ def dynamic_mask_attention_forward(
     if gate is not None:
         if not torch.compiler.is_compiling():
             gate.was_called = True
-        if gate.pending is not None:
+        if is_cached:
             _refuse_documents(documents)
             return _attend_cached(gate, query, key, value, attention_mask, options), None
         _refuse_dropped_keys(gate, key, attention_mask)
@@ -88,15 +90,19 @@ def dynamic_mask_attention_forward(
 
 
 def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Tensor:
-    """Attends over the survivors and the new tokens that the cache left with the gate, then lets it evict."""
+    """Attends over the survivors and the new tokens, which the cache left with the gate, and lets it evict."""
     (layer, *cached), gate.pending = gate.pending, None
-    for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
-        if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:
-            raise RuntimeError(
-                f"layer {gate.layer_idx} changed its {name} between the cache and the attention function, "
-                "which a DynamicMaskCache cannot follow"
-            )
+    if not torch.compiler.is_compiling():
+        for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
+            if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:
+                raise RuntimeError(
+                    f"layer {gate.layer_idx} changed its {name} between the cache and the attention function, "
+                    "which a DynamicMaskCache cannot follow"
+                )
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    options["add_importance_bias"] = gate.config.add_importance_bias
+    if layer.takes_step:
+        return layer.step(query.transpose(1, 2), padding_mask, **options)
     view = layer.view(padding_mask)
     out = interval_attention(
         query.to(view.value.dtype).transpose(1, 2),
@@ -106,7 +112,6 @@ def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Te
         view.visibility,
         query_positions=view.query_positions,
         max_visible=gate.config.keep_window_size,
-        add_importance_bias=gate.config.add_importance_bias,
         **options,
     )
     layer.evict()

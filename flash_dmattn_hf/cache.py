@@ -13,11 +13,13 @@ class DynamicMaskCache(DynamicCache):
 
     model: a model with flash_dmattn attached. Its other layers get transformers' own cache layers. The cache does
         not keep the model alive.
+    static: lets `generate()` on a GPU capture the forward of one token as a CUDA graph, or compile it, as
+        `cache_implementation="static"` does. All layers of the model must be of constant size then.
 
-    Raises ValueError when no layer of the model has an importance gate.
+    Raises ValueError when no layer of the model has an importance gate, or, for a static cache, one has none.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, static: bool = False):
         super().__init__(config=model.config.get_text_config(decoder=True))
         gates = {gate.layer_idx: gate for _, _, gate in iter_gates(model)}
         if not gates:
@@ -36,6 +38,28 @@ class DynamicMaskCache(DynamicCache):
                 )
 
         self._last_updated = None
+        self.is_static = static
+        if static and len(self.mask_layers) < len(self.layers):
+            plain = next(index for index, layer in enumerate(self.layers) if layer not in self.mask_layers)
+            raise ValueError(
+                f"a static cache needs an importance gate in every layer of the model, got layer {plain} without one: "
+                'its keys grow with the text; use cache_implementation="dynamic"'
+            )
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate()` may capture or compile the forward of one token."""
+        return self.is_static
+
+    @property
+    def takes_captured_steps(self) -> bool:
+        """Whether single tokens go into the slots of all layers at once, whatever came before."""
+        ready = all(layer.is_initialized and layer.num_rows and not layer.record_past for layer in self.mask_layers)
+        return self.is_static and ready and not torch.is_grad_enabled()
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the slots of all layers are."""
+        return tuple(state.data_ptr() for layer in self.mask_layers for state in layer.slots)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs

@@ -1,8 +1,8 @@
 """One layer of the constant-size, lossless key/value cache.
 
-A key that leaves the top K of its head never comes back, so it can be forgotten. What is kept, at most
-`keep_window_size` keys per head, carries its importance and its true position: both decide what later queries see,
-and neither can be recomputed once the heads have kept different tokens.
+A key that leaves the top K of its head never comes back, so it can be forgotten: `keep_window_size` slots per head,
+allocated once, hold all that later tokens can see. Each key in them carries its importance and its true position: both
+decide what later queries see, and neither can be recomputed once the heads have kept different tokens.
 """
 
 import weakref
@@ -12,9 +12,12 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from flash_dmattn import Visibility, select_visible
-from flash_dmattn.decode import cache_capacity, decode_visibility, find_victim, select_survivors
+from flash_dmattn.decode import cache_capacity, select_survivors
+from flash_dmattn.selection import comparable
+from flash_dmattn.slots import Slots, decode_step, make_slots, refresh_victims
+from flash_dmattn_hf.cache_tail import ROWS, Tail
 
-STATE = ("keys", "values", "importance", "positions", "num_real")
+STATE = (*Slots._fields, "row_is_real")
 
 
 class CacheView(NamedTuple):
@@ -36,25 +39,30 @@ class CacheView(NamedTuple):
 class DynamicMaskCacheLayer(DynamicLayer):
     """The cache of one attention layer with an importance gate.
 
-    Hc is the number of kv heads, or of query heads when importance is per query head. One forward is
-    `update` (from the model), then `view` and `evict` (from the attention function).
+    One forward is `update` (from the model), then, from the attention function, `step` for a single token, else `view`
+    and `evict`. Several tokens wait in a tail behind the slots until `evict` puts those that survive into them; while
+    the past is recorded all wait there until the next `crop`, which undoes tokens by dropping them.
 
-    keys, values: (B, Hc, n, D); importance: (B, Hc, n); positions: (B, Hc, n) int32, -1 for an empty slot.
-    num_real: (B,) int32, real tokens seen. num_rows: tokens seen, padding included.
+    keys, values, importance, positions, victims, lengths, arrivals: the fields of `slots`, w slots per head, absent
+        before the first update. Hc is the number of kv heads, or of query heads when importance is per query head.
+    row_is_real: (B, w) bool, which of the first w tokens were no padding.
+    num_rows: tokens processed, padding included.
+    is_counted_outside: True while a captured or compiled forward of one token leaves counting it to `count_step`.
     record_past: while True nothing is evicted before the next `crop`, which can then undo every token since.
     """
 
     def __init__(self, gate):
         super().__init__()
         self._gate = weakref.ref(gate)
-        self._windows = {
-            "keep_window_size": gate.config.keep_window_size,
-            "num_sink_tokens": gate.config.num_sink_tokens,
-            "local_window_size": gate.config.local_window_size,
+        config = gate.config
+        self._competition = {
+            "num_sink_tokens": config.num_sink_tokens,
+            "local_window_size": config.local_window_size,
         }
+        self._windows = {"keep_window_size": config.keep_window_size, **self._competition}
         self._sliding_window = gate.sliding_window
-        self.record_past = False
-        self._forget()
+        self.record_past = self.is_counted_outside = False
+        self._release()
 
     @property
     def gate(self):
@@ -65,70 +73,91 @@ class DynamicMaskCacheLayer(DynamicLayer):
         return gate
 
     @property
+    def slots(self) -> Slots:
+        return Slots(*(getattr(self, name) for name in Slots._fields))
+
+    @property
+    def num_kept(self) -> int:
+        """Slots per head that may be occupied: the first ones."""
+        return min(self.num_rows - len(self._tail), self._windows["keep_window_size"])
+
+    @property
     def num_keys(self) -> int:
-        """Slots per head, empty ones included."""
-        return self.importance.shape[-1] if self.is_initialized else 0
+        """Keys per head that are held, the tail's included."""
+        return self.num_kept + len(self._tail)
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in STATE) if self.is_initialized else 0
+        return sum(state.nbytes for state in (*self._state().values(), *self._tail.rows.values()))
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in STATE} if self.is_initialized else {}
 
     def _transform(self, function) -> None:
+        """Replaces every tensor; one whose shape and device stay the same keeps its address."""
         for name, state in self._state().items():
-            setattr(self, name, function(state))
+            new = function(state)
+            if (new.shape, new.device) != (state.shape, state.device) or state.requires_grad or new.requires_grad:
+                setattr(self, name, new)
+            elif new is not state:
+                state.copy_(new)
+        self._tail.rows = {name: function(rows) for name, rows in self._tail.rows.items()}
 
     def _forget(self) -> None:
-        self.keys = self.values = self.importance = self.positions = self.num_real = None
-        self.is_initialized = False
         self.num_rows = 0
+        self._tail = Tail()
+        self._new = None
         self._num_new = 0
         self._num_undoable = 0
 
+    def _release(self) -> None:
+        for name in STATE:
+            setattr(self, name, None)
+        self.is_initialized = False
+        self._forget()
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        batch, num_kv_heads = key_states.shape[:2]
+        self.dtype, self.device = value_states.dtype, value_states.device
+        batch, num_kv_heads, _, head_dim = value_states.shape
         num_heads = max(num_kv_heads, self.gate.num_importance_heads)
-        precision = torch.float64 if value_states.dtype == torch.float64 else torch.float32
-        self.keys = key_states.new_empty(batch, num_heads, 0, key_states.shape[-1])
-        self.values = value_states.new_empty(batch, num_heads, 0, value_states.shape[-1])
-        self.importance = value_states.new_empty(batch, num_heads, 0, dtype=precision)
-        self.positions = torch.empty(batch, num_heads, 0, dtype=torch.int32, device=self.device)
-        self.num_real = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        capacity = self._windows["keep_window_size"]
+        slots = make_slots(batch, num_heads, capacity, head_dim, self.dtype, self.device)
+        for name, state in slots._asdict().items():
+            torch._dynamo.mark_static_address(state)
+            setattr(self, name, state)
+        with torch.inference_mode(False):
+            self.row_is_real = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends T tokens and hands this layer to the attention function, by way of the gate.
+        """Takes T tokens and hands this layer to the attention function, by way of the gate.
 
-        key_states, value_states: (B, Hkv, T, D). Returns the kept and the new keys and values, (B, Hc, n, D).
-        Raises ValueError for another batch size than before, RuntimeError when the tokens before these were never
-        attended to by flash_dmattn.
+        key_states, value_states: (B, Hkv, T, D). Returns them as they are: what the tokens see is decided when they
+        attend. Raises ValueError for another batch size than before, RuntimeError when the tokens before these were
+        never attended to by flash_dmattn.
         """
         gate = self.gate
         self.check_attended()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.keys.shape[0]:
-            raise ValueError(
-                f"key_states must have the cache's batch size {self.keys.shape[0]}, got {key_states.shape[0]}"
-            )
-        self.to(key_states.device)
-        importance = gate(value_states)
-        repeats = self.keys.shape[1] // key_states.shape[1]
-        if repeats > 1:
-            key_states = key_states.repeat_interleave(repeats, dim=1)
-            value_states = value_states.repeat_interleave(repeats, dim=1)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
-        self.importance = torch.cat([self.importance, importance], dim=2)
+        if not self.is_counted_outside:
+            self._make_room(key_states, value_states)
+        self._new = (key_states.to(self.dtype), value_states, comparable(gate(value_states)))
         self._num_new = key_states.shape[2]
-        self.num_rows += self._num_new
-        gate.pending = (self, self.keys, self.values)
-        return self.keys, self.values
+        gate.pending = (self, key_states, value_states)
+        return key_states, value_states
+
+    def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes slots for the first tokens, and has those of later tokens on their device."""
+        batch = value_states.shape[0]
+        fresh = (batch, value_states.dtype, value_states.device)
+        if not self.is_initialized or (
+            self.num_rows == 0 and fresh != (self.keys.shape[0], self.keys.dtype, self.keys.device)
+        ):
+            self.lazy_initialization(key_states, value_states)
+        if batch != self.keys.shape[0]:
+            raise ValueError(f"key_states must have the cache's batch size {self.keys.shape[0]}, got {batch}")
+        self.to(key_states.device)
 
     def check_attended(self) -> None:
         """Raises RuntimeError when the attention function never saw the last tokens of `update`."""
@@ -139,71 +168,122 @@ class DynamicMaskCacheLayer(DynamicLayer):
                 "was interrupted; call cache.reset() or make a new DynamicMaskCache(model)"
             )
 
+    @property
+    def takes_step(self) -> bool:
+        """Whether the new tokens can go into the slots at once: one token, nothing recorded, no gradient wanted."""
+        if self._num_new != 1 or len(self._tail) or self.record_past:
+            return False
+        wants_grad = torch.is_grad_enabled() and any(states.requires_grad for states in self._new)
+        return not (wants_grad or self.keys.requires_grad)
+
+    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
+        """Appends the new token, evicts and attends, in place.
+
+        query: (B, 1, H, D). padding_mask: (B, 1) bool, True for real tokens, or None. options: of `decode_step`.
+        Returns out (B, 1, H, D).
+        """
+        padding_mask = self._checked(padding_mask)
+        key, value, importance = self._new
+        out = decode_step(
+            query.to(self.dtype),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            importance,
+            self.slots,
+            sliding_window=self._sliding_window,
+            padding_mask=padding_mask,
+            **self._competition,
+            **options,
+        )
+        if not self.is_counted_outside:
+            self._count_rows(padding_mask)
+            self._num_undoable = self._num_undoable + 1 if self.num_rows <= self._windows["keep_window_size"] else 0
+        self._new, self._num_new = None, 0
+        return out
+
+    def count_step(self) -> None:
+        """Counts one token of every batch row, which can then not be undone."""
+        self.num_rows += 1
+        self._num_undoable = 0
+
     def view(self, padding_mask: torch.Tensor | None = None) -> CacheView:
         """Gives the new tokens their positions and says which keys each of them sees.
 
         padding_mask: (B, T) bool, True for real tokens, or None when all are real.
         Raises ValueError for another shape.
         """
-        batch, num_heads = self.keys.shape[:2]
+        padding_mask = self._checked(padding_mask)
         query_positions = self._next_positions(padding_mask)
-        new = query_positions.unsqueeze(1).expand(batch, num_heads, self._num_new)
-        self.positions = torch.cat([self.positions, new], dim=2)
-        if self._num_new == 1 and self.num_keys <= self._windows["keep_window_size"] + 1:
-            visibility = decode_visibility(
-                self.importance,
-                self.positions,
-                query_positions[:, 0],
-                sliding_window=self._sliding_window,
-                **self._windows,
-            )
-        else:
-            visibility = select_visible(
-                self.importance, positions=self.positions, sliding_window=self._sliding_window, **self._windows
-            )
-        return CacheView(self.keys, self.values, self.importance, visibility, query_positions)
+        num_kept = self.num_kept
+        self._tail.append(*self._new, query_positions)
+        self._count_rows(padding_mask)
+        key, value, importance, positions = self._tail.behind(self.slots, num_kept)
+        visibility = select_visible(
+            importance, positions=positions, sliding_window=self._sliding_window, **self._windows
+        )
+        return CacheView(key, value, importance, visibility, query_positions)
+
+    def _checked(self, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
+        if padding_mask is None:
+            return None
+        expected = (self.keys.shape[0], self._num_new)
+        if tuple(padding_mask.shape) != expected:
+            raise ValueError(f"padding_mask must have shape {expected}, got {tuple(padding_mask.shape)}")
+        return padding_mask.to(device=self.keys.device, dtype=torch.bool)
 
     def _next_positions(self, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        expected = (self.keys.shape[0], self._num_new)
+        batch = self.lengths.shape[0]
         if padding_mask is None:
-            count = torch.arange(1, self._num_new + 1, device=self.num_real.device).expand(expected)
-            real = None
+            count = torch.arange(1, self._num_new + 1, dtype=torch.int32, device=self.lengths.device)
+            count = count.expand(batch, -1)
         else:
-            if tuple(padding_mask.shape) != expected:
-                raise ValueError(f"padding_mask must have shape {expected}, got {tuple(padding_mask.shape)}")
-            real = padding_mask.to(device=self.num_real.device, dtype=torch.bool)
-            count = real.cumsum(dim=1)
-        positions = (self.num_real.unsqueeze(1) + count - 1).to(torch.int32)
-        self.num_real = (self.num_real + count[:, -1]).to(torch.int32)
-        return positions if real is None else positions.masked_fill(~real, -1)
+            count = padding_mask.cumsum(dim=1, dtype=torch.int32)
+        positions = self.lengths[:, :1] + count - 1
+        self.lengths.add_(count[:, -1:])
+        return positions if padding_mask is None else positions.masked_fill(~padding_mask, -1)
+
+    def _count_rows(self, padding_mask: torch.Tensor | None) -> None:
+        before, self.num_rows = self.num_rows, self.num_rows + self._num_new
+        self._new = None
+        if padding_mask is not None and before < self._windows["keep_window_size"]:
+            rows = self.row_is_real[:, before : self.num_rows]
+            rows.copy_(padding_mask[:, : rows.shape[1]])
 
     def evict(self) -> None:
         """Ends the forward: drops every key that no later query can see and that no longer competes."""
         self._num_undoable += self._num_new
         self._num_new = 0
         if not self.record_past:
-            self._drop()
+            self._settle()
 
-    def _drop(self) -> None:
-        windows = dict(self._windows)
-        capacity = cache_capacity(windows["keep_window_size"], windows["local_window_size"])
-        surplus = self.num_keys - capacity
-        if surplus <= 0:
+    def _settle(self) -> None:
+        """Puts what survives of the tail into the slots."""
+        if not len(self._tail):
             return
-        self._num_undoable = 0
-        with torch.no_grad():
-            if surplus == 1 and capacity > 0:
-                windows.pop("keep_window_size")
-                victim = find_victim(self.importance, self.positions, self.num_real, **windows)
-                kept = torch.arange(capacity, device=victim.device).expand(*victim.shape, capacity)
-                kept = torch.where(kept == victim.unsqueeze(-1), capacity, kept)
-            else:
-                kept = select_survivors(self.importance, self.positions, self.num_real, **windows)
-        rows = kept.unsqueeze(-1)
-        self.keys = self.keys.gather(2, rows.expand(*kept.shape, self.keys.shape[-1]))
-        self.values = self.values.gather(2, rows.expand(*kept.shape, self.values.shape[-1]))
-        self.importance = self.importance.gather(2, kept)
-        self.positions = self.positions.gather(2, kept)
+        num_kept, capacity = (
+            self.num_kept,
+            cache_capacity(self._windows["keep_window_size"], self._windows["local_window_size"]),
+        )
+        if self.num_keys <= capacity:
+            start, rows = num_kept, self._tail.rows
+        else:
+            self._num_undoable = 0
+            start, rows = 0, dict(zip(ROWS, self._tail.behind(self.slots, num_kept), strict=True))
+            kept = select_survivors(rows["importance"], rows["positions"], self.lengths[:, 0], **self._windows)
+            rows = {name: _gather(states, kept) for name, states in rows.items()}
+            self.positions.fill_(-1)
+        for name, states in rows.items():
+            self._write(name, start, states)
+        self._tail = Tail()
+        refresh_victims(self.slots, **self._competition)
+
+    def _write(self, name: str, start: int, rows: torch.Tensor) -> None:
+        """Writes (B, Hc, n, ...) to the slots from `start` on; out of place where gradients flow."""
+        state, end = getattr(self, name), start + rows.shape[2]
+        if state.requires_grad or rows.requires_grad:
+            setattr(self, name, torch.cat([state[:, :, :start], rows, state[:, :, end:]], dim=2))
+        else:
+            state[:, :, start:end] = rows
 
     def activate_past_recording(self) -> None:
         """Keeps what is needed to undo, by `crop`, every token from now on."""
@@ -213,7 +293,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         """Goes back to a constant size at once."""
         self.record_past = False
         if self.is_initialized and not self._num_new:
-            self._drop()
+            self._settle()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens (padding included) as if they had never been processed.
@@ -222,9 +302,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         Raises ValueError for a positive number, and for more tokens than can be undone without loss.
         """
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove must be zero or minus the number of tokens, got {tokens_to_remove}"
-            )
+            raise ValueError(f"tokens_to_remove must be zero or minus the number of tokens, got {tokens_to_remove}")
         if not self.is_initialized:
             return
         self.check_attended()
@@ -235,13 +313,21 @@ class DynamicMaskCacheLayer(DynamicLayer):
                 "tokens saw are evicted; call cache.activate_past_recording() before the tokens to be removed"
             )
         if remove > 0:
-            removed = self.positions[:, 0, -remove:]
-            self.num_real = self.num_real - (removed >= 0).sum(dim=-1, dtype=torch.int32)
-            for name in ("keys", "values", "importance", "positions"):
-                setattr(self, name, getattr(self, name)[:, :, :-remove])
-            self.num_rows -= remove
-            self._num_undoable -= remove
-        self._drop()
+            self._remove(remove)
+        self._settle()
+
+    def _remove(self, count: int) -> None:
+        from_tail = min(count, len(self._tail))
+        if from_tail:
+            self.lengths.sub_(self._tail.drop_last(from_tail).unsqueeze(1))
+        self._num_undoable -= count
+        self.num_rows -= count
+        if count > from_tail:  # these stand in slots, of which none was given up since
+            rows = self.row_is_real[:, self.num_rows : self.num_rows + count - from_tail]
+            self.lengths.sub_(rows.sum(-1, keepdim=True, dtype=torch.int32))
+            self.positions.masked_fill_(self.positions >= self.lengths.unsqueeze(-1), -1)
+            refresh_victims(self.slots, **self._competition)
+        self.row_is_real[:, self.num_rows :] = True
 
     def get_seq_length(self) -> int:
         """Returns the number of tokens processed, padding included."""
@@ -251,7 +337,12 @@ class DynamicMaskCacheLayer(DynamicLayer):
         return self.num_rows + query_length, 0
 
     def reset(self) -> None:
+        """Empties the slots, which stay where they are."""
+        if self.is_initialized and self.keys.requires_grad:
+            self._release()
         self._forget()
+        for name, state in self._state().items():
+            state.fill_({"positions": -1, "row_is_real": True}.get(name, 0))
 
     def to(self, device: torch.device | str) -> "DynamicMaskCacheLayer":
         """Moves the layer's tensors; later updates move them to where the model is."""
@@ -274,3 +365,10 @@ class DynamicMaskCacheLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._transform(lambda state: state[indices.to(state.device)])
+
+
+def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Picks rows (B, Hc, m) of states (B, Hc, n, ...)."""
+    if states.dim() == 4:
+        return states.gather(2, index.unsqueeze(-1).expand(*index.shape, states.shape[-1]))
+    return states.gather(2, index)

@@ -12,15 +12,17 @@ from transformers.generation.continuous_batching import ContinuousMixin
 
 from flash_dmattn_hf.attach import iter_gates
 from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf.captured import CapturedForward, StepForward
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.names import is_ours
 
+_CONSTANT = "the default DynamicMaskCache is of constant size anyway"
 _REFUSED = {
-    "quantized": "quantized values have other importances; the default DynamicMaskCache is of constant size anyway",
-    "offloaded": "evicting needs the keys on the device; the default DynamicMaskCache is of constant size anyway",
+    "quantized": f"quantized values have other importances; {_CONSTANT}",
+    "offloaded": f"evicting needs the keys on the device; {_CONSTANT}",
+    "offloaded_static": f"evicting needs the keys on the device; {_CONSTANT}",
     "paged": "its paged cache holds the same tokens for all heads, flash_dmattn keeps other tokens per head",
 }
-_REFUSED_STATIC = "the empty slots of a static cache would count as keys"
 
 
 def is_active(model: PreTrainedModel) -> bool:
@@ -30,10 +32,10 @@ def is_active(model: PreTrainedModel) -> bool:
 
 
 def wrap_prepare_cache(original):
-    """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache.
+    """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache or a StaticCache.
 
-    The replacement raises ValueError for a `cache_implementation` other than None and "dynamic", and for a cache
-    passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
+    The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", and for a
+    cache passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
     """
 
     @functools.wraps(original)
@@ -44,6 +46,9 @@ def wrap_prepare_cache(original):
         passed = model_kwargs.get("past_key_values")
         if passed is not None:
             check_cache(self, passed)
+        elif generation_config.cache_implementation == "static" and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = DynamicMaskCache(self, static=True)
+            return None
         result = original(self, generation_config, model_kwargs, *args, **kwargs)
         if passed is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
             cache = model_kwargs["past_key_values"] = DynamicMaskCache(self)
@@ -79,6 +84,23 @@ def wrap_assisted_decoding(original):
                 cache.stop_past_recording()
 
     return _assisted_decoding
+
+
+def wrap_compiled_call(original):
+    """Makes generate() capture the forward of one token on a GPU, unless a `compile_config` wants it compiled."""
+
+    @functools.wraps(original)
+    def get_compiled_call(self, compile_config):
+        if not is_active(self):
+            return original(self, compile_config)
+        if compile_config is None:
+            devices = {parameter.device for parameter in self.parameters()}
+            if len(devices) > 1 or self.device.type != "cuda":  # a graph holds the kernels of one GPU
+                return self.__call__
+            return StepForward(self, CapturedForward(self))
+        return StepForward(self, original(self, compile_config))
+
+    return get_compiled_call
 
 
 def wrap_dynamic_cache(original):
@@ -146,16 +168,17 @@ def _truncates(layer, keep_window_size: int) -> bool:
 
 
 def _check_cache_implementation(name: str | None) -> None:
-    if name not in (None, "dynamic"):
+    if name not in (None, "dynamic", "static"):
         raise ValueError(
-            f"cache_implementation must be None or 'dynamic' with flash_dmattn, got {name!r}: "
-            f"{_REFUSED.get(name, _REFUSED_STATIC)}"
+            f"cache_implementation must be None, 'dynamic' or 'static' with flash_dmattn, got {name!r}: "
+            f"{_REFUSED.get(name, 'it is not known')}"
         )
 
 
 PATCHES = [
     (GenerationMixin, "_prepare_cache_for_generation", wrap_prepare_cache),
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
+    (PreTrainedModel, "get_compiled_call", wrap_compiled_call),
     (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
     (DynamicCache, "__init__", wrap_dynamic_cache),
 ]

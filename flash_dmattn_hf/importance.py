@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization
 
+from flash_dmattn.token_importance import can_fuse, token_importance
 from flash_dmattn_hf.config import DynamicMaskConfig
 
 ZOH_MAX_EXPONENT = 80.0
@@ -46,6 +47,11 @@ def compute_importance(
         if form == "zoh":
             importance = importance.clamp(max=ZOH_MAX_EXPONENT).exp()
     return importance
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing hangs on a module's forward, such as a hook that brings its weights."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class ImportanceGate(nn.Module):
@@ -93,7 +99,11 @@ class ImportanceGate(nn.Module):
                 f"value of layer {self.layer_idx} must have shape (B, {expected[0]}, S, {expected[1]}), "
                 f"got {tuple(value.shape)}; tensor parallelism is not supported"
             )
-        return compute_importance(value, self.dt_proj, self.A, self.config.importance)
+        form, projection = self.config.importance, self.dt_proj
+        if _is_plain(projection) and can_fuse(value, projection.weight, projection.bias, self.A):
+            max_exponent = ZOH_MAX_EXPONENT if form == "zoh" else None
+            return token_importance(value, projection.weight, projection.bias, self.A, max_exponent)
+        return compute_importance(value, projection, self.A, form)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.

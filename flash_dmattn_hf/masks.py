@@ -9,6 +9,7 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from flash_dmattn_hf.cache import DynamicMaskCache
 from flash_dmattn_hf.names import is_ours
 
 _TAG = "_flash_dmattn_tag"
@@ -127,6 +128,8 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
 
     @wraps(original)
     def preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs):
+        if is_ours(config._attn_implementation) and _is_static_step(inputs_embeds, attention_mask, past_key_values):
+            return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
         result = original(
             config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
         )
@@ -142,6 +145,22 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         return result
 
     return preprocess
+
+
+def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any) -> bool:
+    """Whether one more token comes to a static cache, where only its own column of the mask is news.
+
+    What the mask function is was checked with the tokens before. Lengths are not looked at: a compiled forward must not
+    depend on them.
+    """
+    if not (isinstance(cache, DynamicMaskCache) and cache.is_static and inputs_embeds.shape[1] == 1):
+        return False
+    is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
+    return is_plain and all(layer.is_initialized for layer in cache.layers)
+
+
+def _last_column(attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if attention_mask is None else attention_mask[:, -1:].to(device=device, dtype=torch.bool)
 
 
 def _packed_despite_cache(

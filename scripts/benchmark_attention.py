@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["cuda", "triton", "cudnn", "flash"])
     parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for cuDNN")
     parser.add_argument("--flash-limit", type=int, default=32768, help="longest sequence for flash and flex")
+    parser.add_argument("--forward-only", action="store_true", help="time no backward")
+    parser.add_argument("--deterministic", action="store_true", help="sums of our gradients in a fixed order")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the figures to this file")
@@ -113,7 +115,9 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
         else:
 
             def forward():
-                return flash_dmattn.dynamic_mask_attention(*inputs, **options, backend=engine)
+                return flash_dmattn.dynamic_mask_attention(
+                    *inputs, **options, backend=engine, deterministic=arguments.deterministic
+                )
 
         check(inputs, forward().detach(), options)
     flop = 4 * arguments.head_dim * arguments.num_heads * arguments.batch * pairs
@@ -141,10 +145,11 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
     with context:
         with torch.no_grad():
             row("forward", forward, flop)
-        out = forward()
-        row("backward", lambda out=out: torch.autograd.grad(out, wanted, dout, retain_graph=True), 2.5 * flop)
-        del out
-        row("both", lambda: torch.autograd.grad(forward(), wanted, dout), 3.5 * flop)
+        if not arguments.forward_only:
+            out = forward()
+            row("backward", lambda out=out: torch.autograd.grad(out, wanted, dout, retain_graph=True), 2.5 * flop)
+            del out
+            row("both", lambda: torch.autograd.grad(forward(), wanted, dout), 3.5 * flop)
         if engine not in (*DENSE, "flex"):
             row("selection", lambda: flash_dmattn.select_visible(inputs[3], **options), None)
             with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmark_report import environment, header, save_json
 from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config, iter_gates
 from flash_dmattn_hf.loss import use_chunked_loss
+from flash_dmattn_hf.progress import progress_bar
 
 DENSE = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 CHECK_LAYERS = 4
@@ -225,7 +226,7 @@ def prefill_rows(arguments) -> Iterator[dict]:
     torch.cuda.synchronize()
     start = last = time.perf_counter()
     done = measured = 0
-    for piece in tokens.split(arguments.chunk, dim=1):
+    for piece in progress_bar(tokens.split(arguments.chunk, dim=1), "prefill", unit="chunk"):
         model.model(input_ids=piece, past_key_values=cache)
         done += piece.shape[1]
         if done < arguments.context and done & (done - 1):

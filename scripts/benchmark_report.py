@@ -26,6 +26,7 @@ def environment(device: str) -> dict:
         "device": name,
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
+        "kernels for": os.environ.get("FLASH_DMATTN_CUDA_ARCH"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: _version(package) for package in ("transformers", "triton", "flash-dmattn-hf")},

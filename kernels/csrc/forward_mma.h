@@ -26,7 +26,7 @@ struct MmaShapes;
 
 template <>
 struct MmaShapes<64> {
-    using Large = MmaShape<64, 4, 2, 2>;
+    using Large = MmaShape<64, 4, 1, 3>;
     using Small = MmaShape<64, 4, 1, 2>;
 };
 template <>

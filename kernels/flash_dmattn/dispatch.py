@@ -5,6 +5,7 @@ import logging
 import os
 
 from flash_dmattn.backends import BACKENDS
+from flash_dmattn.decode_call import DecodeCall
 
 logger = logging.getLogger("flash_dmattn")
 
@@ -63,6 +64,30 @@ def choose_backend(call, name: str, backends: dict = BACKENDS):
             return backend
         refusals.append(f"{name}: {reason}")
     raise RuntimeError("no backend can serve this call: " + "; ".join(refusals))
+
+
+def choose_decoder(call: DecodeCall, name: str):
+    """Returns the backend module that serves a decoding step, in the same way; the CUDA library has no such kernel.
+
+    Where the environment variable asks for the CUDA library, the first of the others that accepts serves.
+    """
+    if name == "auto":
+        name = resolve_backend_name(name)
+        name = name if name == "auto" or hasattr(BACKENDS[name], "decode") else "auto"
+    candidates = [name] if name != "auto" else [name for name in BACKENDS if hasattr(BACKENDS[name], "decode")]
+    refusals = []
+    for candidate in candidates:
+        backend = BACKENDS[candidate]
+        if name == "auto" and not backend.is_automatic(call):
+            continue
+        if not hasattr(backend, "decode"):
+            reason = "it has no decoding step"
+        else:
+            reason = backend.why_unavailable() or backend.reject_decoding(call)
+        if reason is None:
+            return backend
+        refusals.append(f"{candidate}: {reason}")
+    raise RuntimeError("no backend can serve this decoding step: " + "; ".join(refusals))
 
 
 def _why_not(backend, call) -> str | None:

@@ -15,15 +15,21 @@ from triton.compiler import ASTSource
 
 from flash_dmattn.backends.triton import configs
 from flash_dmattn.backends.triton.backward_kernels import _dkey_dvalue, _dquery
+from flash_dmattn.backends.triton.decode_kernel import _decode
 from flash_dmattn.backends.triton.forward_kernels import _forward
+from flash_dmattn.backends.triton.importance_kernel import _importance
 
 DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"}
 INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches".split()}
+INDICES |= {"arrivals_ptr", "lengths_ptr", "victims_ptr"}
+TOKEN = {"keys_ptr", "values_ptr"}
+SLOTS = 2048
 ALIGNED = {"seqlen_q", "seqlen_k", "capacity", "num_epochs", "tiles_per_epoch"}
 
 
 def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
     """Returns the bytes of shared memory that a kernel takes."""
+    block_m = getattr(config, "block_m", 16)
     constants = {
         "HEADS": 8,
         "GROUP": 4,
@@ -31,7 +37,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "EPOCH": 512,
-        "TILE": config.block_m // 4,
+        "TILE": block_m // 4,
         "TILES": 16,
         "LISTED": is_listed,
         "HAS_BIAS": True,
@@ -40,19 +46,31 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
         "HAS_POSITIONS": False,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "SUM_HEADS": 8,
-        "BLOCK_M": config.block_m,
+        "BLOCK_M": block_m,
         "BLOCK_N": config.block_n,
+        "BLOCK_G": 16,
+        "BLOCK_S": 16,
+        "GROUP_ROWS": 4,
+        "EVEN": True,
+        "SPLIT": SLOTS // 16,
+        "SPLITS": 16,
+        "HAS_PADDING": True,
+        "NUM_INPUTS": 8 * head_dim,
+        "BLOCK": 1024,
+        "HAS_EXP": True,
     }
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in DATA:
+        elif name in DATA | TOKEN:
             signature[name] = types[dtype]
         elif name in INDICES:
             signature[name] = "*i32"
-        elif name.endswith("_ptr") or name.startswith("soft"):
+        elif name in ("padding_ptr", "worst_ptr"):
+            signature[name] = {"padding_ptr": "*i1", "worst_ptr": "*i64"}[name]
+        elif name.endswith("_ptr") or name.startswith(("soft", "max_exponent")):
             signature[name] = "*fp32" if name.endswith("_ptr") else "fp32"
         else:
             signature[name] = "i32"
@@ -74,6 +92,8 @@ def main():
             "forward without lists": (_forward, configs.forward_config(query, False), False),
             "dquery": (_dquery, configs.dquery_config(query), True),
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query), True),
+            "decode": (_decode, configs.decode_config(8, SLOTS, query), True),
+            "token importance": (_importance, configs.DecodeConfig(SLOTS, 64, 4, 1), True),
         }
     for name, (kernel, config, is_listed) in kernels.items():
         print(f"{name}: {compile_kernel(kernel, config, capability, dtype, head_dim, is_listed)}")

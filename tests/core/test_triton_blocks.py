@@ -19,7 +19,7 @@ SHAPES = {"consumer": [("bfloat16", 128), ("bfloat16", 256), ("float32", 256)], 
 
 
 KERNELS = {
-    "compile_triton.py": {"forward", "forward without lists", "dquery", "dkey, dvalue"},
+    "compile_triton.py": {"forward", "forward without lists", "dquery", "dkey, dvalue", "decode", "token importance"},
     "compile_dense.py": {"classify", "forward", "dquery", "dkey, dvalue"},
 }
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from flash_dmattn import select_visible
+from flash_dmattn import NEVER, select_visible
 from flash_dmattn_hf import cache
 
 
@@ -15,36 +15,51 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
     num_checked = 0
     stride = 1
 
-    def _state(self):
-        state = super()._state()
-        return {**state, "history": self.history, "real": self.real} if state else state
+    def _transform(self, function):
+        super()._transform(function)
+        if self.is_initialized:
+            self.history, self.real = function(self.history), function(self.real)
 
-    def lazy_initialization(self, key_states, value_states):
-        super().lazy_initialization(key_states, value_states)
-        batch, num_heads = self.keys.shape[:2]
-        self.history = self.importance.new_empty(batch, num_heads, 0)
-        self.real = torch.empty(batch, 0, dtype=torch.bool)
+    def _forget(self):
+        super()._forget()
+        self.history, self.real = None, None
+
+    def _remember(self, padding_mask):
+        importance = self._new[2]
+        new = torch.ones(importance.shape[0], self._num_new, dtype=torch.bool) if padding_mask is None else padding_mask
+        if self.history is None:
+            self.history, self.real = importance[:, :, :0], new[:, :0]
+        self.history = torch.cat([self.history, importance], dim=2)
+        self.real = torch.cat([self.real, new], dim=1)
+
+    def step(self, query, padding_mask=None, **options):
+        self._remember(padding_mask)
+        out = super().step(query, padding_mask, **options)
+        if self.num_rows % self.stride == 0:
+            t = torch.where(self.real[:, -1], self.lengths[:, 0] - 1, -1)[:, None, None]
+            window = NEVER if self._sliding_window is None else self._sliding_window
+            visible = (self.positions >= 0) & (t - self.positions < window) & (t >= 0)
+            self._check(self.positions, visible.unsqueeze(2), 1)
+        return out
 
     def view(self, padding_mask=None):
         size = self._num_new
-        new = torch.ones(self.keys.shape[0], size, dtype=torch.bool) if padding_mask is None else padding_mask
-        self.history = torch.cat([self.history, self.importance[:, :, -size:]], dim=2)
-        self.real = torch.cat([self.real, new], dim=1)
+        self._remember(padding_mask)
         view = super().view(padding_mask)
         assert self.history.shape[2] == self.num_rows
         if size > 1 or self.num_rows % self.stride == 0:
-            assert torch.equal(self._shown(view), self._expected(size)), "the cache shows other keys than one pass"
-            type(self).num_checked += size
+            birth, death = (bound.unsqueeze(2) for bound in view.visibility)
+            t = view.query_positions[:, None, :, None]
+            self._check(view.visibility.birth, (birth <= t) & (t < death), size)
         return view
 
-    def _shown(self, view):
-        """Visible positions of each new query: (B, H, T, N + 1), empty slots at the end."""
-        birth, death = (bound.unsqueeze(2) for bound in view.visibility)
-        t = view.query_positions[:, None, :, None]
-        visible = ((birth <= t) & (t < death)).long()
-        places = self.positions.long().remainder(self.num_rows + 1).unsqueeze(2).expand(visible.shape)
+    def _check(self, positions, visible, size):
+        """Compares the visible positions of each new query, (B, H, T, N + 1) with empty slots at the end."""
+        places = positions.long().remainder(self.num_rows + 1).unsqueeze(2).expand(visible.shape)
         shown = torch.zeros(*visible.shape[:3], self.num_rows + 1, dtype=torch.long)
-        return shown.scatter_add_(3, places, visible)
+        shown.scatter_add_(3, places, visible.long())
+        assert torch.equal(shown, self._expected(size)), "the cache shows other keys than one pass"
+        type(self).num_checked += size
 
     def _expected(self, size):
         visibility = select_visible(
@@ -64,6 +79,6 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
-        if self.is_initialized:
+        if self.history is not None:
             self.history, self.real = self.history[:, :, : self.num_rows], self.real[:, : self.num_rows]
             assert self.num_keys <= self._windows["keep_window_size"]

@@ -30,7 +30,7 @@ def test_it_is_a_dynamic_cache_with_a_layer_per_layer(model):
     past = filled(model)
     assert isinstance(past, DynamicCache) and len(past) == 2
     assert all(type(layer) is DynamicMaskCacheLayer for layer in past.layers)
-    assert [keys.shape for keys, values, window in past] == [(1, 2, 15, 8)] * 2
+    assert [keys.shape for keys, values, window in past] == [(1, 2, 16, 8)] * 2
     assert past.get_seq_length() == PROMPT and past.get_mask_sizes(3, 0) == (PROMPT + 3, 0)
     assert not past.is_compileable and past.is_croppable and past.get_max_length() == -1
     assert past.is_initialized and past.is_sliding == [False, False]
@@ -55,9 +55,10 @@ def test_sizes_do_not_grow(kind):
 def test_nbytes_counts_every_tensor(model):
     past = filled(model, batch=3)
     layer = past.layers[0]
-    keys_and_values = 2 * 3 * 2 * 15 * 8 * 8
-    importance, positions, num_real = 3 * 2 * 15 * 8, 3 * 2 * 15 * 4, 3 * 4
-    assert layer.nbytes == keys_and_values + importance + positions + num_real
+    keys_and_values = 2 * 3 * 2 * 16 * 8 * 8
+    importance, positions, row_is_real = 3 * 2 * 16 * 8, 3 * 2 * 16 * 4, 3 * 16
+    victims = lengths = arrivals = 3 * 2 * 4
+    assert layer.nbytes == keys_and_values + importance + positions + row_is_real + victims + lengths + arrivals
     assert past.nbytes == 2 * layer.nbytes
     assert DynamicMaskCache(model).nbytes == 0 and DynamicMaskCache(model).max_keys == 0
 
@@ -131,9 +132,9 @@ def test_a_user_takes_back_tokens_that_were_recorded(model):
     full_mask = torch.cat([mask, mask.new_ones(3, length + 9 - mask.shape[1])], dim=1)
     with torch.no_grad():
         model(wrong, attention_mask=full_mask, past_key_values=past)
-        assert past.max_keys == 15 + 9
+        assert past.max_keys == 16 + 9
         past.crop(-9)
-    assert past.get_seq_length() == length and past.max_keys == 15
+    assert past.get_seq_length() == length and past.max_keys == 16
     again = greedy(model, ids, mask, new=3)
     more = torch.cat([again, make_prompt(batch=3, length=2, seed=5)[0]], dim=1)
     more_mask = torch.cat([mask, mask.new_ones(3, 5)], dim=1)
@@ -202,7 +203,7 @@ def test_importance_is_kept_in_float32(dtype):
     past = filled(model, 40)
     layer = past.layers[0]
     assert (layer.keys.dtype, layer.values.dtype, layer.importance.dtype) == (dtype, dtype, torch.float32)
-    assert past.max_keys == 15
+    assert past.max_keys == 16
 
 
 def test_inference_mode_then_ordinary_decoding(model):

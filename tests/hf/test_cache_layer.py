@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import SEED
 
-from flash_dmattn import select_visible
-from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
+from flash_dmattn import NEVER, Visibility
+from flash_dmattn.decode import find_victim
+from flash_dmattn_hf.cache_layer import CacheView, DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
 
 from .cache_definition import positions_of, sees, survives
@@ -44,10 +45,6 @@ class Case:
     def windows(self):
         names = ("keep_window_size", "num_sink_tokens", "local_window_size")
         return {name: getattr(self.config, name) for name in names}
-
-    @property
-    def capacity(self):
-        return self.config.keep_window_size - (self.config.local_window_size > 0)
 
 
 def draw(number):
@@ -87,14 +84,31 @@ def tokens(case, start, end):
 
 
 def process(layer, case, start, end, *, mask=True):
-    """One forward of rows start..end without the model; returns the view."""
-    key, _ = layer.update(*tokens(case, start, end))
-    pending_layer, pending_key, _ = layer.gate.pending
-    assert pending_layer is layer and pending_key is key
+    """One forward of rows start..end without the model; returns what the new tokens saw, as a view."""
+    layer.update(*tokens(case, start, end))
+    pending_layer, *_ = layer.gate.pending
+    assert pending_layer is layer
     layer.gate.pending = None
-    view = layer.view(case.padding_mask[:, start:end] if mask else None)
+    padding_mask = case.padding_mask[:, start:end] if mask else None
+    if layer.takes_step:
+        return step(layer, padding_mask)
+    view = layer.view(padding_mask)
     layer.evict()
     return view
+
+
+def step(layer, padding_mask):
+    """The same for one token that goes into the slots at once: it sees the slots as they are after it."""
+    before = layer.lengths[:, :1].clone()
+    batch, num_heads, _, head_dim = layer.keys.shape
+    layer.step(torch.zeros(batch, 1, NUM_KV_HEADS * GROUP_SIZE, head_dim), padding_mask)
+    real = layer.lengths[:, :1] > before
+    query_positions = torch.where(real, before, -1)
+    visible = (layer.positions >= 0) & (query_positions[:, None] >= 0)
+    if layer._sliding_window is not None:
+        visible = visible & (query_positions[:, None] - layer.positions < layer._sliding_window)
+    visibility = Visibility(layer.positions.clone(), torch.where(visible, NEVER, layer.positions))
+    return CacheView(layer.keys.clone(), layer.values, layer.importance.clone(), visibility, query_positions)
 
 
 def shown(view, length):
@@ -112,6 +126,18 @@ def held(layer, length):
     return torch.zeros(*rows.shape[:2], length, dtype=torch.long).scatter_add_(2, rows, real)
 
 
+def assert_it_holds_what_is_needed(layer, case, end):
+    """All keys that later tokens can see, in w slots, and none twice."""
+    past = case.padding_mask.clone()
+    past[:, end:] = False
+    needed = survives(case.importance, positions_of(past), past.sum(1), **case.windows).long()
+    kept = held(layer, case.importance.shape[2])
+    assert (kept >= needed).all() and kept.max() <= 1
+    assert (kept.sum(2) <= past.sum(1, keepdim=True)).all()
+    assert layer.num_keys <= layer.keys.shape[2] == case.config.keep_window_size
+    assert torch.equal(layer.lengths, past.sum(1, keepdim=True).expand_as(layer.lengths))
+
+
 def expected_visible(case, start, end, mask=None):
     positions = positions_of(case.padding_mask if mask is None else mask)
     options = dict(case.windows, sliding_window=case.sliding_window)
@@ -119,9 +145,9 @@ def expected_visible(case, start, end, mask=None):
     return torch.stack(visible, dim=2).long()
 
 
-def make_layer(case):
+def make_layer(case, cls=DynamicMaskCacheLayer):
     gate = ReadingGate(case.config, case.sliding_window)
-    layer = DynamicMaskCacheLayer(gate)
+    layer = cls(gate)
     layer.keep_alive = gate
     return layer
 
@@ -135,57 +161,75 @@ def test_chunks_see_and_keep_what_the_definition_says(group):
             end = start + size
             view = process(layer, case, start, end)
             assert torch.equal(shown(view, length), expected_visible(case, start, end)), (number, start)
-            assert layer.num_keys <= case.capacity and layer.get_seq_length() == end
-            past = case.padding_mask.clone()
-            past[:, end:] = False
-            needed = survives(case.importance, positions_of(past), past.sum(1), **case.windows).long()
-            kept = held(layer, length)
-            assert (kept >= needed).all(), (number, start)
-            if end > case.capacity:
-                assert torch.equal(kept.sum(2), needed.sum(2)) or not past[:, :end].all(), (number, start)
+            assert layer.get_seq_length() == end
+            assert_it_holds_what_is_needed(layer, case, end)
             start = end
         assert layer.gate.num_calls == length, "an importance was computed twice"
 
 
-def test_what_is_kept_without_padding_is_exactly_what_is_needed():
+def test_without_padding_steps_keep_one_key_more_than_is_needed_at_most():
+    """Which is the one that the next token's competition drops."""
     for number in range(300, 320):
         case = draw(number)
         case.padding_mask[:] = True
         layer, length = make_layer(case), case.importance.shape[2]
         for row in range(length):
             process(layer, case, row, row + 1, mask=False)
+            assert_it_holds_what_is_needed(layer, case, row + 1)
             past = torch.zeros_like(case.padding_mask)
             past[:, : row + 1] = True
             needed = survives(case.importance, positions_of(past), past.sum(1), **case.windows).long()
-            assert torch.equal(held(layer, length), needed), (number, row)
+            assert (held(layer, length).sum(2) - needed.sum(2) <= (case.config.local_window_size > 0)).all()
 
 
-def test_the_single_token_step_agrees_with_the_general_path(monkeypatch):
-    """Visibility, and what survives, are those of select_visible and of an eviction by sorting."""
-    from flash_dmattn_hf import cache_layer
+class GeneralLayer(DynamicMaskCacheLayer):
+    """A layer that treats a single token as a chunk."""
 
-    num_victims = 0
+    takes_step = False
+
+
+def test_the_step_of_one_token_agrees_with_chunks_of_one():
+    """Which keys it sees is what select_visible says about the slots."""
+    num_evicted = 0
     for number in range(400, 420):
         case = draw(number)
-        quick, general = make_layer(case), make_layer(case)
+        quick, general = make_layer(case), make_layer(case, GeneralLayer)
         length = case.importance.shape[2]
-        options = dict(case.windows, sliding_window=case.sliding_window)
         for row in range(length):
-            view = process(quick, case, row, row + 1)
-            with monkeypatch.context() as patch:
-                patch.setattr(
-                    cache_layer,
-                    "decode_visibility",
-                    lambda importance, positions, query, **kw: select_visible(importance, positions=positions, **kw),
-                )
-                slow = process(general, case, row, row + 1)
-            reference = select_visible(view.importance, positions=slow.visibility.birth.clone(), **options)
+            view, slow = process(quick, case, row, row + 1), process(general, case, row, row + 1)
             assert torch.equal(shown(view, length), shown(slow, length)), (number, row)
-            assert torch.equal(slow.visibility.death, reference.death)
-            t = view.query_positions[:, None]
-            num_victims += int(((view.visibility.birth >= 0) & (view.visibility.death <= t)).sum())
-            assert torch.equal(held(quick, length), held(general, length)), (number, row)
-    assert num_victims > 50
+            assert (held(quick, length) >= held(general, length)).all(), (number, row)
+        num_evicted += int((length - held(quick, length).sum(2)).sum())
+    assert num_evicted > 50
+
+
+@pytest.mark.parametrize("change", ["chunk", "crop", "reorder", "reset"])
+def test_the_victim_is_known_after_every_change(change):
+    """What a step needs to know beforehand equals what find_victim says."""
+    for number in range(600, 620):
+        case = draw(number)
+        layer = make_layer(case)
+        length = case.importance.shape[2]
+        half = length // 2
+        if half == 0:
+            continue
+        if change == "crop":
+            layer.activate_past_recording()
+            process(layer, case, 0, half)
+            layer.crop(-(half // 2))
+        else:
+            process(layer, case, 0, half)
+        if change == "reorder":
+            layer.reorder_cache(torch.arange(case.importance.shape[0]).flip(0))
+        elif change == "reset":
+            layer.reset()
+        competition = {name: case.windows[name] for name in ("num_sink_tokens", "local_window_size")}
+        expected = find_victim(layer.importance, layer.positions, layer.lengths[:, 0], **competition).unsqueeze(-1)
+        found = layer.victims.long().unsqueeze(-1)
+        for states in (layer.positions, layer.importance):
+            empty = layer.positions.gather(2, expected) < 0
+            assert torch.equal(states.gather(2, found)[~empty], states.gather(2, expected)[~empty])
+        assert torch.equal(layer.positions.gather(2, found), layer.positions.gather(2, expected))
 
 
 @pytest.mark.parametrize("group", range(4))
@@ -212,12 +256,11 @@ def test_crop_undoes_tokens_without_loss(group):
             kept_until = rng.randint(start, end)
             layer.crop(kept_until - end)
             assert layer.get_seq_length() == kept_until
-            assert layer.num_keys <= case.capacity
             if kept_until > start:
                 process(plain, case, start, kept_until)
             if plain.is_initialized and layer.is_initialized:
-                assert torch.equal(held(layer, length), held(plain, length)), (number, kept_until)
-                assert torch.equal(layer.num_real, plain.num_real)
+                assert_it_holds_what_is_needed(layer, case, kept_until)
+                assert torch.equal(layer.lengths, plain.lengths)
             start = kept_until
 
 
@@ -266,7 +309,8 @@ def test_a_recording_ends_when_the_flag_is_cleared_from_outside():
     assert layer.num_keys == 20
     layer.record_past = False
     process(layer, case, 20, 21)
-    assert layer.num_keys == case.capacity
+    assert layer.num_keys == 8
+    assert_it_holds_what_is_needed(layer, case, 21)
 
 
 def test_stop_past_recording_returns_to_constant_size_at_once():
@@ -274,8 +318,10 @@ def test_stop_past_recording_returns_to_constant_size_at_once():
     layer = make_layer(case)
     layer.activate_past_recording()
     process(layer, case, 0, 20)
+    assert layer.num_keys == 20
     layer.stop_past_recording()
-    assert layer.num_keys == case.capacity
+    assert layer.num_keys == 8
+    assert_it_holds_what_is_needed(layer, case, 20)
 
 
 @pytest.mark.parametrize("heads", ["kv", "query"])
@@ -312,8 +358,10 @@ def test_reset_forgets_everything():
     case = simple_case()
     layer, fresh = make_layer(case), make_layer(case)
     process(layer, case, 0, 20)
+    size, where = layer.nbytes, layer.keys.data_ptr()
     layer.reset()
-    assert layer.get_seq_length() == 0 and layer.num_keys == 0 and layer.nbytes == 0
+    assert layer.get_seq_length() == 0 and layer.num_keys == 0
+    assert layer.nbytes == size and layer.keys.data_ptr() == where and not layer.keys.any()
     length = case.importance.shape[2]
     assert torch.equal(shown(process(layer, case, 0, 9), length), shown(process(fresh, case, 0, 9), length))
 
@@ -384,10 +432,39 @@ def test_sizes_are_those_of_the_window():
     case = simple_case(length=40, w=8, s=2, r=3)
     layer = make_layer(case)
     process(layer, case, 0, 40)
-    keys = values = 2 * 2 * 7 * 4 * 4
-    importance = positions = 2 * 2 * 7 * 4
-    assert layer.nbytes == keys + values + importance + positions + 2 * 4
+    keys = values = 2 * 2 * 8 * 4 * 4
+    importance = positions = 2 * 2 * 8 * 4
+    victims = lengths = arrivals = 2 * 2 * 4
+    assert layer.nbytes == keys + values + importance + positions + victims + lengths + arrivals + 2 * 8
     assert layer.get_mask_sizes(3) == (43, 0)
+
+
+def test_memory_is_allocated_once():
+    """Chunks, steps, reordering, undoing and a second prompt leave every tensor where it is."""
+    case = simple_case(length=40)
+    layer = make_layer(case)
+    process(layer, case, 0, 3)
+    addresses = {name: state.data_ptr() for name, state in layer._state().items()}
+    process(layer, case, 3, 20)
+    for row in range(20, 25):
+        process(layer, case, row, row + 1)
+    layer.reorder_cache(torch.tensor([1, 1]))
+    layer.activate_past_recording()
+    process(layer, case, 25, 30)
+    layer.crop(-2)
+    layer.stop_past_recording()
+    layer.reset()
+    process(layer, case, 0, 20)
+    assert {name: state.data_ptr() for name, state in layer._state().items()} == addresses
+
+
+def test_a_second_prompt_can_have_another_batch_size():
+    small, large = simple_case(batch=1), simple_case(batch=3)
+    layer = make_layer(small)
+    process(layer, small, 0, 20)
+    layer.reset()
+    view = process(layer, large, 0, 20)
+    assert torch.equal(shown(view, 30), expected_visible(large, 0, 20))
 
 
 def test_no_shape_depends_on_data():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedCache
 
 import flash_dmattn_hf
@@ -24,28 +24,37 @@ def dense():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("static", "the empty slots of a static cache would count as keys"),
-        ("offloaded_static", "the empty slots of a static cache would count as keys"),
+        ("offloaded_static", "evicting needs the keys on the device"),
         ("quantized", "quantized values have other importances"),
         ("offloaded", "evicting needs the keys on the device"),
     ],
 )
 def test_other_cache_implementations(model, name, reason):
-    message = rf"cache_implementation must be None or 'dynamic' with flash_dmattn, got '{name}': {reason}"
+    message = rf"cache_implementation must be None, 'dynamic' or 'static' with flash_dmattn, got '{name}': {reason}"
     with pytest.raises(ValueError, match=message):
         greedy(model, *make_prompt(), cache_implementation=name)
 
 
 def test_an_implementation_in_the_models_own_generation_config():
     model = make_model("llama-sinks-local")
-    model.generation_config.cache_implementation = "static"
-    with pytest.raises(ValueError, match="cache_implementation must be None or 'dynamic'"):
+    model.generation_config.cache_implementation = "quantized"
+    with pytest.raises(ValueError, match="cache_implementation must be None, 'dynamic' or 'static'"):
         greedy(model, *make_prompt())
 
 
 def test_dynamic_is_ours(model):
     result = greedy(model, *make_prompt(), cache_implementation="dynamic", return_dict_in_generate=True)
     assert isinstance(result.past_key_values, DynamicMaskCache)
+
+
+def test_a_static_cache_of_a_model_with_native_layers():
+    """Their keys grow, so a step has no fixed shapes."""
+    model = make_model("qwen2-sliding-below-w")
+    message = "static cache needs an importance gate in every layer of the model, got layer 0 without one"
+    with pytest.raises(ValueError, match=message):
+        greedy(model, *make_prompt(), cache_implementation="static")
+    with pytest.raises(ValueError, match=message):
+        DynamicMaskCache(model, static=True)
 
 
 def test_a_static_cache_object(model):
@@ -152,6 +161,7 @@ def test_unregister_restores_generation(dense):
         (GenerationMixin, "_prepare_cache_for_generation"),
         (GenerationMixin, "_assisted_decoding"),
         (GenerationMixin, "init_continuous_batching"),
+        (PreTrainedModel, "get_compiled_call"),
         (DynamicCache, "__init__"),
     ]
     wrappers = [getattr(owner, name) for owner, name in patched]

@@ -114,7 +114,7 @@ def assert_uncached_agrees(model, result, new, mask=None):
 
 
 def assert_constant(past):
-    assert isinstance(past, DynamicMaskCache) and past.max_keys == WINDOW - 1
+    assert isinstance(past, DynamicMaskCache) and past.max_keys == WINDOW
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,13 @@ A backend is a module with
     forward(call) -> (out, lse, stats)               as the operator returns them
     backward(call, out, stats, dout, dlse) -> (dquery, dkey, dvalue, dimportance or None)
 
-so a new engine is a new file here and a line below. One that differentiates itself has, instead of the last two,
+and, if it decodes over fixed slots,
+
+    reject_decoding(call) -> str | None              why it refuses this step
+    decode(call) -> out                              changes the slots
+
+so a new engine is a new file here and a line below. One that differentiates itself has, in place of forward and
+backward,
 
     attend(call) -> (out, lse)
 

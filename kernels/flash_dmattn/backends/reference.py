@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flash_dmattn.backends.reference_decode import decode  # noqa: F401
 from flash_dmattn.call import AttentionCall
+from flash_dmattn.decode_call import DecodeCall
 
 _MAX_TILE = 256  # query rows
 _MAX_LOGITS = 2**22  # logits of a tile, over batch and heads, that are alive at once
@@ -26,6 +28,10 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: AttentionCall) -> str | None:
+    return None
+
+
+def reject_decoding(call: DecodeCall) -> str | None:
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 
 from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.call import AttentionCall
+from flash_dmattn.decode_call import DecodeCall
 
 MAX_LANES = 65535
 """Programs of a launch in its second and third dimension: one for every batch row and head."""
@@ -70,6 +71,26 @@ def backward(
         gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
         return *gradients, None if call.importance is None else torch.zeros_like(call.importance)
     return run_backward(call, out, stats, dout, dlse)
+
+
+def reject_decoding(call: DecodeCall) -> str | None:
+    if call.query.device.type != "cuda" and not is_interpreted():
+        return f"tensors are on {call.query.device}, not on a CUDA GPU"
+    if call.query.dtype not in _DTYPES:
+        return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
+    if call.query.shape[-1] > _MAX_HEAD_DIM:
+        return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    group_size = call.query.shape[2] // call.slots.keys.shape[1]
+    if group_size > 32:
+        return f"{group_size} query heads per head of the slots are above 32"
+    return None
+
+
+def decode(call: DecodeCall) -> torch.Tensor:
+    """Changes the slots and returns out (B, 1, H, D)."""
+    from flash_dmattn.backends.triton.decode_kernel import run_decode
+
+    return run_decode(call)
 
 
 def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

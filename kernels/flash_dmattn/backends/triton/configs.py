@@ -12,12 +12,25 @@ import triton
 
 _LARGE = 160 * 1024  # bytes of shared memory that a program can have
 
+_DECODE_PROGRAMS, _MAX_SPLIT = 256, 1024
+"""Programs that keep a GPU busy while decoding, and the most slots of one."""
+
 
 @dataclass(frozen=True)
 class BlockConfig:
     """Block shape and schedule of one kernel: BLOCK_M query rows, BLOCK_N keys."""
 
     block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """A program of the decoding kernel serves split_size slots, BLOCK_N at a time."""
+
+    split_size: int
     block_n: int
     num_warps: int
     num_stages: int
@@ -59,6 +72,15 @@ def dkey_config(query: torch.Tensor) -> BlockConfig:
     if row <= 256:
         return BlockConfig(64, 128, 8, 1) if is_large else BlockConfig(32, 64, 4, 1)
     return BlockConfig(64, 64, 8, 1) if is_large else BlockConfig(32, 32, 4, 1)
+
+
+def decode_config(num_heads: int, num_slots: int, query: torch.Tensor) -> DecodeConfig:
+    """A sequence alone is spread over the whole GPU; num_heads: of the batch."""
+    block_n = max(16, min(64, 2**14 // _bytes_per_row(query)))
+    splits = triton.cdiv(_DECODE_PROGRAMS, num_heads)
+    split_size = triton.next_power_of_2(triton.cdiv(num_slots, splits))
+    split_size = max(block_n, min(split_size, _MAX_SPLIT))
+    return DecodeConfig(split_size, block_n, 4, 1 if split_size == block_n else 2)
 
 
 def _bytes_per_row(query: torch.Tensor) -> int:

@@ -1,0 +1,43 @@
+"""Tokens that wait behind the slots of a cache layer: those being processed, or all that can be undone."""
+
+import torch
+
+from flash_dmattn.slots import Slots
+
+ROWS = ("keys", "values", "importance", "positions")
+
+
+class Tail:
+    """Keys, values, importances and positions of n tokens in order, as the fields of `Slots` of these names.
+
+    rows: name -> (B, Hc, n, ...), empty before the first token.
+    """
+
+    def __init__(self):
+        self.rows: dict[str, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.rows["positions"].shape[2] if self.rows else 0
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, importance: torch.Tensor, positions: torch.Tensor) -> None:
+        """key, value: (B, Hkv, T, D). importance: (B, Hc, T). positions: (B, T) int32, -1 for padding."""
+        batch, num_heads, length = importance.shape
+        repeats = num_heads // key.shape[1]
+        if repeats > 1:
+            key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+        positions = positions.unsqueeze(1).expand(batch, num_heads, length)
+        new = dict(zip(ROWS, (key, value, importance, positions), strict=True))
+        self.rows = {name: torch.cat([self.rows[name], new[name]], dim=2) for name in ROWS} if self.rows else new
+
+    def drop_last(self, count: int) -> torch.Tensor:
+        """Forgets the last tokens and returns how many of them were real, (B,) int32."""
+        num_left = len(self) - count
+        num_real = (self.rows["positions"][:, 0, num_left:] >= 0).sum(-1, dtype=torch.int32)
+        self.rows = {name: rows[:, :, :num_left] for name, rows in self.rows.items()} if num_left else {}
+        return num_real
+
+    def behind(self, slots: Slots, num_kept: int) -> tuple[torch.Tensor, ...]:
+        """Returns the first `num_kept` slots followed by the tail: keys, values, importance, positions."""
+        if num_kept == 0:
+            return tuple(self.rows[name] for name in ROWS)
+        return tuple(torch.cat([getattr(slots, name)[:, :, :num_kept], self.rows[name]], dim=2) for name in ROWS)

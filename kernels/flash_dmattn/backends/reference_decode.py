@@ -1,0 +1,68 @@
+"""The reference of the decoding step: fixed shapes, no look at any value, so it can be captured as it is."""
+
+import torch
+
+from flash_dmattn.decode import find_victim
+from flash_dmattn.decode_call import DecodeCall
+from flash_dmattn.selection import comparable
+
+
+def decode(call: DecodeCall) -> torch.Tensor:
+    """Changes the slots and returns out (B, 1, H, D); float64 for float64, else computed in float32."""
+    slots = call.slots
+    now = slots.lengths.unsqueeze(-1).clone()  # (B, Hc, 1), the position of the token
+    is_real = torch.ones_like(now, dtype=torch.bool)
+    if call.padding_mask is not None:
+        is_real = call.padding_mask.to(now.device)[:, :, None].expand(is_real.shape)
+    _append(call, now, is_real)
+    slots.lengths.add_(is_real.squeeze(-1).int())
+    victims = find_victim(
+        slots.importance,
+        slots.positions,
+        slots.lengths[:, 0],
+        num_sink_tokens=call.num_sink_tokens,
+        local_window_size=call.local_window_size,
+    )
+    slots.victims.copy_(victims)
+    return _attend(call, now, is_real)
+
+
+def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
+    """Puts the token into the victim's slot, unless it would be the worst key itself."""
+    slots = call.slots
+    batch, num_heads, _, head_dim = slots.keys.shape
+    repeats = num_heads // call.key.shape[2]
+    key, value = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (call.key, call.value))
+    importance = comparable(call.importance).to(slots.importance.dtype)
+    victim = slots.victims.long().unsqueeze(-1)
+    old_importance, old_position = slots.importance.gather(2, victim), slots.positions.gather(2, victim)
+    old_priority = _priority(call, old_importance, old_position, now).masked_fill(old_position < 0, -torch.inf)
+    takes = is_real & (_priority(call, importance, now, now) >= old_priority)  # the newer key wins a tie
+    slots.importance.scatter_(2, victim, torch.where(takes, importance, old_importance))
+    slots.positions.scatter_(2, victim, torch.where(takes, now, old_position))
+    rows = victim.unsqueeze(-1).expand(batch, num_heads, 1, head_dim)
+    slots.keys.scatter_(2, rows, torch.where(takes.unsqueeze(-1), key, slots.keys.gather(2, rows)))
+    slots.values.scatter_(2, rows, torch.where(takes.unsqueeze(-1), value, slots.values.gather(2, rows)))
+
+
+def _priority(call, importance, positions, now):
+    exempt = (positions < call.num_sink_tokens) | (now - positions < call.local_window_size)
+    return importance.masked_fill(exempt, torch.inf)
+
+
+def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+    slots = call.slots
+    batch, _, num_heads, head_dim = call.query.shape
+    precision = slots.importance.dtype
+    query = call.query.to(precision).view(batch, slots.keys.shape[1], -1, head_dim)  # (B, Hc, G, D)
+    logits = (query * call.softmax_scale) @ slots.keys.to(precision).transpose(-1, -2)
+    if call.softcap > 0:
+        logits = (logits / call.softcap).tanh() * call.softcap
+    bias = slots.importance if call.add_importance_bias else torch.zeros_like(slots.importance)
+    hidden = (slots.positions < 0) | ~is_real | (bias == -torch.inf)
+    if call.sliding_window is not None:
+        hidden = hidden | (now - slots.positions >= call.sliding_window)
+    logits = (logits + bias.unsqueeze(2)).masked_fill(hidden.unsqueeze(2), -torch.inf)
+    weights = logits.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)  # a row that sees nothing would be NaN
+    out = weights @ slots.values.to(precision)
+    return out.reshape(batch, 1, num_heads, head_dim).to(call.query.dtype)

@@ -1,0 +1,164 @@
+"""Fixed slots: what decoding needs of the past, allocated once, and the step of one token over them.
+
+A key that falls out of the top K never comes back, so w slots per head hold all that later queries can see. One
+more token takes at most one slot: an empty one, or that of the worst key that competes. Nothing moves and nothing
+grows, so a step has fixed shapes and fixed addresses, and costs the same after a million tokens as after w.
+"""
+
+import torch
+
+from flash_dmattn.arguments import check_attention, check_windows
+from flash_dmattn.decode import find_victim
+from flash_dmattn.decode_call import DecodeCall, Slots
+from flash_dmattn.dispatch import choose_decoder
+
+
+def make_slots(
+    batch: int, num_heads: int, keep_window_size: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> Slots:
+    """Returns empty slots for `batch` rows of `num_heads` heads, ordinary tensors in inference mode, too."""
+    shape = (batch, num_heads, keep_window_size)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.inference_mode(False):
+        return Slots(
+            keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            values=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            importance=torch.zeros(shape, dtype=precision, device=device),
+            positions=torch.full(shape, -1, dtype=torch.int32, device=device),
+            victims=torch.zeros(shape[:2], dtype=torch.int32, device=device),
+            lengths=torch.zeros(shape[:2], dtype=torch.int32, device=device),
+            arrivals=torch.zeros(shape[:2], dtype=torch.int32, device=device),
+        )
+
+
+def refresh_victims(slots: Slots, *, num_sink_tokens: int = 0, local_window_size: int = 0) -> None:
+    """Finds the victims anew after positions, importances or lengths were changed by anything but a step."""
+    victims = find_victim(
+        slots.importance,
+        slots.positions,
+        slots.lengths[:, 0],
+        num_sink_tokens=num_sink_tokens,
+        local_window_size=local_window_size,
+    )
+    slots.victims.copy_(victims)
+
+
+def decode_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    importance: torch.Tensor,
+    slots: Slots,
+    *,
+    num_sink_tokens: int = 0,
+    local_window_size: int = 0,
+    sliding_window: int | None = None,
+    padding_mask: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    add_importance_bias: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Appends one token, gives up the key that it pushes out, and attends; keep_window_size is the number of slots.
+
+    Equals `select_visible` and `interval_attention` over the whole sequence, at this token. Has no gradient.
+
+    query: (B, 1, H, D). key, value: (B, 1, Hkv, D), in query's dtype and that of the slots.
+    importance: (B, Hi, 1) floating point, Hi = Hc, the heads of the slots.
+    slots: the state, changed in place.
+    padding_mask: (B, 1) bool, False for a row without a token, whose slots stay as they are and whose output is 0.
+    softmax_scale: None: D ** -0.5. softcap: 0 is off.
+    backend: "auto" or one of `get_available_backends()`.
+
+    Returns out (B, 1, H, D).
+
+    Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
+    """
+    _check(query, key, value, importance, slots, padding_mask, softcap)
+    check_windows(slots.keys.shape[2], num_sink_tokens, local_window_size, sliding_window)
+    return decode_step_op(
+        query,
+        key,
+        value,
+        importance,
+        padding_mask,
+        *slots,
+        num_sink_tokens,
+        local_window_size,
+        sliding_window,
+        query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        float(softcap),
+        add_importance_bias,
+        backend,
+    )
+
+
+@torch.library.custom_op(
+    "flash_dmattn::decode_step",
+    mutates_args=("keys", "values", "slot_importance", "positions", "victims", "lengths", "arrivals"),
+)
+def decode_step_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    importance: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_importance: torch.Tensor,
+    positions: torch.Tensor,
+    victims: torch.Tensor,
+    lengths: torch.Tensor,
+    arrivals: torch.Tensor,
+    num_sink_tokens: int,
+    local_window_size: int,
+    sliding_window: int | None,
+    softmax_scale: float,
+    softcap: float,
+    add_importance_bias: bool,
+    backend: str,
+) -> torch.Tensor:
+    """`decode_step` with checked arguments, one tensor of the slots after the other."""
+    call = DecodeCall(
+        query,
+        key,
+        value,
+        importance,
+        padding_mask,
+        Slots(keys, values, slot_importance, positions, victims, lengths, arrivals),
+        num_sink_tokens,
+        local_window_size,
+        sliding_window,
+        softmax_scale,
+        softcap,
+        add_importance_bias,
+    )
+    with torch.cuda.device_of(query):
+        return choose_decoder(call, backend).decode(call)
+
+
+@decode_step_op.register_fake
+def _(query, *_):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def _check(query, key, value, importance, slots, padding_mask, softcap) -> None:
+    check_attention(query, key, value, importance, softcap=softcap, backend="auto")
+    batch, num_heads, _, head_dim = slots.keys.shape
+    if query.shape[1] != 1 or key.shape[1] != 1:
+        raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
+    for name, tensor in (("keys", slots.keys), ("values", slots.values)):
+        if tensor.shape != slots.keys.shape or tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"slots.{name} must have query's dtype {query.dtype} and device {query.device} and the shape "
+                f"{tuple(slots.keys.shape)}, got {tensor.dtype} on {tensor.device}, {tuple(tensor.shape)}"
+            )
+    if (batch, num_heads, head_dim) != (query.shape[0], importance.shape[1], query.shape[3]):
+        raise ValueError(
+            f"slots must have the batch, importance heads and head dim of the token "
+            f"{(query.shape[0], importance.shape[1], query.shape[3])}, got {(batch, num_heads, head_dim)}"
+        )
+    if padding_mask is not None and (tuple(padding_mask.shape) != (batch, 1) or padding_mask.dtype != torch.bool):
+        raise ValueError(
+            f"padding_mask must be bool of shape {(batch, 1)}, got {padding_mask.dtype} {tuple(padding_mask.shape)}"
+        )

@@ -1,0 +1,43 @@
+"""The importance of single tokens in one launch: while decoding, its handful of small operations would cost more."""
+
+import torch
+
+from flash_dmattn.backends import triton
+
+
+def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    """Whether `token_importance` serves: one token on a GPU, no gradient, no float64, nothing compiled around it.
+
+    A compiler fuses the operations itself.
+    """
+    tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
+    if torch.compiler.is_compiling() or value.device.type != "cuda" or value.shape[2] != 1 or value.stride(3) != 1:
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    is_plain = all(tensor.dtype != torch.float64 and tensor.device == value.device for tensor in tensors)
+    return is_plain and triton.why_unavailable() is None
+
+
+@torch.library.custom_op("flash_dmattn::token_importance", mutates_args=())
+def token_importance(
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    max_exponent: float | None,
+) -> torch.Tensor:
+    """Returns A * softplus(weight @ concat_h v + bias), or its exponential, (B, Hi, 1) float32.
+
+    value: (B, Hkv, 1, D). weight: (Hi, Hkv * D). bias: (Hi,) or None. A: (Hi,).
+    max_exponent: where the exponent is clamped before exp; None leaves exp out.
+    """
+    from flash_dmattn.backends.triton.importance_kernel import run_importance
+
+    with torch.cuda.device_of(value):
+        return run_importance(value, weight, bias, A, max_exponent)
+
+
+@token_importance.register_fake
+def _(value, weight, bias, A, max_exponent):
+    return value.new_empty((value.shape[0], weight.shape[0], 1), dtype=torch.float32)

@@ -1,0 +1,261 @@
+"""A step over fixed slots: its output is that of attention over the whole sequence, its slots hold what is needed."""
+
+import importlib.util
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from flash_dmattn import interval_attention, select_visible
+from flash_dmattn.backends import BACKENDS
+from flash_dmattn.slots import decode_step, decode_step_op, make_slots, refresh_victims
+
+if torch.cuda.is_available():
+    DEVICE = "cuda"
+else:
+    DEVICE = "cpu"
+NO_TRITON = importlib.util.find_spec("triton") is None or (
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
+)
+BACKENDS_AND_DTYPES = [
+    pytest.param("reference", torch.float64, id="reference-float64"),
+    pytest.param("reference", torch.bfloat16, id="reference-bfloat16"),
+    pytest.param(
+        "triton",
+        torch.float32,
+        id="triton-float32",
+        marks=pytest.mark.skipif(
+            NO_TRITON, reason="Triton is not installed, or neither a GPU nor its interpreter is used"
+        ),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """w, s, r and the sliding window; lengths and heads are small, because Triton's interpreter is slow."""
+
+    w: int
+    s: int = 0
+    r: int = 0
+    sliding_window: int | None = None
+    length: int = 12
+    head_dim: int = 8
+    group_size: int = 2
+    num_kv_heads: int = 2
+    per_query_head: bool = False
+    is_padded: bool = False
+    softcap: float = 0.0
+    add_importance_bias: bool = True
+    importance: str = "ties"
+
+    @property
+    def windows(self):
+        return {"num_sink_tokens": self.s, "local_window_size": self.r, "sliding_window": self.sliding_window}
+
+
+CASES = {
+    "top": Case(4),
+    "sinks": Case(5, 3),
+    "sinks-local": Case(5, 2, 2, is_padded=True),
+    "all-local": Case(6, 0, 6),
+    "all-sinks": Case(3, 3),
+    "no-contest": Case(8, 3, 5, is_padded=True),
+    "one": Case(1, is_padded=True),
+    "window": Case(5, 1, 2, sliding_window=7, is_padded=True),
+    "long-window": Case(5, sliding_window=2**31 - 1),
+    "never-full": Case(20, 2, 3),
+    "even-blocks": Case(32, 1, 8, length=38, num_kv_heads=1, group_size=1, head_dim=16, is_padded=True),
+    "several-blocks": Case(20, 4, 8, length=30, num_kv_heads=1),
+    "query-heads": Case(5, 1, 2, per_query_head=True, head_dim=12),
+    "softcap": Case(5, softcap=2.0),
+    "no-bias": Case(5, add_importance_bias=False, importance="special"),
+    "special": Case(5, 1, importance="special", is_padded=True),
+    "group-of-three": Case(5, 0, 2, group_size=3, num_kv_heads=1, head_dim=20),
+}
+
+
+def draw(case, dtype):
+    """query, key, value, importance, padding mask of a whole sequence; padded rows are full of NaN and inf."""
+    heads = case.num_kv_heads * case.group_size
+    importance_heads = heads if case.per_query_head else case.num_kv_heads
+    query = torch.randn(2, case.length, heads, case.head_dim).to(DEVICE, dtype)
+    key, value = torch.randn(2, 2, case.length, case.num_kv_heads, case.head_dim).to(DEVICE, dtype)
+    importance = torch.randint(-2, 3, (2, importance_heads, case.length)).float().to(DEVICE)
+    if case.importance == "special":
+        special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0], device=DEVICE)
+        importance = special[torch.randint(0, 6, importance.shape)]
+    mask = torch.ones(2, case.length, dtype=torch.bool, device=DEVICE)
+    if case.is_padded:
+        mask = torch.rand(2, case.length, device=DEVICE) < 0.7
+    return query, key, value, importance, mask
+
+
+def expected_output(case, query, key, value, importance, mask):
+    visibility = select_visible(importance, keep_window_size=case.w, padding_mask=mask, **case.windows)
+    rows = torch.where(mask, torch.arange(case.length, device=DEVICE), -1).int()
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return interval_attention(
+        *(tensor.to(exact) for tensor in (query, key, value)),
+        importance,
+        visibility,
+        query_positions=rows,
+        softcap=case.softcap,
+        add_importance_bias=case.add_importance_bias,
+        backend="reference",
+    )
+
+
+@pytest.fixture
+def small_programs(monkeypatch):
+    """Programs of 16 slots, so that few slots are several programs."""
+    if not NO_TRITON:
+        from flash_dmattn.backends.triton import decode_kernel
+        from flash_dmattn.backends.triton.configs import DecodeConfig
+
+        monkeypatch.setattr(decode_kernel, "decode_config", lambda *_: DecodeConfig(16, 16, 2, 1))
+
+
+def steps(case, slots, query, key, value, importance, mask, backend):
+    for t in range(case.length):
+        row = slice(t, t + 1)
+        yield decode_step(
+            query[:, row],
+            key[:, row],
+            value[:, row],
+            importance[:, :, row],
+            slots,
+            padding_mask=mask[:, row] if case.is_padded else None,
+            softcap=case.softcap,
+            add_importance_bias=case.add_importance_bias,
+            backend=backend,
+            **case.windows,
+        )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_token_by_token_equals_one_pass(case, backend, dtype, small_programs):
+    query, key, value, importance, mask = inputs = draw(case, dtype)
+    expected = expected_output(case, *inputs)
+    for states in (query, key, value):
+        states[~mask] = torch.tensor([torch.nan, torch.inf], device=DEVICE, dtype=dtype).repeat(case.head_dim // 2)
+    slots = make_slots(2, importance.shape[1], case.w, case.head_dim, dtype, DEVICE)
+    found = torch.cat(list(steps(case, slots, *inputs, backend)), dim=1)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found.to(expected.dtype), expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(slots.lengths, mask.sum(1, keepdim=True).expand_as(slots.lengths))
+    assert not slots.arrivals.any()
+
+
+def by_position(slots):
+    """Positions, importances, keys and values in the order of the positions: slots have none."""
+    order = slots.positions.argsort(-1)
+    rows = order.unsqueeze(-1).expand_as(slots.keys)
+    states = (slots.positions.gather(2, order), slots.importance.gather(2, order))
+    return *states, slots.keys.gather(2, rows), slots.values.gather(2, rows)
+
+
+@pytest.mark.skipif(NO_TRITON, reason="Triton is not installed, or neither a GPU nor its interpreter is used")
+@pytest.mark.parametrize("name", ["sinks-local", "several-blocks"])
+def test_engines_keep_the_same_keys(name, small_programs):
+    case = CASES[name]
+    inputs = draw(case, torch.float32)
+    ours, theirs = (make_slots(2, inputs[3].shape[1], case.w, case.head_dim, torch.float32, DEVICE) for _ in range(2))
+    every_step = zip(steps(case, ours, *inputs, "triton"), steps(case, theirs, *inputs, "reference"), strict=True)
+    for out, expected in every_step:
+        torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
+        assert all(map(torch.equal, by_position(ours), by_position(theirs)))
+        victims = [slots.positions.gather(2, slots.victims.long().unsqueeze(-1)) for slots in (ours, theirs)]
+        assert torch.equal(*victims)
+
+
+def test_strided_tokens():
+    """As a model's projections give them: heads before the token, cut out of one tensor."""
+    case = Case(5, 1, 2)
+    query, key, value, importance, mask = draw(case, torch.float32)
+    wide = torch.cat([query, key, value], dim=2).transpose(1, 2).contiguous().transpose(1, 2)
+    pieces = wide.split([4, 2, 2], dim=2)
+    assert not pieces[0].is_contiguous()
+    for backend in ["reference"] if NO_TRITON else ["reference", "triton"]:
+        slots = make_slots(2, 2, case.w, case.head_dim, torch.float32, DEVICE)
+        wide_importance = importance.transpose(1, 2).contiguous().transpose(1, 2)
+        found = torch.cat(list(steps(case, slots, *pieces, wide_importance, mask, backend)), dim=1)
+        expected = expected_output(case, query, key, value, importance, mask)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def arguments(**changes):
+    token = {
+        "query": torch.zeros(2, 1, 4, 8),
+        "key": torch.zeros(2, 1, 2, 8),
+        "value": torch.zeros(2, 1, 2, 8),
+        "importance": torch.zeros(2, 2, 1),
+        "slots": make_slots(2, 2, 5, 8, torch.float32, "cpu"),
+    }
+    return {**token, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(2, 2, 4, 8), "key": torch.zeros(2, 2, 2, 8)}, "value must have key's shape"),
+        (
+            {
+                "query": torch.zeros(2, 2, 4, 8),
+                "key": torch.zeros(2, 2, 2, 8),
+                "value": torch.zeros(2, 2, 2, 8),
+                "importance": torch.zeros(2, 2, 2),
+            },
+            "query and key must hold one token, got 2 and 2",
+        ),
+        ({"slots": make_slots(3, 2, 5, 8, torch.float32, "cpu")}, r"slots must have .* \(2, 2, 8\), got \(3, 2, 8\)"),
+        ({"slots": make_slots(2, 2, 5, 8, torch.bfloat16, "cpu")}, "slots.keys must have query's dtype torch.float32"),
+        ({"importance": torch.zeros(2, 4, 1)}, r"slots must have .* \(2, 4, 8\), got \(2, 2, 8\)"),
+        ({"padding_mask": torch.ones(2, 2, dtype=torch.bool)}, r"padding_mask must be bool of shape \(2, 1\)"),
+        ({"padding_mask": torch.ones(2, 1)}, "padding_mask must be bool .* got torch.float32"),
+        ({"num_sink_tokens": 4, "local_window_size": 2}, "must not exceed keep_window_size, got 4 . 2 > 5"),
+        ({"softcap": -1.0}, "softcap must be 0 .off. or positive"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decode_step(**arguments(**changes))
+
+
+def test_an_engine_that_cannot_serve_says_why():
+    slots = make_slots(2, 2, 5, 8, torch.float64, "cpu")
+    token = {name: states.double() for name, states in arguments().items() if name != "slots"}
+    with pytest.raises(RuntimeError, match="no backend can serve this decoding step: triton: "):
+        decode_step(**token, slots=slots, backend="triton")
+    with pytest.raises(RuntimeError, match="cuda: it has no decoding step"):
+        decode_step(**token, slots=slots, backend="cuda")
+
+
+def test_engines_that_decode_can_refuse():
+    decoders = [backend for backend in BACKENDS.values() if hasattr(backend, "decode")]
+    assert decoders and all(hasattr(backend, "reject_decoding") for backend in decoders)
+
+
+def test_victims_after_a_change_by_hand():
+    """The least important key that competes, whatever the slots held before."""
+    slots = make_slots(1, 1, 3, 8, torch.float32, "cpu")
+    slots.positions.copy_(torch.tensor([[[0, 4, 2]]]))
+    slots.importance.copy_(torch.tensor([[[0.0, 1.0, 2.0]]]))
+    slots.lengths.fill_(5)
+    refresh_victims(slots, num_sink_tokens=1)
+    assert slots.victims.item() == 1
+    refresh_victims(slots, num_sink_tokens=1, local_window_size=2)
+    assert slots.victims.item() == 2
+
+
+def test_the_operator_is_what_the_compiler_expects():
+    """Its schema names what it changes, and its fake has the shapes of the real one."""
+    case = replace(CASES["sinks-local"], is_padded=False)
+    query, key, value, importance, _ = draw(case, torch.float32)
+    query, key, value = (states[:, :1] for states in (query, key, value))
+    slots = make_slots(2, 2, case.w, case.head_dim, torch.float32, DEVICE)
+    options = (case.s, case.r, None, 0.3, 0.0, True, "reference")
+    call = (query, key, value, importance[:, :, :1], None, *slots, *options)
+    torch.library.opcheck(decode_step_op, call, test_utils=("test_schema", "test_faketensor"))
