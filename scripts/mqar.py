@@ -16,7 +16,7 @@ VARIANTS = ("dense", "sliding-window", "sinks+window", "dma", "dma+window")
 
 @dataclass(frozen=True)
 class Task:
-    """num_pairs pairs in the first 2 * num_pairs tokens, all asked for in the last quarter of `seqlen`."""
+    """num_pairs pairs in the first 2 * num_pairs tokens, asked for as often as the last quarter has room."""
 
     seqlen: int = 256
     num_pairs: int = 32
@@ -50,7 +50,9 @@ class Task:
         tokens[:, 2 * places] = torch.where(used, keys, tokens[:, 2 * places])
         tokens[:, 2 * places + 1] = torch.where(used, self.num_keys + values, tokens[:, 2 * places + 1])
         start = self.seqlen - self.seqlen // 4
-        asked = start + rand(count, self.seqlen // 4).argsort(-1)[:, : self.num_pairs]
+        times = self.seqlen // 4 // self.num_pairs
+        keys, values, used = (x.expand(count, -1).repeat(1, times) for x in (keys, values, used))
+        asked = start + rand(count, self.seqlen // 4).argsort(-1)[:, : keys.shape[1]]
         tokens.scatter_(1, asked, torch.where(used, keys, tokens.gather(1, asked)))
         targets.scatter_(1, asked, torch.where(used, values, -1))
         return tokens, targets
@@ -131,16 +133,14 @@ class Models:
         dtype = torch.bfloat16 if x.is_cuda else x.dtype
         qkv = torch.einsum("rbsw,rwv->rbsv", x, p[f"{layer}.qkv"])
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        query, key = self.rotate(normalize(query)), self.rotate(normalize(key))
+        query, key = self.rotate(query), self.rotate(key)
         dt = torch.einsum("rbsw,rwo->rbos", value.flatten(-2), p[f"{layer}.dt"])
         importance = p[f"{layer}.a"][:, None, :, None] * softplus(dt)
         outs = []
         for first, last, options in self.groups():
             parts = (tensor[first:last].flatten(0, 1) for tensor in (query, key, value))
             weights = importance[first:last].flatten(0, 1).expand(-1, self.num_heads, -1)
-            out = flash_dmattn.dynamic_mask_attention(
-                *(part.to(dtype) for part in parts), weights, softmax_scale=1.0, **options
-            )
+            out = flash_dmattn.dynamic_mask_attention(*(part.to(dtype) for part in parts), weights, **options)
             outs.append(out.unflatten(0, (last - first, -1)).to(x.dtype))
         return torch.einsum("rbsw,rwv->rbsv", torch.cat(outs).flatten(-2), p[f"{layer}.out"])
 

@@ -1,9 +1,14 @@
 """The GPU engine: kernels in Triton; with TRITON_INTERPRET=1 they run on a CPU, slowly, for tests."""
 
+import functools
+import logging
+
 import torch
 
 from flash_dmattn.backends import triton
 from flash_dmattn.dense.call import DenseCall
+
+logger = logging.getLogger("flash_dmattn")
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,6 +45,7 @@ def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
     from flash_dmattn.dense.forward_kernels import run_forward
 
+    _say_what_serves()
     if not call.is_empty:
         return run_forward(call)
     batch, seqlen_q, num_heads, _ = call.query.shape
@@ -59,3 +65,8 @@ def backward(
     tensors = (call.query, call.key, call.value, *((call.attn_bias,) if needs_dbias else ()))
     gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
     return *gradients[:3], gradients[3] if needs_dbias else None
+
+
+@functools.cache
+def _say_what_serves() -> None:
+    logger.info("flash_dmattn serves masks and biases by query with kernels written in Triton")
