@@ -14,10 +14,15 @@ from cuda_build.setuptools_command import plan_build  # noqa: E402
 
 setup(
     packages=[
+        "flash_dma_cuda",
         "flash_dmattn",
         *(f"flash_dmattn.{name}" for name in find_packages("kernels/flash_dmattn")),
         *find_packages(include=["flash_dmattn_hf", "flash_dmattn_hf.*"]),
     ],
-    package_dir={"flash_dmattn": "kernels/flash_dmattn", "flash_dmattn_hf": "flash_dmattn_hf"},
+    package_dir={
+        "flash_dma_cuda": "kernels/flash_dma_cuda",
+        "flash_dmattn": "kernels/flash_dmattn",
+        "flash_dmattn_hf": "flash_dmattn_hf",
+    },
     **plan_build("flash_dmattn"),
 )

@@ -39,6 +39,7 @@ def main() -> None:
     train.add_argument("--seqlens", type=int, nargs="+", default=[32768, 131072])
     train.add_argument("--engines", nargs="+", default=["flash_dmattn", *DENSE], choices=["flash_dmattn", *DENSE])
     train.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for dense engines")
+    train.add_argument("--flash-limit", type=int, default=131072, help="longest sequence for SDPA's flash engine")
     train.add_argument("--runs", type=int, default=2, help="timed steps of flash_dmattn")
     train.add_argument("--dense-runs", type=int, default=1, help="timed steps of dense engines")
     train.add_argument("--loss-engine", default="torch", choices=["auto", "liger", "torch"])
@@ -104,7 +105,9 @@ def train_rows(arguments) -> Iterator[dict]:
     for seqlen in arguments.seqlens:
         rows = []
         for engine in arguments.engines:
-            if engine in DENSE and seqlen > arguments.dense_limit:
+            limits = {name: arguments.dense_limit for name in DENSE}
+            limits["sdpa-flash"] = min(arguments.dense_limit, arguments.flash_limit)
+            if seqlen > limits.get(engine, seqlen):
                 continue
             rows.append(measure_training(arguments, model, engine, make_tokens(arguments, seqlen)))
         for row in rows:

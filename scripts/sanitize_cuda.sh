@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs compute-sanitizer over small cases of the CUDA engine: needs a GPU of compute capability 9.0 and the library.
+# Runs compute-sanitizer over small cases of the CUDA engine: needs a GPU and the library.
 #   bash scripts/sanitize_cuda.sh [TOOL ...]     memcheck and racecheck by default
 set -euo pipefail
 

@@ -162,6 +162,14 @@ def test_code_for_hopper_goes_to_sm_90a_alone(fake, sources, tmp_path):
     assert [unit.name for unit in units] == ["library", "selection"]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_a_forward_of_every_head_dim(architecture):
+    names = {unit.name for unit in list_units(Settings(), (architecture,))}
+    kernels = ("forward_mma", "forward_sm90") if architecture == "90" else ("forward_mma",)
+    wanted = {f"{kernel}.d{d}_{t}" for kernel in kernels for d in Settings().head_dims for t in Settings().dtypes}
+    assert {name for name in names if name.startswith("forward_")} == wanted
+
+
 def test_variants_can_be_chosen(sources):
     settings = Settings(head_dims=("128",), dtypes=("bf16",))
     names = [unit.name for unit in list_units(settings, ("90",), sources)]
@@ -269,7 +277,13 @@ def test_the_package_and_its_sources_agree_on_the_version():
 
 
 @pytest.mark.parametrize(
-    ("module", "header"), [("selection", "selection.h"), ("lists", "lists.h"), ("forward_launch", "forward.h")]
+    ("module", "header"),
+    [
+        ("selection", "selection.h"),
+        ("lists", "lists.h"),
+        ("forward_launch", "forward.h"),
+        ("backward_launch", "backward.h"),
+    ],
 )
 def test_parameters_are_laid_out_as_the_header_says(module, header):
     types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}

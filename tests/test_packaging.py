@@ -64,7 +64,12 @@ def metadata(wheel):
 
 
 @pytest.mark.parametrize(
-    ("package", "folder"), [("flash_dmattn", "kernels/flash_dmattn"), ("flash_dmattn_hf", "flash_dmattn_hf")]
+    ("package", "folder"),
+    [
+        ("flash_dma_cuda", "kernels/flash_dma_cuda"),
+        ("flash_dmattn", "kernels/flash_dmattn"),
+        ("flash_dmattn_hf", "flash_dmattn_hf"),
+    ],
 )
 def test_the_wheel_holds_every_module(wheel, package, folder):
     held = {name for name in wheel.namelist() if name.startswith(f"{package}/") and name.endswith(".py")}
@@ -74,7 +79,7 @@ def test_the_wheel_holds_every_module(wheel, package, folder):
 
 def test_the_wheel_installs_only_our_packages(wheel):
     top_level = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
-    assert top_level == {"flash_dmattn", "flash_dmattn_hf"}
+    assert top_level == {"flash_dma_cuda", "flash_dmattn", "flash_dmattn_hf"}
 
 
 def test_the_wheel_carries_the_license(wheel):

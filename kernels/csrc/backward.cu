@@ -23,21 +23,22 @@ cudaError_t launch_main(const BackwardParams& params, cudaStream_t stream) {
 
 template <typename Element>
 cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
-    const int64_t num_rows = int64_t(p.batch) * p.seqlen_q * p.num_interval_heads * p.group_size;
-    const int64_t num_tiles = int64_t(p.batch) * p.num_interval_heads * p.num_epochs * p.tiles_per_epoch;
+    const int64_t num_rows = int64_t(p.seqlen_q) * p.group_size;  // of an interval head
+    const int64_t num_lanes = int64_t(p.batch) * p.num_interval_heads;
     const int64_t num_key_rows = int64_t(p.batch) * p.seqlen_k * (p.num_interval_heads / p.interval_heads_per_kv_head);
     const int64_t key_size = num_key_rows * p.head_dim;
-    constexpr int kRowsOfBlock = kPassThreads / 16, kSizeOfBlock = kPassThreads * 8;
-    const int64_t row_blocks = (num_rows + kRowsOfBlock - 1) / kRowsOfBlock;
+    constexpr int kRowsOfBlock = kPassThreads / kLanesOfRow, kSizeOfBlock = kPassThreads * 8;
     const int64_t key_blocks = (key_size + kSizeOfBlock - 1) / kSizeOfBlock;
-    if (row_blocks > INT32_MAX || num_tiles > INT32_MAX || key_blocks > INT32_MAX) return cudaErrorInvalidValue;
-    if (num_rows == 0 || num_key_rows == 0) return cudaErrorInvalidValue;
+    if (num_rows > INT32_MAX - kRowsOfBlock || num_lanes > 65535 || key_blocks > INT32_MAX) {
+        return cudaErrorInvalidValue;
+    }
+    if (num_rows == 0 || num_lanes == 0 || num_key_rows == 0) return cudaErrorInvalidValue;
 
-    gather_row_facts<Element><<<unsigned(row_blocks), kPassThreads, 0, stream>>>(p);
+    const dim3 row_blocks(unsigned((num_rows + kRowsOfBlock - 1) / kRowsOfBlock), unsigned(num_lanes));
+    gather_row_facts<Element><<<row_blocks, kPassThreads, 0, stream>>>(p);
     cudaError_t error = cudaGetLastError();
     if (error == cudaSuccess) error = launch_main<Element>(p, stream);
     if (error != cudaSuccess) return error;
-    finish_dquery<Element><<<unsigned(num_tiles), 128, 0, stream>>>(p);
     finish_dkey_dvalue<Element><<<dim3(unsigned(key_blocks), 2), kPassThreads, 0, stream>>>(p, key_size);
     return cudaGetLastError();
 }

@@ -16,8 +16,8 @@ struct flash_dmattn_backward_params {
     const float* dlse;               // (B, H, Sq), contiguous
     const float* stats;              // (2, B, H, Sq), as flash_dmattn_forward writes it
     float* row_facts;                // (B, Hi, Sq, H / Hi, 4), scratch
-    int32_t* next_item;              // one number, scratch
-    float* dquery_sums;              // (B, Hi, epochs, tiles, tile rows, D), zero; scratch
+    int32_t* counters;               // 1 + B Hi epochs numbers, deterministic 2 B Hi epochs tiles more, zero; scratch
+    float* dquery_sums;              // (slots, tiles, tile rows, D), zero; scratch
     float* dkey_sums;                // (B, Sk, Hkv, D), zero; scratch
     float* dvalue_sums;              // (B, Sk, Hkv, D), zero; scratch
     float* dimportance;              // (B, Hi, Sk), zero, or null
@@ -48,8 +48,10 @@ struct flash_dmattn_backward_params {
     int32_t tiles_per_epoch;
     int32_t tile_size;  // query tokens
     int32_t capacity;   // of a list; without lists Sk
+    int32_t num_slots;  // epochs whose dquery is summed up at a time
     int32_t head_dim;
-    int32_t is_bfloat16;  // otherwise float16
+    int32_t is_bfloat16;    // otherwise float16
+    int32_t deterministic;  // sums are added up in a fixed order; needs query_start or entries == null
 };
 
 // Query rows (tokens x group heads) of a tile, or 0 when there is no kernel for the head dim.

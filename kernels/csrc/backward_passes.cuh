@@ -20,24 +20,34 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
     }
 }
 
-constexpr int kPassThreads = 256;
+constexpr int kPassThreads = 256, kLanesOfRow = 16;
 
 // Writes {shift, log_total, delta, row number} of every row of out: shift and log_total are the forward's stats, delta
-// is rowsum(dout * out) - dlse. Rows that see nothing may hold anything and become {inf, 0, 0, -1}. 16 lanes a row. Also
-// makes the main kernel begin with the first work item.
+// is rowsum(dout * out) - dlse. Rows that see nothing may hold anything and become {inf, 0, 0, -1}. 16 lanes a row; the
+// grid is rows of an interval head by interval heads.
 template <typename Element>
 __global__ void __launch_bounds__(kPassThreads) gather_row_facts(const flash_dmattn_backward_params p) {
-    constexpr int kLanes = 16;
-    const int num_heads = p.num_interval_heads * p.group_size;
-    const int64_t num_rows = int64_t(p.batch) * p.seqlen_q * num_heads;
-    const int64_t row = int64_t(blockIdx.x) * (kPassThreads / kLanes) + threadIdx.x / kLanes;
-    const int lane = threadIdx.x % kLanes;
-    if (blockIdx.x == 0 && threadIdx.x == 0) *p.next_item = 0;
-    float sum = 0.f;
+    const int row = blockIdx.x * (kPassThreads / kLanesOfRow) + threadIdx.x / kLanesOfRow;  // query, head of the group
+    const int num_rows = p.seqlen_q * p.group_size, num_heads = p.num_interval_heads * p.group_size;
+    const int lane = threadIdx.x % kLanesOfRow;
+    const int batch = blockIdx.y / p.num_interval_heads;
+    const int query = row / p.group_size;
+    const int head = (blockIdx.y - batch * p.num_interval_heads) * p.group_size + row - query * p.group_size;
+    float fact = 0.f, sum = 0.f;  // a lane's fact: shift, log_total, dlse, row number
     if (row < num_rows) {
-        const uint4* out = reinterpret_cast<const uint4*>(static_cast<const char*>(p.out) + row * p.head_dim * 2);
-        const uint4* dout = reinterpret_cast<const uint4*>(static_cast<const char*>(p.dout) + row * p.head_dim * 2);
-        for (int piece = lane; piece < p.head_dim / 8; piece += kLanes) {
+        const int64_t place = (int64_t(batch) * num_heads + head) * p.seqlen_q + query;
+        if (lane == 0) fact = __ldg(p.stats + place);
+        if (lane == 1) fact = __ldg(p.stats + place + int64_t(p.batch) * num_heads * p.seqlen_q);
+        if (lane == 2) fact = __ldg(p.dlse + place);
+        if (lane == 3) {
+            fact = __int_as_float(p.query_positions == nullptr
+                                      ? p.query_start[batch] + query
+                                      : p.query_positions[int64_t(batch) * p.seqlen_q + query]);
+        }
+        const int64_t first = ((int64_t(batch) * p.seqlen_q + query) * num_heads + head) * p.head_dim * 2;
+        const uint4* out = reinterpret_cast<const uint4*>(static_cast<const char*>(p.out) + first);
+        const uint4* dout = reinterpret_cast<const uint4*>(static_cast<const char*>(p.dout) + first);
+        for (int piece = lane; piece < p.head_dim / 8; piece += kLanesOfRow) {
             const uint4 a = __ldg(out + piece), b = __ldg(dout + piece);
             const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -48,68 +58,14 @@ __global__ void __launch_bounds__(kPassThreads) gather_row_facts(const flash_dma
         }
     }
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    for (int step = kLanesOfRow / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    float facts[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) facts[i] = __shfl_sync(~0u, fact, threadIdx.x % 32 / kLanesOfRow * kLanesOfRow + i);
     if (row >= num_rows || lane != 0) return;
-    const int64_t token = row / num_heads;
-    const int head = int(row - token * num_heads);
-    const int batch = int(token / p.seqlen_q), query = int(token - int64_t(batch) * p.seqlen_q);
-    const int interval_head = head / p.group_size;
-    const int64_t place = (int64_t(batch) * num_heads + head) * p.seqlen_q + query;
-    const float shift = p.stats[place];
-    float4 facts = make_float4(INFINITY, 0.f, 0.f, __int_as_float(-1));
-    if (shift < INFINITY) {
-        facts.x = shift;
-        facts.y = p.stats[place + int64_t(p.batch) * num_heads * p.seqlen_q];
-        facts.z = sum - p.dlse[place];
-        facts.w = __int_as_float(
-            p.query_positions == nullptr ? p.query_start[batch] + query : p.query_positions[token]);
-    }
-    const int64_t list_head = int64_t(batch) * p.num_interval_heads + interval_head;
-    const int64_t target = (list_head * p.seqlen_q + query) * p.group_size + head % p.group_size;
-    reinterpret_cast<float4*>(p.row_facts)[target] = facts;
-}
-
-// Writes dquery from its sums, which lie tile by tile in the order of accumulators: the float4 of thread t and columns
-// 8 i on stands for rows t / 32 * 16 + t % 32 / 4 and that + 8, columns 8 i + t % 4 * 2 and the next. A block per tile.
-template <typename Element>
-__global__ void __launch_bounds__(128) finish_dquery(const flash_dmattn_backward_params p) {
-    constexpr int kRows = 64;
-    const int64_t tile = blockIdx.x;
-    const int64_t list = tile / p.tiles_per_epoch;
-    const int list_head = int(list / p.num_epochs), epoch = int(list - int64_t(list_head) * p.num_epochs);
-    const int batch = list_head / p.num_interval_heads, head = list_head - batch * p.num_interval_heads;
-    const int tile_of_epoch = int(tile - list * p.tiles_per_epoch);
-    const int first_query = epoch * p.epoch_size + tile_of_epoch * p.tile_size;
-    const int end = min(first_query + p.tile_size, min((epoch + 1) * p.epoch_size, p.seqlen_q));
-    const int lane = threadIdx.x % 32;
-    const float4* sums = reinterpret_cast<const float4*>(p.dquery_sums) + tile * (kRows / 4 * p.head_dim) + threadIdx.x;
-    const int num_heads = p.num_interval_heads * p.group_size;
-    char* targets[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int row = threadIdx.x / 32 * 16 + r * 8 + lane / 4;
-        const int query = first_query + row / p.group_size;
-        const int64_t place =
-            (int64_t(batch) * p.seqlen_q + query) * num_heads + head * p.group_size + row % p.group_size;
-        targets[r] = query < end ? static_cast<char*>(p.dquery) + place * p.head_dim * 2 + lane % 4 * 16 : nullptr;
-    }
-    for (int i = 0; i < p.head_dim / 32; ++i) {
-        uint32_t words[2][4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const float4 sum = __ldcs(sums + (i * 4 + k) * 128);
-            words[0][k] = pack<Element>(sum.x * p.softmax_scale, sum.y * p.softmax_scale);
-            words[1][k] = pack<Element>(sum.z * p.softmax_scale, sum.w * p.softmax_scale);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            transpose_in_quad(words[r], lane);
-            if (targets[r] != nullptr) {
-                *reinterpret_cast<uint4*>(targets[r] + i * 64) =
-                    make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
-            }
-        }
-    }
+    reinterpret_cast<float4*>(p.row_facts)[int64_t(blockIdx.y) * num_rows + row] =
+        facts[0] < INFINITY ? make_float4(facts[0], facts[1], sum - facts[2], facts[3])
+                            : make_float4(INFINITY, 0.f, 0.f, __int_as_float(-1));
 }
 
 // Writes dkey and dvalue from their sums, eight numbers a thread.

@@ -43,6 +43,39 @@ __device__ __forceinline__ void named_arrive(int number, int threads) {
     asm volatile("barrier.cta.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Whether the predicate holds in any of the threads that meet.
+__device__ __forceinline__ bool named_any(int number, int threads, bool predicate) {
+    int result;
+    asm volatile(
+        "{\n.reg .pred mine, any;\n"
+        "setp.ne.b32 mine, %3, 0;\n"
+        "barrier.cta.red.or.pred any, %1, %2, mine;\n"
+        "selp.b32 %0, 1, 0, any;\n}\n"
+        : "=r"(result)
+        : "r"(number), "r"(threads), "r"(int(predicate))
+        : "memory");
+    return result;
+}
+
+// Counters in memory, by which blocks tell each other what they have written.
+
+__device__ __forceinline__ int count_up(int* counter) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+__device__ __forceinline__ void set_counter(int* counter, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_counter(const int* counter, int value) {
+    int seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < value);
+}
+
 // Position in a ring of stages.
 template <int kStages>
 struct Ring {
@@ -101,6 +134,9 @@ __device__ __forceinline__ void store_matrices(uint32_t target, const uint32_t* 
 __device__ __forceinline__ void fence_shared_for_tensor_cores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// Orders ordinary accesses of global memory and bulk reductions to it.
+__device__ __forceinline__ void fence_global_for_reductions() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 template <int kRegisters>
 __device__ __forceinline__ void grow_registers() {

@@ -40,7 +40,7 @@ def check_selection(
         if cu_seqlens is not None:
             raise ValueError("positions and cu_seqlens must not be given together: got both")
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, batch, importance.device)
+        check_cu_seqlens(cu_seqlens, batch, importance.device)
 
 
 def check_windows(
@@ -66,15 +66,28 @@ def check_windows(
         )
 
 
-def check_cu_seqlens_values(cu_seqlens: torch.Tensor, num_rows: int) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, device: torch.device, name: str = "cu_seqlens") -> None:
+    """Raises ValueError unless cu_seqlens is an integer vector on `device` and the batch is packed."""
+    _check_tensor(name, cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name} must have shape (num_docs + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name} must be on device {device}, got {cu_seqlens.device}")
+    if batch != 1:
+        raise ValueError(f"{name} needs a packed batch of 1, got a batch of {batch}")
+
+
+def check_cu_seqlens_values(cu_seqlens: torch.Tensor, num_rows: int, name: str = "cu_seqlens") -> None:
     """Raises ValueError unless cu_seqlens rises from 0 to num_rows. Values on a GPU are not looked at."""
     if cu_seqlens.device.type != "cpu":
         return
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != num_rows:
-        raise ValueError(f"cu_seqlens must start with 0 and end with {num_rows}, got {values[0]} and {values[-1]}")
+        raise ValueError(f"{name} must start with 0 and end with {num_rows}, got {values[0]} and {values[-1]}")
     if any(after < before for before, after in zip(values, values[1:], strict=False)):
-        raise ValueError(f"cu_seqlens must not decrease, got {values}")
+        raise ValueError(f"{name} must not decrease, got {values}")
 
 
 def check_attention(
@@ -85,6 +98,7 @@ def check_attention(
     *,
     softcap: float,
     backend: str,
+    allow_longer_query: bool = False,
 ) -> None:
     """Raises ValueError unless query, key, value and importance fit each other."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -109,7 +123,7 @@ def check_attention(
         )
     if num_heads % num_kv_heads != 0:
         raise ValueError(f"query must have a multiple of key's heads, got {num_heads} heads against {num_kv_heads}")
-    if seqlen_q > seqlen_k:
+    if seqlen_q > seqlen_k and not allow_longer_query:
         raise ValueError(f"query must not be longer than key, got {seqlen_q} rows against {seqlen_k}")
     if importance is not None:
         _check_tensor("importance", importance)
@@ -163,18 +177,6 @@ def check_query_rows(
         _check_like("query_start", query_start, (batch,), query.device)
         if query_start.dtype != torch.int32:
             raise ValueError(f"query_start must be an int or int32, got {query_start.dtype}")
-
-
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, device: torch.device) -> None:
-    _check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must have shape (num_docs + 1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens must be on device {device}, got {cu_seqlens.device}")
-    if batch != 1:
-        raise ValueError(f"cu_seqlens needs a packed batch of 1, got a batch of {batch}")
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:

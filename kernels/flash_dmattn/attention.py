@@ -3,7 +3,9 @@
 import torch
 
 from flash_dmattn import arguments
-from flash_dmattn.dispatch import check_backend_name
+from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.call import AttentionCall
+from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
 from flash_dmattn.ops import interval_attention_op
 from flash_dmattn.selection import comparable, select_visible
 from flash_dmattn.visibility import Visibility
@@ -62,7 +64,7 @@ def interval_attention(
     check_backend_name(backend)
     if query_positions is None and query_start is None:
         query_start = key.shape[1] - query.shape[1]
-    return _attend(
+    return attend_intervals(
         query,
         key,
         value,
@@ -79,6 +81,7 @@ def interval_attention(
     )
 
 
+@accept_aliases(window_size="keep_window_size")
 def dynamic_mask_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -141,7 +144,7 @@ def dynamic_mask_attention(
     if padding_mask is not None:
         rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, dtype=torch.int32, device=query.device)
         query_positions = torch.where(padding_mask[:, seqlen_k - seqlen_q :], rows, -1)
-    return _attend(
+    return attend_intervals(
         query,
         key,
         value,
@@ -159,7 +162,7 @@ def dynamic_mask_attention(
     )
 
 
-def _attend(
+def attend_intervals(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -184,7 +187,7 @@ def _attend(
         importance = comparable(importance)
         importance = (importance if query.dtype == torch.float64 else importance.float()).contiguous()
     birth, death = (None, None) if visibility is None else (bound.contiguous() for bound in visibility)
-    out, lse, _ = interval_attention_op(
+    call = (
         query,
         key,
         value,
@@ -197,6 +200,10 @@ def _attend(
         head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
         float(softcap),
         deterministic,
-        backend,
     )
+    if differentiates_itself(backend):
+        call = AttentionCall(*call)
+        out, lse = choose_backend(call, backend).attend(call)
+    else:
+        out, lse, _ = interval_attention_op(*call, backend)
     return (out, lse) if return_lse else out

@@ -5,7 +5,6 @@ import logging
 import os
 
 from flash_dmattn.backends import BACKENDS
-from flash_dmattn.call import AttentionCall
 from flash_dmattn.decode_call import DecodeCall
 
 logger = logging.getLogger("flash_dmattn")
@@ -30,25 +29,36 @@ def check_backend_name(name: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument} must be one of {['auto', *BACKENDS]}, got {name!r}")
 
 
-def choose_backend(call: AttentionCall, name: str):
-    """Returns the backend module that serves `call`.
+def resolve_backend_name(name: str) -> str:
+    """Returns what "auto" stands for: itself, or the name in the environment variable FLASH_DMATTN_BACKEND."""
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        check_backend_name(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+    return name
+
+
+def differentiates_itself(name: str) -> bool:
+    """Whether the backend of that name is called as it is, under torch's autograd."""
+    return hasattr(BACKENDS.get(resolve_backend_name(name)), "attend")
+
+
+def choose_backend(call, name: str, backends: dict = BACKENDS):
+    """Returns the module of `backends` that serves `call`.
 
     "auto" takes the first that accepts, unless the environment variable FLASH_DMATTN_BACKEND names one. Raises
     RuntimeError with the backend's own reason when the named one cannot serve the call.
     """
-    if name == "auto":
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        check_backend_name(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+    name = resolve_backend_name(name)
     if name != "auto":
-        reason = _why_not(name, call)
+        reason = _why_not(backends[name], call)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")
-        return BACKENDS[name]
+        return backends[name]
     refusals = []
-    for name, backend in BACKENDS.items():
+    for name, backend in backends.items():
         if not backend.is_automatic(call):
             continue
-        reason = _why_not(name, call)
+        reason = _why_not(backend, call)
         if reason is None:
             _announce(name, "; ".join(refusals))
             return backend
@@ -62,8 +72,7 @@ def choose_decoder(call: DecodeCall, name: str):
     Where the environment variable asks for the CUDA library, the first of the others that accepts serves.
     """
     if name == "auto":
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        check_backend_name(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+        name = resolve_backend_name(name)
         name = name if name == "auto" or hasattr(BACKENDS[name], "decode") else "auto"
     candidates = [name] if name != "auto" else [name for name in BACKENDS if hasattr(BACKENDS[name], "decode")]
     refusals = []
@@ -81,8 +90,8 @@ def choose_decoder(call: DecodeCall, name: str):
     raise RuntimeError("no backend can serve this decoding step: " + "; ".join(refusals))
 
 
-def _why_not(name: str, call: AttentionCall) -> str | None:
-    return BACKENDS[name].why_unavailable() or BACKENDS[name].reject(call)
+def _why_not(backend, call) -> str | None:
+    return backend.why_unavailable() or backend.reject(call)
 
 
 @functools.cache

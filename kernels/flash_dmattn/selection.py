@@ -8,11 +8,13 @@ prefix per key, and no N x N comparison anywhere.
 import torch
 
 from flash_dmattn import arguments
+from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.backends.cuda import selection as cuda_selection
 from flash_dmattn.order_statistics import kth_smallest_in_ranges
 from flash_dmattn.visibility import NEVER, Visibility
 
 
+@accept_aliases(window_size="keep_window_size")
 def select_visible(
     importance: torch.Tensor,
     *,

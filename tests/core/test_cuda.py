@@ -24,7 +24,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 
 @pytest.fixture(params=("", "80", "120"), ids=("own", "sm80", "sm120"), autouse=True)
 def architecture(request, monkeypatch):
-    """The kernels for the GPU itself, and those for all architectures in the shapes for much and little shared memory."""
+    """The kernels for the GPU itself, and those for all, in their shapes for much and for little shared memory."""
     monkeypatch.setenv(ARCHITECTURE_VARIABLE, request.param)
 
 
@@ -125,6 +125,13 @@ def forbid_triton(monkeypatch):
     monkeypatch.setattr(flash_dmattn.backends.triton, "backward", refuse)
 
 
+IS_HOPPER = WHY_NOT is None and torch.cuda.get_device_capability() == (9, 0)
+once = pytest.mark.parametrize("architecture", [""], ids=["own"], indirect=True)
+has_own_backward = pytest.mark.skipif(WHY_NOT is None and not IS_HOPPER, reason="the backward is for Hopper alone")
+
+
+@once
+@has_own_backward
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
@@ -133,15 +140,70 @@ def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
     check(case, seed, "cuda")
 
 
+def deterministic_cases():
+    base = Case("epochs", seqlen_q=3000, seqlen_k=3000, num_heads=8, num_kv_heads=2, importance_heads=2)
+    window = options(keep_window_size=300, deterministic=True)
+    cases = [
+        replace(base, options=window),
+        replace(base, name="drift-softcap", batch=2, importance="up", options={**window, "softcap": 3.0}),
+        replace(base, name="dense", batch=2, options={**window, "keep_window_size": 5000}),
+        replace(base, name="per-query-head", importance_heads=8, options=window),
+        replace(base, name="padded", batch=2, padding="interior", options=window),
+        replace(base, name="packed", cu_seqlens=(0, 3, 700, 701, 3000), options=window),
+    ]
+    return [
+        replace(case, name=f"{case.name}-d{head_dim}", head_dim=head_dim, dtype=torch.bfloat16)
+        for head_dim in HEAD_DIMS
+        for case in cases
+    ]
+
+
+@once
+@has_own_backward
+@pytest.mark.parametrize("case", deterministic_cases(), ids=lambda case: case.name)
+def test_deterministic_gradients_are_bitwise_equal(case, seed, monkeypatch):
+    forbid_triton(monkeypatch)
+    check(case, seed, "cuda")
+    first, *others = (run(case, seed, "cuda") for _ in range(4))
+    for other in others:
+        assert all(torch.equal(*pair) for pair in zip(first, other, strict=True))
+
+
+@once
 def test_triton_s_backward_serves_with_a_reason(seed, monkeypatch, caplog):
     flash_dmattn.backends.cuda._announce_triton.cache_clear()
-    case = Case("deterministic", head_dim=64, dtype=torch.bfloat16, options=options(deterministic=True))
+    case = Case("unordered", head_dim=64, dtype=torch.bfloat16)
+    tensors = [tensor.requires_grad_() for tensor in make_inputs(case, seed)[0]]
+    visibility = flash_dmattn.select_visible(tensors[3].detach(), keep_window_size=20)
+    rows = torch.randperm(case.seqlen_q, device=DEVICE).int()[None]
+
+    def gradients(**choice):
+        out = flash_dmattn.interval_attention(*tensors, visibility, query_positions=rows, backend="cuda", **choice)
+        return torch.autograd.grad(out.float().square().sum(), tensors)
+
+    expected = gradients()
     with caplog.at_level(logging.INFO, logger="flash_dmattn"):
-        check(case, seed, "cuda")
-    assert "no fixed order" in caplog.text
+        for got, right in zip(gradients(deterministic=True), expected, strict=True):
+            torch.testing.assert_close(got, right, rtol=2e-2, atol=2e-2)
+    assert ("rows in no order" if IS_HOPPER else "compute capability 9.0 alone") in caplog.text
     forbid_triton(monkeypatch)
     with pytest.raises(AssertionError, match="Triton"):
-        check(case, seed, "cuda")
+        gradients(deterministic=True)
+
+
+@once
+@has_own_backward
+def test_the_backward_allocates_less_than_a_float32_query():
+    query = torch.randn(1, 16384, 32, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    key, value = (query.detach()[:, :, :8].clone().requires_grad_() for _ in range(2))
+    importance = torch.randn(1, 8, 16384, device=DEVICE, requires_grad=True)
+    tensors = query, key, value, importance
+    out = flash_dmattn.dynamic_mask_attention(*tensors, keep_window_size=1024, backend="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    returned = sum(gradient.nbytes for gradient in gradients) + out.nbytes  # and the ones
+    assert torch.cuda.max_memory_allocated() - before - returned < 4 * query.numel()
 
 
 def test_both_ways_run_in_a_cuda_graph(seed):

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_dmattn import dynamic_mask_attention, interval_attention, select_visible
+from flash_dmattn.dense.attention import dense_attention
 
 from .attention_cases import AttentionCase, documents, padding, window
 
@@ -39,8 +40,8 @@ class RecordCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def registered_ops():
-    prefix = f"{NAMESPACE}::"
+def registered_ops(name=""):
+    prefix = f"{NAMESPACE}::{name}"
     return {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
 
 
@@ -62,7 +63,21 @@ def as_leaf(x, function):
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_opcheck_accepts_every_op_as_it_is_called(case):
     calls = recorded_calls(case)
-    assert {function.name() for function, _, _ in calls} == registered_ops() != set()
+    check_ops(calls, registered_ops() - registered_ops("dense_attention"))
+
+
+@pytest.mark.parametrize("needs_dbias", [False, True], ids=["constant-bias", "bias"])
+def test_opcheck_accepts_the_ops_of_masks_and_biases(needs_dbias):
+    query, key, value = (torch.randn(2, 7, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    mask, bias = torch.rand(1, 2, 7, 7) > 0.4, torch.randn(2, 1, 7, 1, requires_grad=needs_dbias)
+    with RecordCalls() as recorder:
+        out, lse = dense_attention(query, key, value, mask, bias, is_causal=True, softcap=2.0)
+        (out.sum() + lse.masked_fill(lse.isinf(), 0).sum()).backward()
+    check_ops(recorder.calls, registered_ops("dense_attention"))
+
+
+def check_ops(calls, expected):
+    assert {function.name() for function, _, _ in calls} == expected != set()
     for function, args, kwargs in calls:
         args = tuple(as_leaf(x, function) for x in args)
         torch.library.opcheck(function, args, {name: as_leaf(x, function) for name, x in kwargs.items()})

@@ -18,12 +18,19 @@ GPUS = {"consumer": (89, 99 * 1024), "A100": (80, 163 * 1024)}
 SHAPES = {"consumer": [("bfloat16", 128), ("bfloat16", 256), ("float32", 256)], "A100": [("bfloat16", 256)]}
 
 
+KERNELS = {
+    "compile_triton.py": {"forward", "forward without lists", "dquery", "dkey, dvalue", "decode", "token importance"},
+    "compile_dense.py": {"classify", "forward", "dquery", "dkey, dvalue"},
+}
+
+
 @pytest.mark.parametrize(
     ("gpu", "dtype", "head_dim"), [(gpu, *shape) for gpu, shapes in SHAPES.items() for shape in shapes]
 )
-def test_every_kernel_fits_the_shared_memory(gpu, dtype, head_dim, tmp_path):
+@pytest.mark.parametrize("compiler", KERNELS)
+def test_every_kernel_fits_the_shared_memory(compiler, gpu, dtype, head_dim, tmp_path):
     capability, shared_memory = GPUS[gpu]
-    script = Path(__file__).with_name("compile_triton.py")
+    script = Path(__file__).with_name(compiler)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, script, str(capability), str(shared_memory), dtype, str(head_dim)],
@@ -33,5 +40,5 @@ def test_every_kernel_fits_the_shared_memory(gpu, dtype, head_dim, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     taken = dict(line.rsplit(": ", 1) for line in run.stdout.splitlines())
-    assert set(taken) == {"forward", "forward without lists", "dquery", "dkey, dvalue", "decode", "token importance"}
+    assert set(taken) == KERNELS[compiler]
     assert max(map(int, taken.values())) <= shared_memory, taken

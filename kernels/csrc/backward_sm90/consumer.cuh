@@ -5,13 +5,28 @@
 // computes everything for the query tiles of its turns.
 #pragma once
 
-#include "gradients.cuh"
+#include "finish.cuh"
 
 namespace flash_dmattn {
 
-template <typename Traits, bool kHasSoftcap>
+// acc += a b, of a in registers, 64 keys by queries, and of a tile of rows of query or dout.
+template <typename Traits>
+__device__ __forceinline__ void start_sum(
+    float (&acc)[Traits::kHeadDim / 2], const uint32_t (&a)[Traits::kBlockM / 4], uint32_t b) {
+#pragma unroll
+    for (int depth = 0; depth < Traits::kBlockM / 16; ++depth) {
+        Wgmma<Traits::kHeadDim, typename Traits::Element>::weigh(
+            acc, a + depth * 4,
+            matrix_descriptor<Traits::kRowBytes>(
+                b + depth * 16 * Traits::kRowBytes, Traits::kBlockM * Traits::kRowBytes));
+    }
+    wgmma_commit();
+}
+
+template <typename Traits>
 __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char* smem, int warpgroup) {
     using Element = typename Traits::Element;
+    constexpr bool kHasSoftcap = Traits::kHasSoftcap, kIsDeterministic = Traits::kIsDeterministic;
     constexpr int kHeadDim = Traits::kHeadDim, kBlockM = Traits::kBlockM;
     constexpr int kKeyPieces = Traits::kBlockN * Traits::kRowBytes, kQueryPieces = kBlockM * Traits::kRowBytes;
     const BackwardMemory<Traits> shared{shared_address(smem)};
@@ -28,18 +43,19 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
     const WorkItem& item = *reinterpret_cast<const WorkItem*>(smem + Traits::kItemOffset);
     Ring<Traits::kStages> ring;
     int half = 0;
+    TileOrder<Traits> order;
     named_arrive(kFree + warpgroup, 2 * kWarpgroup);
 
     for (int phase = 0;; phase ^= 1) {
         barrier_wait(shared.item_full(), phase);
-        if (item.num_tiles == 0) break;
-        const bool is_narrow = keep_of_warp(item.num_keys) <= 64;
+        if (item.position < 0) break;
+        fence_global_for_reductions();
+        // In a fixed order keys are summed up by one warpgroup.
+        const bool is_narrow = !kIsDeterministic && keep_of_warp(item.num_keys) <= 64;
         const int first_key = is_narrow ? 0 : warpgroup * 64;
         const ThreadKeys keys(p, item, first_key + warp * 16 + lane / 4);
-        const int end = keep_of_warp(item.first_tile + item.num_tiles);
-        barrier_wait(shared.keys_full(), phase);
-
         int tile = keep_of_warp(item.first_tile);
+        const int end = tile + keep_of_warp(item.num_tiles);
         const auto advance = [&] {
             ring.advance();
             half ^= 1;
@@ -58,7 +74,7 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             if (lane == 0) barrier_arrive(shared.rows_empty(ring.stage));
             advance();
         };
-        if (is_narrow && half != warpgroup) pass_turn();
+        if (is_narrow && half != warpgroup && tile < end) pass_turn();
 
         while (tile < end) {
             const bool is_my_turn = half == warpgroup;
@@ -67,10 +83,8 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
                 lane % 4 * 2;
             float scores[kBlockM / 2], dweights[kBlockM / 2];
             uint32_t weights[kBlockM / 4], dscores[kBlockM / 4];
-            __half2 slopes[kHasSoftcap ? kBlockM / 4 : 1];
 
             barrier_wait(shared.rows_full(ring.stage), ring.phase);
-            fence_shared_for_tensor_cores();
             wgmma_fence();
             start_products<Traits, kBlockM>(
                 scores, shared.key() + first_key * Traits::kRowBytes, kKeyPieces, shared.query(ring.stage),
@@ -78,23 +92,33 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             start_products<Traits, kBlockM>(
                 dweights, shared.value() + first_key * Traits::kRowBytes, kKeyPieces, shared.dout(ring.stage),
                 kQueryPieces);
-            wgmma_wait<1>();
-            pin(scores);
-            weigh_products<kHasSoftcap>(scores, slopes, p, keys, item, facts);
-            pack_weights<Element>(weights, scores);
-
-            wgmma_fence();
-#pragma unroll
-            for (int depth = 0; depth < kBlockM / 16; ++depth) {
-                Wgmma<kHeadDim, Element>::weigh(
-                    dvalue, weights + depth * 4,
-                    matrix_descriptor<Traits::kRowBytes>(
-                        shared.dout(ring.stage) + depth * 16 * Traits::kRowBytes, kQueryPieces));
+            if (kIsDeterministic && thread == 0) {
+                if (order.is_pending) {
+                    reduce_bulk_wait_all();
+                    order.tell(p, item.position, 0);
+                }
+                if (is_my_turn) order.start(p, item, tile);
             }
-            wgmma_commit();
-            wgmma_wait<1>();
-            pin(dweights);
-            differentiate<kHasSoftcap>(dweights, dbias, scores, slopes, facts);
+            const auto start_dvalue = [&] {
+                wgmma_fence();
+                start_sum<Traits>(dvalue, weights, shared.dout(ring.stage));
+            };
+            if constexpr (kHasSoftcap) {
+                wgmma_wait<0>();
+                pin(scores);
+                pin(dweights);
+                weigh_and_differentiate_capped(scores, dweights, dbias, p, keys, item, facts);
+                pack_weights<Element>(weights, scores);
+            } else {
+                wgmma_wait<1>();
+                pin(scores);
+                weigh_products(scores, p, keys, item, facts);
+                pack_weights<Element>(weights, scores);
+                start_dvalue();
+                wgmma_wait<1>();
+                pin(dweights);
+                differentiate(dweights, dbias, scores, facts);
+            }
             pack_weights<Element>(dscores, dweights);
 
             // The other warpgroup reads what is written over in its own turns only.
@@ -103,15 +127,9 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             fence_shared_for_tensor_cores();
             if (!is_my_turn) named_arrive(kComplete + half, 2 * kWarpgroup);
 
+            if constexpr (kHasSoftcap) start_dvalue();
             wgmma_fence();
-#pragma unroll
-            for (int depth = 0; depth < kBlockM / 16; ++depth) {
-                Wgmma<kHeadDim, Element>::weigh(
-                    dkey, dscores + depth * 4,
-                    matrix_descriptor<Traits::kRowBytes>(
-                        shared.query(ring.stage) + depth * 16 * Traits::kRowBytes, kQueryPieces));
-            }
-            wgmma_commit();
+            start_sum<Traits>(dkey, dscores, shared.query(ring.stage));
             wgmma_wait<0>();
             pin(dvalue);
             pin(dkey);
@@ -138,19 +156,29 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
                 fence_shared_for_tensor_cores();
                 named_sync(kMeeting + warpgroup, kWarpgroup);
                 if (thread == 0) {
-                    float* sums = p.dquery_sums + (item.list(p) * p.tiles_per_epoch + tile) * (kBlockM * kHeadDim);
-                    reduce_bulk(sums, shared.sums(warpgroup), Traits::kSumBytes);
+                    if (kIsDeterministic) order.wait(p, item.position, 0);
+                    if (!kIsDeterministic || order.is_pending) {
+                        reduce_bulk(item.dquery_sums<Traits>(p, tile), shared.sums(warpgroup), Traits::kSumBytes);
+                    }
                 }
             }
             advance();
             if (is_narrow && tile < end) pass_turn();
         }
 
-        const int list_head = keep_of_warp(item.list_head);  // the last that is read of the item
+        const EndedItem ended(item);
+        __syncwarp();
         if (lane == 0) barrier_arrive(shared.keys_empty());
-        flush_item<Traits>(p, keys, list_head, 0, dkey, dvalue, dbias, lane);
+        if constexpr (kIsDeterministic) {
+            if (thread == 0 && order.is_pending) {
+                reduce_bulk_wait_all();
+                order.tell(p, ended.position, 0);
+            }
+            wait_for_earlier_list(p, ended.position, kMeeting + warpgroup);
+        }
+        flush_item<Traits>(p, keys, ended.list_head, 0, dkey, dvalue, dbias, lane);
+        finish_item<Traits>(p, ended, kMeeting + warpgroup);
     }
-    if (thread == 0) reduce_bulk_wait_all();
 }
 
 }  // namespace flash_dmattn

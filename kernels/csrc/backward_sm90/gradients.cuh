@@ -65,29 +65,14 @@ __device__ __forceinline__ void start_dquery(float (&acc)[kN / 2], uint32_t dsco
     wgmma_commit();
 }
 
-// Turns products of keys and queries into weights; `facts` are those of the thread's first query. With softcap `slopes`
-// becomes the derivative of the capped product by the product, over the scale.
-template <bool kHasSoftcap, int kSize>
+// Turns products of keys and queries into weights; `facts` are those of the thread's first query.
+template <int kSize>
 __device__ __forceinline__ void weigh_products(
-    float (&scores)[kSize], __half2 (&slopes)[kHasSoftcap ? kSize / 2 : 1], const BackwardKernelParams& p,
-    const ThreadKeys& keys, const WorkItem& item, const float* facts) {
+    float (&scores)[kSize], const BackwardKernelParams& p, const ThreadKeys& keys, const WorkItem& item,
+    const float* facts) {
     constexpr int kRows = kBackwardTileRows;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-        const float bias = keys.bias[i >> 1 & 1];
-        if constexpr (kHasSoftcap) {
-            const float tanh = __fdividef(2.f, 1.f + exp2_approx(scores[i] * p.tanh_factor)) - 1.f;
-            const float slope = fmaf(-tanh, tanh, 1.f);
-            if (i % 2 == 0) {
-                slopes[i / 2].x = __float2half_rn(slope);
-            } else {
-                slopes[i / 2].y = __float2half_rn(slope);
-            }
-            scores[i] = fmaf(tanh, p.exponent_cap, bias);
-        } else {
-            scores[i] = fmaf(scores[i], p.exponent_factor, bias);
-        }
-    }
+    for (int i = 0; i < kSize; ++i) scores[i] = fmaf(scores[i], p.exponent_factor, keys.bias[i >> 1 & 1]);
     if (item.is_partial) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -114,10 +99,9 @@ __device__ __forceinline__ void weigh_products(
 }
 
 // Turns the gradients of the weights into those of the products, over the scale, and adds those of the keys' biases.
-template <bool kHasSoftcap, int kSize>
+template <int kSize>
 __device__ __forceinline__ void differentiate(
-    float (&dweights)[kSize], float (&dbias)[2], const float (&weights)[kSize],
-    const __half2 (&slopes)[kHasSoftcap ? kSize / 2 : 1], const float* facts) {
+    float (&dweights)[kSize], float (&dbias)[2], const float (&weights)[kSize], const float* facts) {
 #pragma unroll
     for (int i = 0; i < kSize / 4; ++i) {
         const float2 delta = *reinterpret_cast<const float2*>(facts + 2 * kBackwardTileRows + i * 8);
@@ -126,10 +110,40 @@ __device__ __forceinline__ void differentiate(
             float& dscore = dweights[i * 4 + k];
             dscore = weights[i * 4 + k] * (dscore - (k % 2 ? delta.y : delta.x));
             dbias[k / 2] += dscore;
-            if constexpr (kHasSoftcap) {
-                const float2 pair = __half22float2(slopes[i * 2 + k / 2]);
-                dscore *= k % 2 ? pair.y : pair.x;
-            }
+        }
+    }
+}
+
+// Both at once, with softcap: so the slopes of tanh need no registers between the two.
+template <int kSize>
+__device__ __forceinline__ void weigh_and_differentiate_capped(
+    float (&scores)[kSize], float (&dweights)[kSize], float (&dbias)[2], const BackwardKernelParams& p,
+    const ThreadKeys& keys, const WorkItem& item, const float* facts) {
+    constexpr int kRows = kBackwardTileRows;
+    int2 intervals[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        intervals[r] = item.is_partial ? keys.interval(p, item.list_head, r) : make_int2(INT32_MIN, INT32_MAX);
+    }
+#pragma unroll
+    for (int i = 0; i < kSize / 4; ++i) {
+        const float2 shift = *reinterpret_cast<const float2*>(facts + i * 8);
+        const float2 log_total = *reinterpret_cast<const float2*>(facts + kRows + i * 8);
+        const float2 delta = *reinterpret_cast<const float2*>(facts + 2 * kRows + i * 8);
+        const int2 rows = *reinterpret_cast<const int2*>(facts + 3 * kRows + i * 8);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            float &score = scores[i * 4 + k], &dscore = dweights[i * 4 + k];
+            const int2 interval = intervals[k / 2];
+            const int row = k % 2 ? rows.y : rows.x;
+            const float tanh = __fdividef(2.f, 1.f + exp2_approx(score * p.tanh_factor)) - 1.f;
+            const float capped = fmaf(tanh, p.exponent_cap, keys.bias[k / 2]);
+            const bool is_visible = interval.x <= row && row < interval.y;
+            const float exponent = capped - (k % 2 ? shift.y : shift.x) - (k % 2 ? log_total.y : log_total.x);
+            score = exp2_approx(is_visible ? exponent : -INFINITY);
+            dscore = score * (dscore - (k % 2 ? delta.y : delta.x));
+            dbias[k / 2] += dscore;
+            dscore *= fmaf(-tanh, tanh, 1.f);
         }
     }
 }
@@ -143,55 +157,6 @@ __device__ __forceinline__ void store_transposed(
     for (int i = 0; i < kPieces; i += 2) {
         store_matrices(row + ((first_piece + i + lane / 16) ^ (lane & 7)) * 16, values + i * 2);
     }
-}
-
-// Adds the thread's parts of rows of accumulators to rows in memory, null for none, and clears them.
-template <int kSize>
-__device__ __forceinline__ void flush_rows(float (&acc)[kSize], float* const (&rows)[2], int lane) {
-    const bool is_odd = lane & 1;
-#pragma unroll
-    for (int i = 0; i < kSize / 8; ++i) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            // Of two neighbors one takes four columns of the even 8, the other the same of the odd 8.
-            float* even = acc + i * 8 + r * 2;
-            float* odd = even + 4;
-            const float2 sent = is_odd ? make_float2(even[0], even[1]) : make_float2(odd[0], odd[1]);
-            const float2 own = is_odd ? make_float2(odd[0], odd[1]) : make_float2(even[0], even[1]);
-            const float2 received = make_float2(__shfl_xor_sync(~0u, sent.x, 1), __shfl_xor_sync(~0u, sent.y, 1));
-            const float4 four = is_odd ? make_float4(received.x, received.y, own.x, own.y)
-                                       : make_float4(own.x, own.y, received.x, received.y);
-            if (rows[r] != nullptr) reduce(rows[r] + i * 16 + (is_odd ? 8 : 0) + lane % 4 / 2 * 4, four);
-            even[0] = even[1] = odd[0] = odd[1] = 0.f;
-        }
-    }
-}
-
-// Adds what a warpgroup has summed up over an item to the sums of its keys, and clears it.
-template <typename Traits>
-__device__ __forceinline__ void flush_item(
-    const BackwardKernelParams& p, const ThreadKeys& keys, int list_head, int first_column,
-    float (&dkey)[Traits::kColumns / 2], float (&dvalue)[Traits::kColumns / 2], float (&dbias)[2], int lane) {
-    const int batch = list_head / p.num_interval_heads;
-    const int head = (list_head - batch * p.num_interval_heads) / p.interval_heads_per_kv_head;
-    const int num_kv_heads = p.num_interval_heads / p.interval_heads_per_kv_head;
-    float *dkey_rows[2], *dvalue_rows[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const bool exists = keys.key[r] >= 0;
-        const int64_t row = (int64_t(batch) * p.seqlen_k + keys.key[r]) * num_kv_heads + head;
-        dkey_rows[r] = exists ? p.dkey_sums + row * Traits::kHeadDim + first_column : nullptr;
-        dvalue_rows[r] = exists ? p.dvalue_sums + row * Traits::kHeadDim + first_column : nullptr;
-        float sum = dbias[r];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (p.dimportance != nullptr && exists && lane % 4 == 0) {
-            reduce(p.dimportance + int64_t(list_head) * p.seqlen_k + keys.key[r], sum);
-        }
-        dbias[r] = 0.f;
-    }
-    flush_rows(dvalue, dvalue_rows, lane);
-    flush_rows(dkey, dkey_rows, lane);
 }
 
 }  // namespace flash_dmattn

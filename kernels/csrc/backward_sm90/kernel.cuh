@@ -3,7 +3,8 @@
 // A persistent block takes one tile of an epoch's keys after the other, gathers its rows of K and V once and walks the
 // query tiles that see some of it. A query tile is kBlockM rows, tokens x group heads. Products are transposed, keys by
 // queries, so that dkey, dvalue and dimportance stay in the registers of the two consumer warpgroups; dquery is added
-// to fp32 sums in memory, which no two query tiles share. At the end of an item dkey and dvalue are added to theirs.
+// to fp32 sums in memory, which no two query tiles share. At the end of an item dkey and dvalue are added to theirs, and
+// whoever ends the last item of an epoch's list turns its sums of dquery into dquery, and leaves them to a later list.
 #pragma once
 
 #include "consumer.cuh"
@@ -12,19 +13,18 @@
 
 namespace flash_dmattn {
 
-template <typename Traits, bool kHasSoftcap>
+template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __grid_constant__ BackwardKernelParams p) {
     extern __shared__ __align__(1024) char smem[];
     const BackwardMemory<Traits> shared{shared_address(smem)};
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int stage = 0; stage < Traits::kStages; ++stage) {
-            barrier_init(shared.rows_full(stage), kWarpgroup + 4);
-            barrier_init(shared.rows_empty(stage), Traits::kConsumers * 4);
+            barrier_init(shared.rows_full(stage), 4);
+            barrier_init(shared.rows_empty(stage), kWarpgroups * 4);
         }
         barrier_init(shared.item_full(), 1);
-        barrier_init(shared.keys_full(), kWarpgroup);
-        barrier_init(shared.keys_empty(), Traits::kConsumers * 4);
+        barrier_init(shared.keys_empty(), kWarpgroups * 4);
         fence_barrier_init();
     }
     __syncthreads();
@@ -35,17 +35,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
     } else {
         grow_registers<Traits::kConsumerRegs>();
         if constexpr (Traits::kSplitsHeadDim) {
-            consume_wide<Traits, kHasSoftcap>(p, smem, warpgroup - 1);
+            consume_wide<Traits>(p, smem, warpgroup - 1);
         } else {
-            consume_rows<Traits, kHasSoftcap>(p, smem, warpgroup - 1);
+            consume_rows<Traits>(p, smem, warpgroup - 1);
         }
     }
 }
 
 template <typename Element, int kHeadDim>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
-    using Traits = BackwardTraits<Element, kHeadDim>;
-    const auto kernel = p.softcap > 0 ? backward_kernel<Traits, true> : backward_kernel<Traits, false>;
+    using Traits = BackwardTraits<Element, kHeadDim, false, false>;
+    auto kernel = backward_kernel<Traits>;
+    if (p.softcap > 0 && p.deterministic) {
+        kernel = backward_kernel<BackwardTraits<Element, kHeadDim, true, true>>;
+    } else if (p.softcap > 0) {
+        kernel = backward_kernel<BackwardTraits<Element, kHeadDim, true, false>>;
+    } else if (p.deterministic) {
+        kernel = backward_kernel<BackwardTraits<Element, kHeadDim, false, true>>;
+    }
     int device, num_processors;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
@@ -55,11 +62,11 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     // Item numbers are int32; byte offsets of rows within a query tile are uint32.
     const int64_t key_tiles = (p.capacity + Traits::kBlockN - 1) / Traits::kBlockN;
-    const int64_t items = int64_t(p.batch) * p.num_interval_heads * p.num_epochs * key_tiles;
+    const int64_t lists = int64_t(p.batch) * p.num_interval_heads * p.num_epochs;
+    const int64_t items = (lists + 8) * key_tiles;
     const int64_t longest_tile = p.tile_size * (p.query_strides[1] + p.group_size * p.query_strides[2]);
-    if (items > INT32_MAX - 65536 || longest_tile > INT32_MAX / 2) return cudaErrorInvalidValue;
-    if (items == 0) return cudaSuccess;
-    const int blocks = items < num_processors ? int(items) : num_processors;
+    if (lists > INT32_MAX / 2 || items > INT32_MAX - 65536 || longest_tile > INT32_MAX / 2) return cudaErrorInvalidValue;
+    const int blocks = lists * key_tiles < num_processors ? int(lists * key_tiles) : num_processors;
     kernel<<<blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(BackwardKernelParams(p, Traits::kBlockN));
     return cudaGetLastError();
 }

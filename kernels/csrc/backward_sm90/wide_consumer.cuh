@@ -2,13 +2,13 @@
 // the head dim. For the weights each takes half of the queries; weights and dscores meet in shared memory.
 #pragma once
 
-#include "gradients.cuh"
+#include "finish.cuh"
 
 namespace flash_dmattn {
 
 // acc += a b, of a in shared memory with 64 queries in each of its 64 rows, and of kBlockM rows of query or dout.
 template <typename Traits>
-__device__ __forceinline__ void start_sum(float (&acc)[Traits::kColumns / 2], uint32_t a, uint32_t b) {
+__device__ __forceinline__ void start_wide_sum(float (&acc)[Traits::kColumns / 2], uint32_t a, uint32_t b) {
 #pragma unroll
     for (int depth = 0; depth < Traits::kBlockM / 16; ++depth) {
         Wgmma<Traits::kColumns, typename Traits::Element>::template multiply<true, false, true>(
@@ -18,9 +18,10 @@ __device__ __forceinline__ void start_sum(float (&acc)[Traits::kColumns / 2], ui
     }
 }
 
-template <typename Traits, bool kHasSoftcap>
+template <typename Traits>
 __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char* smem, int warpgroup) {
     using Element = typename Traits::Element;
+    constexpr bool kHasSoftcap = Traits::kHasSoftcap, kIsDeterministic = Traits::kIsDeterministic;
     constexpr int kHeadDim = Traits::kHeadDim, kBlockM = Traits::kBlockM, kColumns = Traits::kColumns;
     constexpr int kKeyPieces = Traits::kBlockN * Traits::kRowBytes, kQueryPieces = kBlockM * Traits::kRowBytes;
     constexpr int kMyQueries = kBlockM / 2, kMyPieces = Traits::kPieces / 2;
@@ -32,7 +33,8 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
     warpgroup = keep_of_warp(warpgroup);
     const uint32_t my_queries = warpgroup * kMyQueries * Traits::kRowBytes;
     const uint32_t my_query_columns = warpgroup * kMyPieces * kQueryPieces;
-    constexpr int kComplete = 1;  // the named barrier where weights and dscores meet
+    // Named barriers: where weights and dscores meet; the biases of one warpgroup are added; a warpgroup alone.
+    constexpr int kComplete = 1, kAdded = 2, kMeeting = 5;
 
     float dkey[kColumns / 2], dvalue[kColumns / 2], dbias[2] = {0.f, 0.f};
 #pragma unroll
@@ -40,40 +42,55 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
     const WorkItem& item = *reinterpret_cast<const WorkItem*>(smem + Traits::kItemOffset);
     Ring<Traits::kStages> ring;
     int half = 0;
+    TileOrder<Traits> order;
 
     for (int phase = 0;; phase ^= 1) {
         barrier_wait(shared.item_full(), phase);
-        if (item.num_tiles == 0) break;
+        if (item.position < 0) break;
         const ThreadKeys keys(p, item, warp * 16 + lane / 4);
         // In the order of the accumulators, which is undone when the sums are complete.
-        float* sums = p.dquery_sums + (item.list(p) * p.tiles_per_epoch + item.first_tile) * (kBlockM * kHeadDim) +
-                      warpgroup * kBlockM * kColumns + thread * 4;
-        barrier_wait(shared.keys_full(), phase);
+        float* sums = item.dquery_sums<Traits>(p, item.first_tile) + warpgroup * kBlockM * kColumns + thread * 4;
+        int tile = keep_of_warp(item.first_tile);
+        const auto tell_order = [&] {
+            named_sync(kMeeting + warpgroup, kWarpgroup);
+            if (thread == 0 && order.is_pending) order.tell(p, item.position, warpgroup);
+        };
 
-        for (int tiles = keep_of_warp(item.num_tiles); tiles > 0; --tiles, half ^= 1) {
+        for (int tiles = keep_of_warp(item.num_tiles); tiles > 0; --tiles, half ^= 1, ++tile) {
             const float* facts =
                 reinterpret_cast<const float*>(smem + Traits::kFactsOffset + ring.stage * Traits::kFactBytes) +
                 warpgroup * kMyQueries + lane % 4 * 2;
             {
                 float scores[kMyQueries / 2], dweights[kMyQueries / 2];
                 uint32_t packed[kMyQueries / 4];
-                __half2 slopes[kHasSoftcap ? kMyQueries / 4 : 1];
                 barrier_wait(shared.rows_full(ring.stage), ring.phase);
-                fence_shared_for_tensor_cores();
                 wgmma_fence();
                 start_products<Traits, kMyQueries>(
                     scores, shared.key(), kKeyPieces, shared.query(ring.stage) + my_queries, kQueryPieces);
                 start_products<Traits, kMyQueries>(
                     dweights, shared.value(), kKeyPieces, shared.dout(ring.stage) + my_queries, kQueryPieces);
-                wgmma_wait<1>();
-                pin(scores);
-                weigh_products<kHasSoftcap>(scores, slopes, p, keys, item, facts);
+                if constexpr (kIsDeterministic) {
+                    tell_order();
+                    if (thread == 0) order.start(p, item, tile);
+                }
+                if constexpr (kHasSoftcap) {
+                    wgmma_wait<0>();
+                    pin(scores);
+                    pin(dweights);
+                    weigh_and_differentiate_capped(scores, dweights, dbias, p, keys, item, facts);
+                } else {
+                    wgmma_wait<1>();
+                    pin(scores);
+                    weigh_products(scores, p, keys, item, facts);
+                }
                 pack_weights<Element>(packed, scores);
                 store_transposed<kMyQueries / 8>(
                     shared.weights(half), packed, warp * 16, warpgroup * kMyQueries / 8, lane);
-                wgmma_wait<0>();
-                pin(dweights);
-                differentiate<kHasSoftcap>(dweights, dbias, scores, slopes, facts);
+                if constexpr (!kHasSoftcap) {
+                    wgmma_wait<0>();
+                    pin(dweights);
+                    differentiate(dweights, dbias, scores, facts);
+                }
                 pack_weights<Element>(packed, dweights);
                 store_transposed<kMyQueries / 8>(
                     shared.dscores(half), packed, warp * 16, warpgroup * kMyQueries / 8, lane);
@@ -85,11 +102,15 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
             wgmma_fence();
             start_dquery<Traits, kColumns, Traits::kBlockN>(
                 dquery, shared.dscores(half), shared.key() + warpgroup * kMyPieces * kKeyPieces);
-            start_sum<Traits>(dvalue, shared.weights(half), shared.dout(ring.stage) + my_query_columns);
-            start_sum<Traits>(dkey, shared.dscores(half), shared.query(ring.stage) + my_query_columns);
+            start_wide_sum<Traits>(dvalue, shared.weights(half), shared.dout(ring.stage) + my_query_columns);
+            start_wide_sum<Traits>(dkey, shared.dscores(half), shared.query(ring.stage) + my_query_columns);
             wgmma_commit();
             wgmma_wait<1>();
             pin(dquery);
+            if constexpr (kIsDeterministic) {
+                if (thread == 0) order.wait(p, item.position, warpgroup);
+                named_sync(kMeeting + warpgroup, kWarpgroup);
+            }
 #pragma unroll
             for (int i = 0; i < kColumns / 8; ++i) {
                 reduce(
@@ -105,9 +126,20 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
             ring.advance();
         }
 
-        const int list_head = keep_of_warp(item.list_head);  // the last that is read of the item
+        if constexpr (kIsDeterministic) tell_order();
+        const EndedItem ended(item);
+        __syncwarp();
         if (lane == 0) barrier_arrive(shared.keys_empty());
-        flush_item<Traits>(p, keys, list_head, warpgroup * kColumns, dkey, dvalue, dbias, lane);
+        if constexpr (kIsDeterministic) {
+            wait_for_earlier_list(p, ended.position, kMeeting + warpgroup);
+            if (warpgroup == 1) named_sync(kAdded, 2 * kWarpgroup);
+        }
+        flush_item<Traits>(p, keys, ended.list_head, warpgroup * kColumns, dkey, dvalue, dbias, lane);
+        if (kIsDeterministic && warpgroup == 0) {
+            __threadfence();
+            named_arrive(kAdded, 2 * kWarpgroup);
+        }
+        finish_item<Traits>(p, ended, kMeeting + warpgroup);
     }
 }
 

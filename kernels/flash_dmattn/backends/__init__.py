@@ -13,9 +13,14 @@ and, if it decodes over fixed slots,
     reject_decoding(call) -> str | None              why it refuses this step
     decode(call) -> out                              changes the slots
 
-so a new engine is a new file here and a line below.
+so a new engine is a new file here and a line below. One that differentiates itself has, in place of forward and
+backward,
+
+    attend(call) -> (out, lse)
+
+and is taken only when asked for by name.
 """
 
-from flash_dmattn.backends import cuda, reference, triton
+from flash_dmattn.backends import cuda, flex, reference, triton
 
-BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
+BACKENDS = {"cuda": cuda, "triton": triton, "flex": flex, "reference": reference}

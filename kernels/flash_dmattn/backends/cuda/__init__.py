@@ -71,7 +71,8 @@ def backward(
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
     from flash_dmattn.backends.cuda.backward_launch import reject_backward, run_backward
 
-    reason = reject_backward(call)
+    is_for_sm90a = target.find_target(call.query.device).is_for_sm90a
+    reason = reject_backward(call) if is_for_sm90a else "its backward is for compute capability 9.0 alone"
     if reason is not None:
         _announce_triton(reason)
         return triton.backward(call, out, stats, dout, dlse)

@@ -1,7 +1,8 @@
 """The backward in CUDA: one call of the package's own library over the key lists of a call.
 
 A work item is a tile of an epoch's keys with the run of query tiles that see some of it. dkey, dvalue and dimportance
-stay in registers over an item, dquery is added to float32 sums in memory: see csrc/backward_sm90/kernel.cuh.
+stay in registers over an item, dquery is added to float32 sums in memory, of which a few epochs have one at a time: see
+csrc/backward_sm90/kernel.cuh.
 """
 
 import ctypes
@@ -14,6 +15,9 @@ from flash_dmattn.backends.key_lists import KeyLists
 from flash_dmattn.call import AttentionCall
 
 _UNLISTED_EPOCH_TILES = 32
+_SMALLEST_KEY_TILE = 64
+_LONGEST_QUERY_TILE = 2**29
+_LISTS_AT_ONCE = 8  # of the deterministic order
 
 
 class _Parameters(ctypes.Structure):
@@ -21,7 +25,7 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "dout", "dlse", "stats")),
-        *((name, ctypes.c_void_p) for name in ("row_facts", "next_item")),
+        *((name, ctypes.c_void_p) for name in ("row_facts", "counters")),
         *((name, ctypes.c_void_p) for name in ("dquery_sums", "dkey_sums", "dvalue_sums", "dimportance")),
         *((name, ctypes.c_void_p) for name in ("dquery", "dkey", "dvalue", "birth", "death")),
         *((name, ctypes.c_void_p) for name in ("query_start", "query_positions")),
@@ -42,17 +46,22 @@ class _Parameters(ctypes.Structure):
         ("tiles_per_epoch", ctypes.c_int32),
         ("tile_size", ctypes.c_int32),
         ("capacity", ctypes.c_int32),
+        ("num_slots", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("is_bfloat16", ctypes.c_int32),
+        ("deterministic", ctypes.c_int32),
     )
 
 
 def reject_backward(call: AttentionCall) -> str | None:
     """Returns why this backward does not serve a call that the forward serves, or None."""
-    if call.deterministic:
-        return "gradients are added up in no fixed order"
+    if call.deterministic and call.query_start is None:
+        return "rows in no order have no fixed order of sums"
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return "there are no queries or no keys"
+    _, token_stride, head_stride, _ = call.query.stride()
+    if max(tile_size(call) * token_stride, call.query.shape[2] * head_stride) > _LONGEST_QUERY_TILE:
+        return f"rows of query that belong together are more than {_LONGEST_QUERY_TILE} numbers apart"
     return None
 
 
@@ -67,12 +76,19 @@ def unlisted_epoch_size(seqlen_q: int, tokens_of_tile: int) -> int:
     return min(_UNLISTED_EPOCH_TILES, -(-seqlen_q // tokens_of_tile)) * tokens_of_tile
 
 
+def count_slots(num_lists: int, capacity: int, num_processors: int) -> int:
+    """Returns how many epochs have sums of dquery at a time: twice those that the blocks are at work on."""
+    items_of_list = -(-capacity // (2 * _SMALLEST_KEY_TILE))
+    return min(num_lists, max(2 + -(-2 * num_processors // items_of_list), 3 * _LISTS_AT_ONCE))
+
+
 def run_backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns dquery, dkey, dvalue in their dtypes and dimportance float32, or None without importance.
 
-    Allocates float32 sums of the size of query, key and value, and 16 bytes per query row, beside the key lists.
+    Allocates float32 sums of the size of key and value and, for a number of epochs that depends on the GPU, of query;
+    beside the key lists 16 bytes per query row.
     """
     lists = build_key_lists(call, tile_size(call))
     return run_listed_backward(call, lists, out, stats, dout, dlse)
@@ -105,9 +121,12 @@ def run_listed_backward(
 
     dquery, dkey, dvalue = like(call.query), like(call.key), like(call.value)
     dimportance = None if call.importance is None else zeros(*call.importance.shape)
-    dquery_sums = zeros(lists.num_lists, num_epochs, tiles_per_epoch, tile_rows, head_dim)
+    all_lists = lists.num_lists * num_epochs
+    num_slots = count_slots(all_lists, lists.capacity, torch.cuda.get_device_properties(device).multi_processor_count)
+    dquery_sums = zeros(num_slots, tiles_per_epoch, tile_rows, head_dim)
     dkey_sums, dvalue_sums = zeros(2, *call.key.shape)
-    next_item = torch.empty(1, dtype=torch.int32, device=device)
+    num_counters = 1 + all_lists * (1 + 2 * tiles_per_epoch if call.deterministic else 1)
+    counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
     row_facts = torch.empty(lists.num_lists, seqlen_q, group_size, 4, dtype=torch.float32, device=device)
     dout, dlse = dout.contiguous(), dlse.contiguous()
     query_start = None if call.query_start is None else call.query_start.contiguous()
@@ -121,7 +140,7 @@ def run_listed_backward(
         dlse=dlse.data_ptr(),
         stats=stats.data_ptr(),
         row_facts=row_facts.data_ptr(),
-        next_item=next_item.data_ptr(),
+        counters=counters.data_ptr(),
         dquery_sums=dquery_sums.data_ptr(),
         dkey_sums=dkey_sums.data_ptr(),
         dvalue_sums=dvalue_sums.data_ptr(),
@@ -153,8 +172,10 @@ def run_listed_backward(
         tiles_per_epoch=tiles_per_epoch,
         tile_size=lists.tile_size,
         capacity=lists.capacity,
+        num_slots=num_slots,
         head_dim=head_dim,
         is_bfloat16=call.query.dtype == torch.bfloat16,
+        deterministic=call.deterministic,
     )
     launch("flash_dmattn_backward", parameters, device)
     return dquery, dkey, dvalue, dimportance

@@ -29,11 +29,11 @@ def why_unavailable() -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton cannot be imported ({error}); torch's builds for CUDA on Linux bring it"
-    return None if _is_interpreted() else why_no_gpu()
+    return None if is_interpreted() else why_no_gpu()
 
 
 def reject(call: AttentionCall) -> str | None:
-    if call.query.device.type != "cuda" and not _is_interpreted():
+    if call.query.device.type != "cuda" and not is_interpreted():
         return f"tensors are on {call.query.device}, not on a CUDA GPU"
     if call.query.dtype not in _DTYPES:
         return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
@@ -74,7 +74,7 @@ def backward(
 
 
 def reject_decoding(call: DecodeCall) -> str | None:
-    if call.query.device.type != "cuda" and not _is_interpreted():
+    if call.query.device.type != "cuda" and not is_interpreted():
         return f"tensors are on {call.query.device}, not on a CUDA GPU"
     if call.query.dtype not in _DTYPES:
         return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
@@ -100,5 +100,5 @@ def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, tor
     return out, -stats[0], stats
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

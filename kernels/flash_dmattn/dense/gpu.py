@@ -1,0 +1,61 @@
+"""The GPU engine: kernels in Triton; with TRITON_INTERPRET=1 they run on a CPU, slowly, for tests."""
+
+import torch
+
+from flash_dmattn.backends import triton
+from flash_dmattn.dense.call import DenseCall
+
+_MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def is_automatic(call: DenseCall) -> bool:
+    return call.query.device.type == "cuda"
+
+
+def why_unavailable() -> str | None:
+    return triton.why_unavailable()
+
+
+def reject(call: DenseCall) -> str | None:
+    if call.query.device.type != "cuda" and not triton.is_interpreted():
+        return f"tensors are on {call.query.device}, not on a CUDA GPU"
+    if call.query.dtype not in _DTYPES:
+        return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
+    if call.query.shape[-1] > _MAX_HEAD_DIM:
+        return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    lanes = call.query.shape[0] * call.query.shape[2]
+    if lanes > triton.MAX_LANES:
+        return f"{lanes} (batch, head) pairs are above {triton.MAX_LANES}"
+    for name, tensor in (("attn_mask", call.attn_mask), ("attn_bias", call.attn_bias)):
+        if tensor is not None and tensor.dtype not in (*_DTYPES, torch.bool):
+            return f"{name} of dtype {tensor.dtype} is not supported (float16, bfloat16 and float32 are)"
+    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
+        if tensor.stride(-1) != 1:
+            return f"{name} is not contiguous in the head dim"
+    return None
+
+
+def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats, as the operator does."""
+    from flash_dmattn.dense.forward_kernels import run_forward
+
+    if not call.is_empty:
+        return run_forward(call)
+    batch, seqlen_q, num_heads, _ = call.query.shape
+    out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+    stats = torch.full((2, batch, num_heads, seqlen_q), torch.inf, device=out.device)
+    return out, -stats[0], stats
+
+
+def backward(
+    call: DenseCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor, needs_dbias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns the gradients of query, key, value and, when needed, of attn_bias, in their dtypes and shapes."""
+    from flash_dmattn.dense.backward_kernels import run_backward
+
+    if not call.is_empty:
+        return run_backward(call, out, stats, dout, dlse, needs_dbias)
+    tensors = (call.query, call.key, call.value, *((call.attn_bias,) if needs_dbias else ()))
+    gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    return *gradients[:3], gradients[3] if needs_dbias else None

@@ -1,0 +1,89 @@
+"""Attention under a mask and a bias as a torch operator with its own backward."""
+
+import torch
+
+from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.dense.engines import ENGINES
+from flash_dmattn.dispatch import choose_backend
+
+
+@torch.library.custom_op("flash_dmattn::dense_attention", mutates_args=())
+def dense_attention_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq) as `interval_attention_op`; see `DenseCall`."""
+    call = DenseCall(query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic)
+    with torch.cuda.device_of(query):
+        return choose_backend(call, backend, ENGINES).forward(call)
+
+
+@dense_attention_op.register_fake
+def _(query, *_):
+    batch, seqlen_q, num_heads, _ = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty((batch, num_heads, seqlen_q), dtype=dtype)
+    return out, lse, query.new_empty((2, batch, num_heads, seqlen_q), dtype=dtype)
+
+
+@torch.library.custom_op("flash_dmattn::dense_attention_backward", mutates_args=())
+def dense_attention_backward_op(
+    dout: torch.Tensor,
+    dlse: torch.Tensor,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    attn_bias: torch.Tensor | None,
+    needs_dbias: bool,
+    is_causal: bool,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of query, key, value and attn_bias; the last is empty unless it is needed."""
+    call = DenseCall(query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic)
+    with torch.cuda.device_of(query):
+        engine = choose_backend(call, backend, ENGINES)
+        dquery, dkey, dvalue, dbias = engine.backward(call, out, stats, dout, dlse, needs_dbias)
+    return dquery, dkey, dvalue, stats.new_empty(0) if dbias is None else dbias
+
+
+@dense_attention_backward_op.register_fake
+def _(dout, dlse, out, stats, query, key, value, attn_mask, attn_bias, needs_dbias, *_):
+    def like(tensor):
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return like(query), like(key), like(value), like(attn_bias) if needs_dbias else stats.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tensors, options = inputs[:5], inputs[5:]
+    out, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(out, stats, *tensors)
+    ctx.options = options
+
+
+def _backward(ctx, dout, dlse, _):
+    out, stats, query, key, value, attn_mask, attn_bias = ctx.saved_tensors
+    needs_dbias = ctx.needs_input_grad[4]
+    dquery, dkey, dvalue, dbias = dense_attention_backward_op(
+        dout, dlse, out, stats, query, key, value, attn_mask, attn_bias, needs_dbias, *ctx.options
+    )
+    return dquery, dkey, dvalue, None, dbias if needs_dbias else None, *(None,) * 5
+
+
+dense_attention_op.register_autograd(_backward, setup_context=_setup_context)

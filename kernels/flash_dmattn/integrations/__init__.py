@@ -1,0 +1,1 @@
+"""Attention functions with the signature that models call."""

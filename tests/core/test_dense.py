@@ -1,0 +1,116 @@
+"""Attention under any mask and bias, of every engine, against its definition; small shapes in Triton's interpreter."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash_dmattn.dense.attention import dense_attention
+
+from .dense_cases import CASES, GPU_CASES, check, make_inputs, run
+from .kernel_cases import DEVICE, HAS_GPU
+
+INTERPRETED = ("kv-heads", "query-heads", "one-for-all-deterministic", "bias-by-key", "bias-only-causal")
+
+
+@pytest.fixture
+def seed():
+    return int(os.environ["FLASH_DMATTN_TEST_SEED"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_equals_the_definition(case, seed):
+    check(case, seed, "reference")
+    check(replace(case, seqlen_q=1), seed, "reference")
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("case", [case for case in CASES if HAS_GPU or case.name in INTERPRETED], ids=str)
+def test_the_triton_kernels_equal_the_definition(case, seed):
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    if not HAS_GPU:  # tiles are of 32 x 32 there: two of them each way, and an edge
+        case = replace(case, seqlen_q=34, seqlen_k=50, num_heads=2, num_kv_heads=1 if case.mask == "bkqs" else 2)
+    check(case, seed, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU: half precision and large shapes")
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_the_triton_kernels_equal_the_definition_in_half_precision(case, seed):
+    check(case, seed, "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_flex_honours_the_mask(case, seed):
+    inputs = make_inputs(case, seed)
+    query, key, value, bias = inputs["tensors"]
+    options = {**case.options(), "deterministic": False}
+    results = [
+        dense_attention(query, key, value, inputs["mask"], bias, **options, backend=backend)
+        for backend in ("flex", "reference")
+    ]
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU: FlexAttention has no backward on a CPU")
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.name.startswith("large-kv-heads")], ids=str)
+def test_flex_has_gradients_on_a_gpu(case, seed):
+    check(case, seed, "flex")
+
+
+def test_flex_refuses_gradients_on_a_cpu():
+    query = torch.randn(1, 8, 2, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no backward on the CPU"):
+        dense_attention(query, query, query, backend="flex")
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["triton"] if HAS_GPU else [])])
+def test_a_deterministic_backward_is_bitwise_equal(backend, seed):
+    case = next(case for case in CASES if case.name == "one-for-all-deterministic")
+
+    def engine(*tensors, **options):
+        return dense_attention(*tensors, **options, backend=backend)
+
+    for first, second in zip(run(engine, case, seed), run(engine, case, seed), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["triton"] if HAS_GPU else [])])
+def test_nan_and_infinite_biases(backend):
+    query, key, value = torch.randn(3, 1, 6, 1, 16, device=DEVICE)
+    bias = torch.randn(1, 1, 6, 6, device=DEVICE)
+    bias[0, 0, :, 1] = torch.nan
+    bias[0, 0, :, 2] = -torch.inf
+    bias[0, 0, 3] = -torch.inf
+    bias[0, 0, 4, 5] = torch.inf
+    bias.requires_grad_()
+    out, lse = dense_attention(query, key, value, None, bias, backend=backend)
+    out.sum().backward()
+    seen = torch.tensor([0, 3, 4, 5], device=DEVICE)
+    expected, _ = dense_attention(query[:, :1], key[:, seen], value[:, seen], None, bias[:, :, :1, seen].detach())
+    torch.testing.assert_close(out[:, :1], expected)
+    assert (out[0, 3] == 0).all() and lse[0, 0, 3].isneginf()
+    torch.testing.assert_close(out[0, 4], value[0, 5])
+    assert bias.grad.isfinite().all() and (bias.grad[0, 0, :, 1:3] == 0).all() and (bias.grad[0, 0, 3] == 0).all()
+
+
+def test_masks_without_rows_take_the_interval_engine(monkeypatch):
+    from flash_dmattn.dense import attention
+
+    def refuse(*_):
+        raise AssertionError("the dense op was called")
+
+    monkeypatch.setattr(attention, "dense_attention_op", refuse)
+    query = torch.randn(1, 40, 4, 16)
+    key = torch.randn(1, 60, 2, 16)
+    mask = torch.rand(1, 2, 1, 60) > 0.5
+    for given in (mask, mask.expand(1, 2, 40, 60), mask.repeat_interleave(2, dim=1), None):
+        for bias in (torch.randn(1, 1, 1, 60), torch.randn(1, 4, 1, 1), None):
+            for is_causal in (False, True):
+                out, _ = dense_attention(query, key, key, given, bias, is_causal=is_causal)
+                assert out.isfinite().all()
+    with pytest.raises(AssertionError, match="dense op"):
+        dense_attention(query, key, key, mask.expand(1, 2, 40, 60).clone())

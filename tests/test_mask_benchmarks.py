@@ -1,0 +1,85 @@
+"""The benchmarks of masks, gradients and recall run on a CPU, small, and write what they say they write."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+CONFIGS = sorted((SCRIPTS.parent / "configs" / "mqar").glob("*.yaml"))
+SMALL_MQAR = ["--seqlen", "32", "--num-pairs", "4", "--num-symbols", "8", "--width", "16", "--batch-size", "4"]
+
+
+def run(script, folder, *arguments):
+    target = folder / "figures.json"
+    command = [sys.executable, "-W", "ignore", str(SCRIPTS / script), *arguments, "--json", str(target)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(target.read_text()), done.stdout
+
+
+def test_forward_equivalence(tmp_path):
+    figures, said = run("benchmark_forward_equivalence.py", tmp_path, "--test-type", "reference", "--verbose")
+    assert {row["engine"] for row in figures["rows"]} == {"reference"} and all(row["passed"] for row in figures["rows"])
+    assert said.count("passed") > len(figures["rows"])
+
+
+def test_gradients(tmp_path):
+    figures, _ = run("benchmark_grad.py", tmp_path, "--test-type", "reference", "--runs", "1", "--warmup", "0")
+    assert {row["engine"] for row in figures["rows"]} == {"sdpa", "reference"}
+    assert all(max(row["errors"].values()) < 1e-4 for row in figures["rows"])
+
+
+def test_forward_performance(tmp_path):
+    shape = ["--seqlens", "128", "--num-heads", "4", "--num-kv-heads", "2", "--keep-window-size", "32"]
+    figures, _ = run("benchmark_forward_performance.py", tmp_path, "--test-type", "sdpa-vs-flex", "--backward", *shape)
+    assert {row["engine"] for row in figures["rows"]} == {"sdpa", "flex", "intervals", "create_mask"}
+    assert all(row["milliseconds"] > 0 for row in figures["rows"])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_recall(config, tmp_path):
+    figures, said = run(
+        "benchmark_mqar.py", tmp_path, "--config", str(config), *SMALL_MQAR, "--steps", "2", "--seeds", "2"
+    )
+    assert [row["variant"] for row in figures["table"]] == figures["settings"]["variants"]
+    assert all(math.isfinite(row["train_loss"]) for row in figures["rows"])
+    assert f"{len(figures['rows'])} models" in said
+
+
+def test_an_engine_that_is_not_there_is_an_error(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "benchmark_grad.py"), "--test-type", "cuda"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1 and "no GPU engine" in done.stdout
+
+
+def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import torch
+
+    from benchmark_mqar import losses_of
+    from mqar import VARIANTS, Models, Optimizer, Run, Task
+
+    task = Task(32, 4, 8, 8, 8)
+    all_runs = [Run(variant, seed, 1e-2 * (seed + 1)) for variant in VARIANTS for seed in range(2)]
+
+    def train(runs):
+        models = Models(runs, task, 16, 1, 8, "cpu")
+        optimizer = Optimizer(models, 4)
+        generator = torch.Generator().manual_seed(3)
+        parameters = list(models.parameters.values())
+        for _ in range(4):
+            losses = losses_of(models, *task.sample(4, generator, mixed=True))
+            optimizer.step(torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True))
+        return losses
+
+    together = train(all_runs)
+    for place in (1, 6, 9):
+        torch.testing.assert_close(together[place : place + 1], train(all_runs[place : place + 1]))
