@@ -159,14 +159,6 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler moves a wait for matrix products up before independent arithmetic, which is then not overlapped. A store
-// that depends on the arithmetic's result keeps it in place; it never happens, since the result is never negative.
-__device__ __forceinline__ void finish_before_wait(float result, uint32_t shared) {
-    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}\n" ::"f"(result),
-                 "r"(shared)
-                 : "memory");
-}
-
 // Keeps the compiler from moving uses of accumulators across this place.
 template <int kSize>
 __device__ __forceinline__ void pin(float (&registers)[kSize]) {

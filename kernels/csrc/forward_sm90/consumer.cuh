@@ -1,8 +1,8 @@
 // The consumer warpgroups of the sm_90a forward: each attends 64 query rows to the keys in shared memory.
 #pragma once
 
-#include "../softmax.cuh"
 #include "../wgmma.cuh"
+#include "guessing_softmax.cuh"
 #include "schedule.cuh"
 
 namespace flash_dmattn {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
             }
         }
         const KeyCut<Traits> cut = next_cut;
-        RunningSoftmax softmax;
+        GuessingSoftmax softmax(rows);
 #pragma unroll
         for (int i = 0; i < Traits::kHeadDim / 2; ++i) acc[i] = 0.f;
         copy_async_wait_all();
@@ -118,8 +118,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
             wgmma_wait<0>();
             pin(narrow_scores);
             finish_key(narrow_scores, rows);
-            softmax.weigh(narrow_scores);
-            pack_weights<Element>(narrow_weights, narrow_scores);
+            softmax.follow(narrow_scores);
+            softmax.weigh<Element>(narrow_weights, narrow_scores);
             wait_for_value();
             wgmma_fence();
             start_weighing<Traits, kNarrow>(acc, narrow_weights, shared.value(value_ring.stage));
@@ -133,8 +133,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
         wgmma_wait<0>();
         pin(scores);
         finish_key(scores, rows);
-        if (softmax.weigh(scores)) rescale_rows(acc, softmax.rescale);
-        pack_weights<Element>(weights, scores);
+        if (cut.narrow == 0) softmax.follow(scores);
+        if (softmax.weigh<Element>(weights, scores)) rescale_rows(acc, softmax.rescale);
 
         for (int n = 1; n < cut.num_tiles; ++n) {
             wait_for_key();
@@ -148,13 +148,10 @@ __device__ __forceinline__ void consume(const KernelParams& p, char* smem, int w
             wgmma_wait<1>();
             pin(scores);
             finish_key(scores, rows);
-            const bool must_rescale = softmax.weigh(scores);
-            finish_before_wait(softmax.total[0] + softmax.total[1], shared.base);
-            wgmma_wait<0>();
+            wgmma_wait<0>();  // long done
             pin(acc);
             release_value();
-            if (must_rescale) rescale_rows(acc, softmax.rescale);
-            pack_weights<Element>(weights, scores);
+            if (softmax.weigh<Element>(weights, scores)) rescale_rows(acc, softmax.rescale);
         }
 
         wait_for_value();
