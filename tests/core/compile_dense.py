@@ -75,10 +75,10 @@ def main():
     dbias = sys.argv[5] if len(sys.argv) > 5 else "store"
     query = torch.empty(1, 1, 8, head_dim, dtype=dtype)
     with patch.object(shared_configs, "_is_large", lambda device: shared_memory >= shared_configs._LARGE):
-        grain = shared_configs.BlockConfig(*configs.forward_grains(query), 4, 1)
+        grain = shared_configs.BlockConfig(*configs.grains(query), 4, 1)
         kernels = {
             "classify": (_classify, grain),
-            "forward": (_forward, configs.forward_config(query, True)),
+            "forward": (_forward, configs.forward_config(query)),
             "dquery": (_dquery, configs.dquery_config(query)),
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query)),
         }

@@ -14,7 +14,7 @@ from flash_dmattn.backends.triton.configs import BlockConfig
 from flash_dmattn.backends.triton.tiles import gather_rows
 from flash_dmattn.dense.bias_gradient import BiasGradient
 from flash_dmattn.dense.call import DenseCall
-from flash_dmattn.dense.configs import backward_grains, dkey_config, dquery_config
+from flash_dmattn.dense.configs import dkey_config, dquery_config, grains
 from flash_dmattn.dense.forward_kernels import shared_head, split_lane
 from flash_dmattn.dense.launch import constants, shared_arguments
 from flash_dmattn.dense.tiles import classify_tiles, list_tiles, list_transposed_tiles, load_bias, load_visible
@@ -49,7 +49,7 @@ def run_backward(
         BLOCK=32,
     )
     arguments = (dout, stats, delta, *shared_arguments(call))
-    grain_m, grain_n = backward_grains(call.query)
+    grain_m, grain_n = grains(call.query)
     classes = classify_tiles(call, grain_m, grain_n)
 
     config = dquery_blocks or dquery_config(call.query)

@@ -7,16 +7,16 @@ import triton.language as tl
 from flash_dmattn.backends.triton.configs import BlockConfig
 from flash_dmattn.backends.triton.tiles import LOG2E, gather_rows, tanh
 from flash_dmattn.dense.call import DenseCall
-from flash_dmattn.dense.configs import forward_config, forward_grains
+from flash_dmattn.dense.configs import forward_config, grains
 from flash_dmattn.dense.launch import constants, shared_arguments
 from flash_dmattn.dense.tiles import classify_tiles, list_tiles, load_bias, load_visible
 
 
 def run_forward(call: DenseCall, config: BlockConfig | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
-    config = config or forward_config(call.query, call.attn_bias is not None)
+    config = config or forward_config(call.query)
     batch, seqlen_q, num_heads, _ = call.query.shape
-    grain_m, grain_n = forward_grains(call.query)
+    grain_m, grain_n = grains(call.query)
     lists = list_tiles(classify_tiles(call, grain_m, grain_n), config.block_m // grain_m, config.block_n // grain_n)
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=out.device)
