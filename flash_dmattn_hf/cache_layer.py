@@ -9,15 +9,13 @@ import weakref
 from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from flash_dmattn import Visibility, select_visible
 from flash_dmattn.decode import cache_capacity, select_survivors
 from flash_dmattn.selection import comparable
-from flash_dmattn.slots import Slots, decode_step, make_slots, refresh_victims
+from flash_dmattn.slots import decode_step, refresh_victims
+from flash_dmattn_hf.cache_slots import SlotLayer
 from flash_dmattn_hf.cache_tail import ROWS, Tail
-
-STATE = (*Slots._fields, "row_is_real")
 
 
 class CacheView(NamedTuple):
@@ -36,25 +34,23 @@ class CacheView(NamedTuple):
     query_positions: torch.Tensor
 
 
-class DynamicMaskCacheLayer(DynamicLayer):
+class DynamicMaskCacheLayer(SlotLayer):
     """The cache of one attention layer with an importance gate.
 
     One forward is `update` (from the model), then, from the attention function, `step` for a single token, else `view`
     and `evict`. Several tokens wait in a tail behind the slots until `evict` puts those that survive into them; while
     the past is recorded all wait there until the next `crop`, which undoes tokens by dropping them.
 
-    keys, values, importance, positions, victims, lengths, arrivals: the fields of `slots`, w slots per head, absent
-        before the first update. Hc is the number of kv heads, or of query heads when importance is per query head.
-    row_is_real: (B, w) bool, which of the first w tokens were no padding.
-    num_rows: tokens processed, padding included.
+    Hc, the number of heads of the slots, is that of kv heads, or of query heads when importance is per query head.
+
     is_counted_outside: True while a captured or compiled forward of one token leaves counting it to `count_step`.
     record_past: while True nothing is evicted before the next `crop`, which can then undo every token since.
     """
 
     def __init__(self, gate):
-        super().__init__()
-        self._gate = weakref.ref(gate)
         config = gate.config
+        super().__init__(config.keep_window_size)
+        self._gate = weakref.ref(gate)
         self._competition = {
             "num_sink_tokens": config.num_sink_tokens,
             "local_window_size": config.local_window_size,
@@ -62,7 +58,6 @@ class DynamicMaskCacheLayer(DynamicLayer):
         self._windows = {"keep_window_size": config.keep_window_size, **self._competition}
         self._sliding_window = gate.sliding_window
         self.record_past = self.is_counted_outside = False
-        self._release()
 
     @property
     def gate(self):
@@ -72,62 +67,10 @@ class DynamicMaskCacheLayer(DynamicLayer):
             raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
         return gate
 
-    @property
-    def slots(self) -> Slots:
-        return Slots(*(getattr(self, name) for name in Slots._fields))
-
-    @property
-    def num_kept(self) -> int:
-        """Slots per head that may be occupied: the first ones."""
-        return min(self.num_rows - len(self._tail), self._windows["keep_window_size"])
-
-    @property
-    def num_keys(self) -> int:
-        """Keys per head that are held, the tail's included."""
-        return self.num_kept + len(self._tail)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(state.nbytes for state in (*self._state().values(), *self._tail.rows.values()))
-
-    def _state(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in STATE} if self.is_initialized else {}
-
-    def _transform(self, function) -> None:
-        """Replaces every tensor; one whose shape and device stay the same keeps its address."""
-        for name, state in self._state().items():
-            new = function(state)
-            if (new.shape, new.device) != (state.shape, state.device) or state.requires_grad or new.requires_grad:
-                setattr(self, name, new)
-            elif new is not state:
-                state.copy_(new)
-        self._tail.rows = {name: function(rows) for name, rows in self._tail.rows.items()}
-
-    def _forget(self) -> None:
-        self.num_rows = 0
-        self._tail = Tail()
-        self._new = None
-        self._num_new = 0
-        self._num_undoable = 0
-
-    def _release(self) -> None:
-        for name in STATE:
-            setattr(self, name, None)
-        self.is_initialized = False
-        self._forget()
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = value_states.dtype, value_states.device
         batch, num_kv_heads, _, head_dim = value_states.shape
         num_heads = max(num_kv_heads, self.gate.num_importance_heads)
-        capacity = self._windows["keep_window_size"]
-        slots = make_slots(batch, num_heads, capacity, head_dim, self.dtype, self.device)
-        for name, state in slots._asdict().items():
-            torch._dynamo.mark_static_address(state)
-            setattr(self, name, state)
-        with torch.inference_mode(False):
-            self.row_is_real = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
-        self.is_initialized = True
+        self._allocate(batch, num_heads, head_dim, value_states.dtype, value_states.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -197,7 +140,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
         )
         if not self.is_counted_outside:
             self._count_rows(padding_mask)
-            self._num_undoable = self._num_undoable + 1 if self.num_rows <= self._windows["keep_window_size"] else 0
+            self._num_undoable = self._num_undoable + 1 if self.num_rows <= self.capacity else 0
         self._new, self._num_new = None, 0
         return out
 
@@ -245,7 +188,7 @@ class DynamicMaskCacheLayer(DynamicLayer):
     def _count_rows(self, padding_mask: torch.Tensor | None) -> None:
         before, self.num_rows = self.num_rows, self.num_rows + self._num_new
         self._new = None
-        if padding_mask is not None and before < self._windows["keep_window_size"]:
+        if padding_mask is not None and before < self.capacity:
             rows = self.row_is_real[:, before : self.num_rows]
             rows.copy_(padding_mask[:, : rows.shape[1]])
 
@@ -260,11 +203,8 @@ class DynamicMaskCacheLayer(DynamicLayer):
         """Puts what survives of the tail into the slots."""
         if not len(self._tail):
             return
-        num_kept, capacity = (
-            self.num_kept,
-            cache_capacity(self._windows["keep_window_size"], self._windows["local_window_size"]),
-        )
-        if self.num_keys <= capacity:
+        num_kept = self.num_kept
+        if self.num_keys <= cache_capacity(self.capacity, self._windows["local_window_size"]):
             start, rows = num_kept, self._tail.rows
         else:
             self._num_undoable = 0
@@ -276,14 +216,6 @@ class DynamicMaskCacheLayer(DynamicLayer):
             self._write(name, start, states)
         self._tail = Tail()
         refresh_victims(self.slots, **self._competition)
-
-    def _write(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Writes (B, Hc, n, ...) to the slots from `start` on; out of place where gradients flow."""
-        state, end = getattr(self, name), start + rows.shape[2]
-        if state.requires_grad or rows.requires_grad:
-            setattr(self, name, torch.cat([state[:, :, :start], rows, state[:, :, end:]], dim=2))
-        else:
-            state[:, :, start:end] = rows
 
     def activate_past_recording(self) -> None:
         """Keeps what is needed to undo, by `crop`, every token from now on."""
@@ -328,43 +260,6 @@ class DynamicMaskCacheLayer(DynamicLayer):
             self.positions.masked_fill_(self.positions >= self.lengths.unsqueeze(-1), -1)
             refresh_victims(self.slots, **self._competition)
         self.row_is_real[:, self.num_rows :] = True
-
-    def get_seq_length(self) -> int:
-        """Returns the number of tokens processed, padding included."""
-        return self.num_rows
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.num_rows + query_length, 0
-
-    def reset(self) -> None:
-        """Empties the slots, which stay where they are."""
-        if self.is_initialized and self.keys.requires_grad:
-            self._release()
-        self._forget()
-        for name, state in self._state().items():
-            state.fill_({"positions": -1, "row_is_real": True}.get(name, 0))
-
-    def to(self, device: torch.device | str) -> "DynamicMaskCacheLayer":
-        """Moves the layer's tensors; later updates move them to where the model is."""
-        if self.is_initialized and self.keys.device != torch.device(device):
-            self._transform(lambda state: state.to(device))
-            self.device = self.keys.device
-        return self
-
-    def offload(self) -> None:
-        self._transform(lambda state: state.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self._transform(lambda state: state.to(self.device, non_blocking=True))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._transform(lambda state: state.index_select(0, beam_idx.to(state.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._transform(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._transform(lambda state: state[indices.to(state.device)])
 
 
 def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
