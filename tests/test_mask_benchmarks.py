@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import yaml
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CONFIGS = sorted((SCRIPTS.parent / "configs" / "mqar").glob("*.yaml"))
@@ -43,11 +43,13 @@ def test_forward_performance(tmp_path):
     assert all(row["milliseconds"] > 0 for row in figures["rows"])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_recall(config, tmp_path):
+def test_recall(tmp_path):
     figures, said = run(
-        "benchmark_mqar.py", tmp_path, "--config", str(config), *SMALL_MQAR, "--steps", "2", "--seeds", "2"
+        "benchmark_mqar.py", tmp_path, "--config", str(CONFIGS[0]), *SMALL_MQAR, "--steps", "2", "--seeds", "2"
     )
+    assert len(CONFIGS) >= 3
+    for config in CONFIGS:
+        assert set(yaml.safe_load(config.read_text())) <= set(figures["settings"]), config.name
     assert [row["variant"] for row in figures["table"]] == figures["settings"]["variants"]
     assert all(math.isfinite(row["train_loss"]) for row in figures["rows"])
     assert f"{len(figures['rows'])} models" in said
