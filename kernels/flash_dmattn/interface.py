@@ -30,7 +30,7 @@ def flash_dmattn_func(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
     """Attends under a mask and a bias, with gradients to query, key, value and the bias.
 
-    query: (B, Sq, H, D), float16 or bfloat16, any D up to 256; float32 and float64 on the reference backend.
+    query: (B, Sq, H, D), float16, bfloat16 or float32, any D up to 256; float64 and any D on the reference backend.
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
     attn_mask: (1 or B, 1 or Hkv or H, 1 or Sq, 1 or Sk), bool, or 1.0 / 0.0; zero hides a key. None: all visible.
     attn_bias: of such a shape, floating point, added to the logits. None: nothing. Its gradient is summed over what is

@@ -47,12 +47,18 @@ def interval_attention_op(
 
 
 @interval_attention_op.register_fake
-def _(query, *_):
+def fake_attention(query, *_):
+    """Returns out, lse and stats without contents."""
     batch, seqlen_q, num_heads, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, num_heads, seqlen_q), dtype=dtype)
     return out, lse, query.new_empty((2, batch, num_heads, seqlen_q), dtype=dtype)
+
+
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a contiguous tensor of this one's shape, without contents."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("flash_dmattn::interval_attention_backward", mutates_args=())
@@ -98,10 +104,8 @@ def interval_attention_backward_op(
 
 @interval_attention_backward_op.register_fake
 def _(dout, dlse, out, stats, query, key, value, importance, *_):
-    def like(tensor):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-    return like(query), like(key), like(value), stats.new_empty(0) if importance is None else like(importance)
+    dimportance = stats.new_empty(0) if importance is None else fake_like(importance)
+    return fake_like(query), fake_like(key), fake_like(value), dimportance
 
 
 def _setup_context(ctx, inputs, output) -> None:

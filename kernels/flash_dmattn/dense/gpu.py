@@ -10,9 +10,6 @@ from flash_dmattn.dense.call import DenseCall
 
 logger = logging.getLogger("flash_dmattn")
 
-_MAX_HEAD_DIM = 256
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def is_automatic(call: DenseCall) -> bool:
     return call.query.device.type == "cuda"
@@ -23,17 +20,14 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: DenseCall) -> str | None:
-    if call.query.device.type != "cuda" and not triton.is_interpreted():
-        return f"tensors are on {call.query.device}, not on a CUDA GPU"
-    if call.query.dtype not in _DTYPES:
-        return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
-    if call.query.shape[-1] > _MAX_HEAD_DIM:
-        return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    reason = triton.reject_query(call.query)
+    if reason is not None:
+        return reason
     lanes = call.query.shape[0] * call.query.shape[2]
     if lanes > triton.MAX_LANES:
         return f"{lanes} (batch, head) pairs are above {triton.MAX_LANES}"
     for name, tensor in (("attn_mask", call.attn_mask), ("attn_bias", call.attn_bias)):
-        if tensor is not None and tensor.dtype not in (*_DTYPES, torch.bool):
+        if tensor is not None and tensor.dtype not in (*triton.DTYPES, torch.bool):
             return f"{name} of dtype {tensor.dtype} is not supported (float16, bfloat16 and float32 are)"
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if tensor.stride(-1) != 1:
@@ -46,12 +40,7 @@ def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from flash_dmattn.dense.forward_kernels import run_forward
 
     _say_what_serves()
-    if not call.is_empty:
-        return run_forward(call)
-    batch, seqlen_q, num_heads, _ = call.query.shape
-    out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
-    stats = torch.full((2, batch, num_heads, seqlen_q), torch.inf, device=out.device)
-    return out, -stats[0], stats
+    return triton.empty_forward(call.query) if call.is_empty else run_forward(call)
 
 
 def backward(

@@ -5,6 +5,7 @@ import torch
 from flash_dmattn.dense.call import DenseCall
 from flash_dmattn.dense.engines import ENGINES
 from flash_dmattn.dispatch import choose_backend
+from flash_dmattn.ops import fake_attention, fake_like
 
 
 @torch.library.custom_op("flash_dmattn::dense_attention", mutates_args=())
@@ -26,13 +27,7 @@ def dense_attention_op(
         return choose_backend(call, backend, ENGINES).forward(call)
 
 
-@dense_attention_op.register_fake
-def _(query, *_):
-    batch, seqlen_q, num_heads, _ = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty((batch, num_heads, seqlen_q), dtype=dtype)
-    return out, lse, query.new_empty((2, batch, num_heads, seqlen_q), dtype=dtype)
+dense_attention_op.register_fake(fake_attention)
 
 
 @torch.library.custom_op("flash_dmattn::dense_attention_backward", mutates_args=())
@@ -63,10 +58,8 @@ def dense_attention_backward_op(
 
 @dense_attention_backward_op.register_fake
 def _(dout, dlse, out, stats, query, key, value, attn_mask, attn_bias, needs_dbias, *_):
-    def like(tensor):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-    return like(query), like(key), like(value), like(attn_bias) if needs_dbias else stats.new_empty(0)
+    dbias = fake_like(attn_bias) if needs_dbias else stats.new_empty(0)
+    return fake_like(query), fake_like(key), fake_like(value), dbias
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -16,7 +16,7 @@ MAX_LANES = 65535
 """Programs of a launch in its second and third dimension: one for every batch row and head."""
 
 _MAX_HEAD_DIM = 256
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def is_automatic(call: AttentionCall) -> bool:
@@ -32,13 +32,21 @@ def why_unavailable() -> str | None:
     return None if is_interpreted() else why_no_gpu()
 
 
+def reject_query(query: torch.Tensor) -> str | None:
+    """Returns why no kernel in Triton serves such a query, or None."""
+    if query.device.type != "cuda" and not is_interpreted():
+        return f"tensors are on {query.device}, not on a CUDA GPU"
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} is not supported (float16, bfloat16 and float32 are)"
+    if query.shape[-1] > _MAX_HEAD_DIM:
+        return f"head dim {query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    return None
+
+
 def reject(call: AttentionCall) -> str | None:
-    if call.query.device.type != "cuda" and not is_interpreted():
-        return f"tensors are on {call.query.device}, not on a CUDA GPU"
-    if call.query.dtype not in _DTYPES:
-        return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
-    if call.query.shape[-1] > _MAX_HEAD_DIM:
-        return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    reason = reject_query(call.query)
+    if reason is not None:
+        return reason
     lanes = call.query.shape[0] * call.num_interval_heads
     if lanes > MAX_LANES:
         return f"{lanes} (batch, head) pairs are above {MAX_LANES}"
@@ -56,7 +64,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     from flash_dmattn.backends.triton.forward_kernels import run_forward
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
-        return _empty_forward(call)
+        return empty_forward(call.query)
     return run_forward(call)
 
 
@@ -74,12 +82,9 @@ def backward(
 
 
 def reject_decoding(call: DecodeCall) -> str | None:
-    if call.query.device.type != "cuda" and not is_interpreted():
-        return f"tensors are on {call.query.device}, not on a CUDA GPU"
-    if call.query.dtype not in _DTYPES:
-        return f"dtype {call.query.dtype} is not supported (float16, bfloat16 and float32 are)"
-    if call.query.shape[-1] > _MAX_HEAD_DIM:
-        return f"head dim {call.query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    reason = reject_query(call.query)
+    if reason is not None:
+        return reason
     group_size = call.query.shape[2] // call.slots.keys.shape[1]
     if group_size > 32:
         return f"{group_size} query heads per head of the slots are above 32"
@@ -93,9 +98,10 @@ def decode(call: DecodeCall) -> torch.Tensor:
     return run_decode(call)
 
 
-def _empty_forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, seqlen_q, num_heads, _ = call.query.shape
-    out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+def empty_forward(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats of queries that see nothing."""
+    batch, seqlen_q, num_heads, _ = query.shape
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     stats = torch.full((2, batch, num_heads, seqlen_q), torch.inf, device=out.device)
     return out, -stats[0], stats
 
