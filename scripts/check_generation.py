@@ -57,7 +57,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "model")}
     print(header(where))
     model, inputs = load(arguments)
-    report = {"environment": where, "settings": settings, "model": model.config.name_or_path, "rows": []}
+    report = {"environment": where, "settings": settings, "model": arguments.gguf_file or arguments.model, "rows": []}
     for dtype in arguments.dtypes:
         row = check(model.to(getattr(torch, dtype)), inputs, arguments.new_tokens)
         report["rows"].append(row)
