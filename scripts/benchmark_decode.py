@@ -218,16 +218,17 @@ def measure_contexts(arguments, model, engine, batch, contexts: list[int]) -> li
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     times = {context: [] for context in contexts}
+    turns = TURNS if len(contexts) > 1 else 1
     try:
         step, cache_bytes, refill = make_step(arguments, model, engine, batch, contexts[0])
         for _ in range(3):
             step()
-        for _ in range(TURNS):
+        for _ in range(turns):
             for context in contexts:
-                if len(contexts) > 1:
+                if turns > 1:
                     refill(context)
                 step()
-                times[context] += [clocked(step) for _ in range(-(-arguments.steps // TURNS))]
+                times[context] += [clocked(step) for _ in range(-(-arguments.steps // turns))]
     except torch.cuda.OutOfMemoryError:
         return [{"context": context, "failed": "out of memory"} for context in contexts]
     except RuntimeError as error:
