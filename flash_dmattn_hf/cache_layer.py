@@ -87,7 +87,7 @@ class DynamicMaskCacheLayer(SlotLayer):
             self._make_room(key_states, value_states)
         self._new = (key_states.to(self.dtype), value_states, gate(value_states))
         self._num_new = key_states.shape[2]
-        gate.pending = (self, key_states, value_states)
+        vars(gate)["pending"] = (self, key_states, value_states)  # a module's own __setattr__ takes longer
         return key_states, value_states
 
     def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -7,7 +7,8 @@ forward over the result then says what recomputing everything would have given: 
 if its best id is the generated one at every row, uncached generation has the same past and chooses the same ids.
 
     float64   with the reference engine. Importances are rounded to 9 decimals, so that those of equal tokens, which
-              differ in the last bit from product to product, tie in both. All ids must be equal.
+              differ in the last bit from product to product, tie in both; norms, which Transformers computes in
+              float32, in float64. All ids must be equal.
     float32   with the best engine there is. All logits must agree within 1e-3: where the uncached forward is given the
               importances of the run, and with importances of its own where no head had a near tie, that is, two of
               them within 8 units in the last place on either side of what is still visible. Those steps are counted.
@@ -56,7 +57,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "model")}
     print(header(where))
     model, inputs = load(arguments)
-    report = {"environment": where, "settings": settings, "model": model.config.name_or_path, "rows": []}
+    report = {"environment": where, "settings": settings, "model": arguments.gguf_file or arguments.model, "rows": []}
     for dtype in arguments.dtypes:
         row = check(model.to(getattr(torch, dtype)), inputs, arguments.new_tokens)
         report["rows"].append(row)
@@ -101,7 +102,7 @@ def check(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new: int) -> 
     """Generates `new` ids a row and compares; "faults" of the result names what does not agree."""
     if model.dtype != torch.float64:
         return compare(model, inputs, new)
-    with reference_engine(), hooked(model, [lambda module, args, out: out.round(decimals=9)]):
+    with reference_engine(), exact_norms(model), hooked(model, [lambda module, args, out: out.round(decimals=9)]):
         return compare(model, inputs, new)
 
 
@@ -135,6 +136,7 @@ def compare(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new: int) -
         "largest_difference": largest(own, logits),
     }
     if model.dtype == torch.float64:
+        row["steps_of_other_sets_uncached"] = count_steps_of_other_sets(layers, own_importances, mask)
         faults = {"ids": row["ids_that_differ"] > 0}
     else:
         row |= apart(layers, own_importances, mask, (own - logits).abs().amax(-1)[:, 1:])
@@ -153,20 +155,25 @@ def apart(layers: list[RecordedLayer], own_importances: list, mask: torch.Tensor
     own_importances: (B, Hi, S) of every layer, as the uncached forward had them. mask: (B, S), padding on the left.
     difference: (B, steps) largest difference of the logits.
     """
-    num_near = [near_ties(layer, ULPS) for layer in layers]
-    is_near, is_near_above = (sum(counts).T > 0 for counts in (num_near, num_near[1:]))
-    num_other_sets = sum(
-        count_other_sets(layer, by_position(importance[..., :-1], mask[:, :-1]))  # the last id was never processed
-        for layer, importance in zip(layers, own_importances, strict=True)
-    )
+    num_near = near_ties(layers, ULPS)  # (layers, steps, B)
+    is_near, is_near_above = (counts.sum(0).T > 0 for counts in (num_near, num_near[1:]))
     row = {
         "steps_with_near_ties_above_the_first_layer": int(is_near_above.sum()),
-        "steps_of_other_sets_uncached": int((num_other_sets > 0).sum()),
+        "steps_of_other_sets_uncached": count_steps_of_other_sets(layers, own_importances, mask),
     }
     for name, steps in (("clear_steps", ~is_near), ("steps_with_near_ties", is_near)):
         row[name] = int(steps.sum())
         row[f"largest_difference_of_{name}"] = float(difference[steps].max()) if steps.any() else 0.0
     return row
+
+
+def count_steps_of_other_sets(layers: list[RecordedLayer], own_importances: list, mask: torch.Tensor) -> int:
+    """Steps at which a head of the cached run saw other keys than in the uncached forward, by its own importances."""
+    num_other_sets = sum(
+        count_other_sets(layer, by_position(importance[..., :-1], mask[:, :-1]))  # the last id was never processed
+        for layer, importance in zip(layers, own_importances, strict=True)
+    )
+    return int((num_other_sets > 0).sum())
 
 
 def uncached_logits(model, sequences: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor:
@@ -185,6 +192,23 @@ def by_position(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     length = int(mask.sum(1).max())
     index = torch.arange(length, device=mask.device) + (mask.shape[1] - mask.sum(1, keepdim=True))
     return rows.gather(2, index.clamp(max=mask.shape[1] - 1).unsqueeze(1).expand(*rows.shape[:2], length))
+
+
+@contextlib.contextmanager
+def exact_norms(model: PreTrainedModel) -> Iterator[None]:
+    """Has RMS norms computed in the dtype of the model until the block ends, instead of in float32."""
+
+    def normalize(module, args, out):
+        variance = args[0].square().mean(-1, keepdim=True)
+        return module.weight * (args[0] * torch.rsqrt(variance + module.variance_epsilon))
+
+    norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
+    handles = [norm.register_forward_hook(normalize) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def replay_of(layer: RecordedLayer, mask: torch.Tensor) -> Callable:

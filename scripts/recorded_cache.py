@@ -102,27 +102,29 @@ def count_other_sets(layer: RecordedLayer, importances: torch.Tensor) -> torch.T
     return torch.cat([(shown != expected).any(-1).sum(-1) for shown, expected in pairs])
 
 
-def near_ties(layer: RecordedLayer, ulps: int) -> torch.Tensor:
-    """At every step, how many heads of a row had a near tie on the edge of what is visible: (steps, B).
+def near_ties(layers: list[RecordedLayer], ulps: int) -> torch.Tensor:
+    """At every step, how many heads of every layer had a near tie on the edge of what is visible: (L, steps, B).
 
-    ulps: units in the last place by which the importances on either side of the edge differ at least otherwise.
+    layers: those of one cache. ulps: two importances tie nearly when they differ by less units in the last place.
     """
-    importances, is_real = layer.history()
-    num_steps = int(layer.num_steps)
-    sinks, local = layer._competition["num_sink_tokens"], layer._competition["local_window_size"]
-    num_competing = layer.capacity - sinks - local
+    first = layers[0]
+    is_real = first.history()[1]
+    importances = torch.stack([layer.history()[0] for layer in layers])  # (L, B, H, N)
+    num_steps, batch = int(first.num_steps), importances.shape[1]
+    sinks, local = first._competition["num_sink_tokens"], first._competition["local_window_size"]
+    num_competing = first.capacity - sinks - local
     if num_competing == 0:
-        return importances.new_zeros(num_steps, importances.shape[0], dtype=torch.long)
+        return importances.new_zeros(len(layers), num_steps, batch, dtype=torch.long)
     competing = importances.masked_fill(~is_real[:, None], -torch.inf)[..., sinks:]
-    best = competing.new_full((*competing.shape[:2], num_competing + 1), -torch.inf)
+    best = competing.new_full((*competing.shape[:-1], num_competing + 1), -torch.inf)
     edges = []
     for column in competing.split(1, dim=-1):  # one more key competes
         best = torch.cat([best, column], dim=-1).sort(dim=-1, descending=True).values[..., :-1]
         edges.append(best[..., -2:])
-    last_in, first_out = torch.stack(edges, dim=2).unbind(-1)  # (B, H, keys that compete)
+    last_in, first_out = torch.stack(edges, dim=-2).unbind(-1)  # (L, B, H, keys that compete)
     size = torch.maximum(last_in.abs(), first_out.abs())
     ulp = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
-    is_near = (last_in - first_out < ulps * ulp) & first_out.isfinite()
-    youngest = layer._now(torch.arange(num_steps, device=is_near.device))[..., 0, 0] - local - sinks
-    near = is_near.sum(1).gather(1, youngest.clamp(min=0).T.long()).T
-    return near.masked_fill(youngest < 0, 0)
+    is_near = ((last_in - first_out < ulps * ulp) & first_out.isfinite()).sum(2).transpose(1, 2)  # (L, keys, B)
+    steps = torch.arange(num_steps, device=is_near.device)
+    youngest = (first._now(steps)[..., 0, 0] - local - sinks).long().expand(len(layers), -1, -1)  # (L, steps, B)
+    return is_near.gather(1, youngest.clamp(min=0)).masked_fill(youngest < 0, 0)

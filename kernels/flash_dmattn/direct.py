@@ -3,6 +3,8 @@
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
 
 def can_call_directly(*tensors: torch.Tensor) -> bool:
     """Whether nobody would see the operator: plain tensors, no gradients, nothing that traces or intercepts."""
@@ -10,4 +12,4 @@ def can_call_directly(*tensors: torch.Tensor) -> bool:
         return False
     if is_in_torch_dispatch_mode() or torch.jit.is_tracing():
         return False
-    return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+    return _PLAIN.issuperset(map(type, tensors))

@@ -11,13 +11,16 @@ def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 
     A compiler fuses the operations itself.
     """
-    tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
     if torch.compiler.is_compiling() or value.device.type != "cuda" or value.shape[2] != 1 or value.stride(3) != 1:
         return False
+    tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    is_plain = all(tensor.dtype != torch.float64 and tensor.device == value.device for tensor in tensors)
-    return is_plain and triton.why_unavailable() is None
+    device = value.device
+    for tensor in tensors:
+        if tensor.dtype == torch.float64 or tensor.device != device:
+            return False
+    return triton.why_unavailable() is None
 
 
 def token_importance(

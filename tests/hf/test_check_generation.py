@@ -30,7 +30,18 @@ def test_float64_agrees(script, kind):
     assert row["faults"] == [] and row["ids"] == 3 * NEW and row["prompt_tokens"] == [26, 21, 9]
     heads = 4 if kind in ("llama-query-heads", "gpt2-mha") else 2
     assert row["sets_compared"] == (NEW - 1) * 2 * 3 * heads
-    assert row["largest_difference"] < 1e-6
+    assert row["largest_difference"] < 1e-6 and row["steps_of_other_sets_uncached"] == 0
+
+
+def test_norms_are_exact_while_float64_is_checked(script):
+    model = make_model("llama-topk")
+    norm = model.model.norm
+    torch.nn.init.normal_(norm.weight)
+    states = torch.randn(3, 32, dtype=torch.float64)
+    expected = torch.nn.functional.rms_norm(states, (32,), norm.weight, norm.variance_epsilon)
+    with script.exact_norms(model):
+        torch.testing.assert_close(norm(states), expected, rtol=1e-14, atol=1e-14)
+    assert not torch.allclose(norm(states), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_float32_agrees_and_counts_near_ties(script):
@@ -51,7 +62,7 @@ def test_near_ties_are_those_on_the_edge(script):
     layer.lengths.fill_(20)
     values = torch.tensor([9.0, 9, 9, 9, 5, 3, 4, 1, 2, 0, 1 + 4e-7, 3 + 9e-7, 7, 8, 0, 0, 0, 0, 0, 0])
     layer.importances[0, :, :20] = values
-    found = near_ties(layer, 8)[:, 0].tolist()
+    found = near_ties([layer], 8)[0, :, 0].tolist()
     expected = []
     for t in range(20):
         best = sorted(values[4 : max(t - 6, 4)].tolist(), reverse=True)
