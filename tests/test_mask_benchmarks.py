@@ -41,6 +41,7 @@ def test_forward_performance(tmp_path):
     figures, _ = run("benchmark_forward_performance.py", tmp_path, "--test-type", "sdpa-vs-flex", "--backward", *shape)
     assert {row["engine"] for row in figures["rows"]} == {"sdpa", "flex", "intervals", "create_mask"}
     assert all(row["milliseconds"] > 0 for row in figures["rows"])
+    assert {row["mask"] for row in figures["rows"]} == {"random", "blocks", "topk", "key", "full"}
 
 
 def test_recall(tmp_path):

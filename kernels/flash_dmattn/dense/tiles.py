@@ -25,11 +25,19 @@ def classify_tiles(call: DenseCall, grain_m: int, grain_n: int) -> torch.Tensor:
     """Returns (Bm, Hm, cdiv(Sq, grain_m), cdiv(Sk, grain_n)) uint8: 0 for an empty tile, 1 a partial, 2 a full one.
 
     Keys beyond Sk are hidden; rows beyond Sq do not count. Bm and Hm are those of the mask, 1 and 1 without one.
+    Raises ValueError when the call brings tiles of another shape.
     """
     mask = call.attn_mask
     seqlen_q, seqlen_k = call.query.shape[1], call.key.shape[1]
     batch, heads = (1, 1) if mask is None else mask.shape[:2]
     shape = (batch, heads, triton.cdiv(seqlen_q, grain_m), triton.cdiv(seqlen_k, grain_n))
+    if call.tiles is not None:
+        if call.tiles.shape != shape:
+            raise ValueError(
+                f"attn_mask must be tiled for a query of this dtype, head dim and length: its tiles must have shape "
+                f"{shape}, got {tuple(call.tiles.shape)}"
+            )
+        return call.tiles
     classes = torch.empty(shape, dtype=torch.uint8, device=call.query.device)
     span = 4
     _classify[(triton.cdiv(shape[3], span), shape[2], batch * heads)](
