@@ -161,7 +161,7 @@ def draw(path: str, where: dict, settings: dict, table: list[dict], runs: list[R
     left.axvline(1 / settings["num_symbols"], color="gray", linestyle=":", label="chance")
     left.set_xlabel("accuracy, a point for each seed")
     left.legend()
-    styles = dict(zip(SCHEDULES, ("-", "--", ":"), strict=True))
+    styles = dict(zip(SCHEDULES, ("-", ":"), strict=True))
     for name, places in by_name(runs).items():
         best = [max(curve["accuracy"][place] for place in places) for curve in curves]
         run = runs[places[0]]

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 
 VARIANTS = ("dense", "sliding-window", "sinks+window", "dma", "dma+window")
-SCHEDULES = ("constant", "annealed", "converted")
-NUM_STAGES = 8
-"""An annealed window shrinks in so many steps: every size is a selection of its own."""
+SCHEDULES = ("scratch", "converted")
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,8 @@ class Task:
 class Run:
     """One model: what it attends to in the end, how it gets there, its seed and its learning rate.
 
-    schedule: "constant": so from the first step. "annealed": to everything for the first 0.3 of the steps, then to
-    fewer and fewer keys, to w of them from 0.7 on. "converted": dense attention for the first half, then so; the
-    importance is calibrated on the dense model's attention in between.
+    schedule: "scratch": so from the first step. "converted": dense attention for the first half of the steps, then so;
+        the importance is calibrated on the dense model's attention in between.
     """
 
     variant: str
@@ -77,33 +74,20 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.variant if self.schedule == "constant" else f"{self.variant} {self.schedule}"
-
-    def window(self, progress: float, keep_window_size: int, seqlen: int) -> int:
-        """Returns how many keys a query sees at most when a share `progress` of the steps is done."""
-        if self.variant == "dense" or (self.schedule == "converted" and progress < 0.5):
-            return seqlen
-        if self.schedule != "annealed":
-            return keep_window_size
-        stage = min(max(round((progress - 0.3) / 0.4 * NUM_STAGES), 0), NUM_STAGES)
-        return round(seqlen * (keep_window_size / seqlen) ** (stage / NUM_STAGES))
+        return self.variant if self.schedule == "scratch" else f"{self.variant} {self.schedule}"
 
     def attention(self, progress: float, keep_window_size: int, seqlen: int) -> dict:
         """Returns the options of `dynamic_mask_attention` at this point of the training."""
-        w = self.window(progress, keep_window_size, seqlen)
-        adds_bias = self.has_importance and (self.schedule != "converted" or w < seqlen)
-        options = {"keep_window_size": w, "add_importance_bias": adds_bias}
-        if w == seqlen:
-            return options
-        return (
-            options
-            | {
-                "sliding-window": {"local_window_size": w},
-                "sinks+window": {"num_sink_tokens": 4, "local_window_size": w - 4},
-                "dma": {},
-                "dma+window": {"local_window_size": keep_window_size // 4},
-            }[self.variant]
-        )
+        w = keep_window_size
+        if self.variant == "dense" or (self.schedule == "converted" and progress < 0.5):
+            return {"keep_window_size": seqlen, "add_importance_bias": False}
+        options = {
+            "sliding-window": {"local_window_size": w},
+            "sinks+window": {"num_sink_tokens": 4, "local_window_size": w - 4},
+            "dma": {},
+            "dma+window": {"local_window_size": w // 4},
+        }[self.variant]
+        return {"keep_window_size": w, "add_importance_bias": self.has_importance, **options}
 
 
 def make_runs(variants, schedules, seeds: int, learning_rates) -> list[Run]:

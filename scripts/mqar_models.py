@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 import flash_dmattn
 from mqar import Run, Task
@@ -13,7 +13,9 @@ class Models:
     """R two-layer transformers whose parameters stand one behind another, each (R, ...).
 
     Pre-norm blocks of attention and a perceptron; rotary positions on half of each head, the other half knows content
-    only. Importance as in log_zoh, exp(log_a) * softplus(dt), one for all heads: A keeps its sign.
+    only. Half of the channels that attention reads hold a share of the token before as well, learned for each channel:
+    a short convolution, as all models of this task have, so that a value knows its key. Importance as in log_zoh,
+    exp(log_a) * softplus(dt), one for all heads: A keeps its sign.
     """
 
     def __init__(self, runs: list[Run], task: Task, width: int, num_heads: int, keep_window_size: int, device: str):
@@ -37,7 +39,9 @@ class Models:
             ):
                 add(f"{layer}.{name}", *shape, scale=shape[0] ** -0.5)
             add(f"{layer}.dt", width, 1, scale=width**-0.5)
-            log_a = torch.full((len(runs), 1), math.log(0.05), device=device)
+            shift = torch.full((len(runs), width // 2), 0.5, device=device)
+            self.parameters[f"{layer}.shift"] = shift.requires_grad_()
+            log_a = torch.full((len(runs), 1), math.log(0.3), device=device)
             self.parameters[f"{layer}.log_a"] = log_a.requires_grad_()
         add("head", width, task.num_values, scale=width**-0.5)
         angles = 10000 ** (-torch.arange(width // num_heads // 4, device=device) / (width // num_heads // 4))
@@ -87,6 +91,9 @@ class Models:
 
     def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns query, key and value (R, B, S, H, D)."""
+        shift = self.parameters[f"{layer}.shift"][:, None, None]
+        shifted, rest = x.chunk(2, dim=-1)
+        x = torch.cat([shifted + shift * pad(shifted[:, :, :-1], (0, 0, 1, 0)), rest], dim=-1)
         qkv = torch.einsum("rbsw,rwv->rbsv", x, self.parameters[f"{layer}.qkv"])
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         return self.rotate(query), self.rotate(key), value
