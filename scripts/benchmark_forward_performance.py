@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--keep-window-size", type=int, default=2048)
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
-    parser.add_argument("--mask-heads", type=int, help="heads of the mask of blocks; default: the key heads")
+    parser.add_argument("--mask-heads", type=int, nargs="+", help="of masks of blocks; default: key heads")
     parser.add_argument("--not-causal", action="store_true")
     parser.add_argument("--backward", action="store_true", help="time the backward too")
     parser.add_argument("--sdpa-limit", type=int, default=8192, help="longest sequence for sdpa")
@@ -52,11 +52,12 @@ def main() -> None:
     for name in [name for name in names if why_not(name) is not None]:
         print(f"{name}: left out, {why_not(name)}")
         names.remove(name)
-    print(f"{'mask':>7} {'N':>7} {'engine':>11} {'work':>9} {'ms':>9} {'peak MiB':>9} {'vs sdpa':>8}")
+    print(f"{'mask':>9} {'N':>7} {'engine':>11} {'work':>9} {'ms':>9} {'peak MiB':>9} {'vs sdpa':>8}")
     rows = []
     for mask in arguments.masks:
         for seqlen in arguments.seqlens:
-            rows += measure(arguments, mask, seqlen, names, device)
+            for mask_heads in arguments.mask_heads or [None] if mask == "blocks" else [None]:
+                rows += measure(arguments, mask, seqlen, mask_heads, names, device)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
     if arguments.json:
         save_json(arguments.json, {"environment": where, "settings": settings, "rows": rows})
@@ -64,11 +65,11 @@ def main() -> None:
         draw(arguments.png, where, rows)
 
 
-def measure(arguments, mask: str, seqlen: int, names: list[str], device: str) -> list[dict]:
+def measure(arguments, mask: str, seqlen: int, mask_heads: int | None, names: list[str], device: str) -> list[dict]:
     """Checks and times the engines on one mask and length. Returns a row for each kind of work."""
     heads = (arguments.num_heads, arguments.num_kv_heads, arguments.head_dim)
     shape = Shape(1, seqlen, seqlen, *heads, arguments.keep_window_size, not arguments.not_causal, mask)
-    shape = replace(shape, mask_heads=arguments.mask_heads)
+    shape = replace(shape, mask_heads=mask_heads)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs = make_inputs(shape, device, dtype, arguments.seed)
     share = None if inputs.mask is None else inputs.mask.float().mean().item()
@@ -92,10 +93,11 @@ def measure(arguments, mask: str, seqlen: int, names: list[str], device: str) ->
             work = functools.partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
             rows.append(time_one(arguments, rows, name, "backward", work))
     for row in rows:
-        row |= {"mask": mask, "seqlen": seqlen, "share": share}
+        row |= {"mask": mask, "seqlen": seqlen, "mask_heads": mask_heads, "share": share}
+        name = mask if mask_heads is None else f"{mask}/{mask_heads}"
         peak, ratio = row["peak_mib"], row["ratio_to_sdpa"]
         print(
-            f"{mask:>7} {seqlen:>7} {row['engine']:>11} {row['work']:>9} {row['milliseconds']:>9.3f} "
+            f"{name:>9} {seqlen:>7} {row['engine']:>11} {row['work']:>9} {row['milliseconds']:>9.3f} "
             f"{'' if peak is None else format(peak, '.0f'):>9} "
             f"{'' if ratio is None else format(ratio, '.2f') + 'x':>8}",
             flush=True,
