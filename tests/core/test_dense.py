@@ -99,6 +99,32 @@ def test_nan_and_infinite_biases(backend):
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("layout", ["bytes", "words", "numbers", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tiles_are_empty_partial_or_full(dtype, layout, is_causal, seed):
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    seqlen_q, seqlen_k = 70, 302 if layout == "bytes" else 300
+    query, key = (torch.zeros(1, n, 2, 16, dtype=dtype, device=DEVICE) for n in (seqlen_q, seqlen_k))
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(1, 2, seqlen_q, seqlen_k, generator=generator) < 0.99
+    mask[..., 32:64], mask[..., 64:160] = False, True
+    mask = mask.to(DEVICE, torch.float16 if layout == "numbers" else torch.bool)
+    if layout == "transposed":
+        mask = mask.mT.contiguous().mT
+    tiles = tile_mask(query, key, mask, is_causal=is_causal).tiles
+    rows, keys = (-(-n // count) for n, count in zip((seqlen_q, seqlen_k), tiles.shape[2:], strict=True))
+    rows, keys = (1 << (size - 1).bit_length() for size in (rows, keys))
+    visible = (mask != 0).tril(seqlen_k - seqlen_q) if is_causal else mask != 0
+    for row in range(tiles.shape[2]):
+        for column in range(tiles.shape[3]):
+            tile = visible[..., row * rows : (row + 1) * rows, column * keys : (column + 1) * keys].flatten(2)
+            is_full = tile.all(-1) & (column * keys + keys <= seqlen_k)
+            assert torch.equal(tiles[..., row, column].long(), tile.any(-1).long() + is_full), (row, column)
+    assert set(tiles.unique().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_a_mask_that_is_tiled_is_not_read_for_its_tiles_again(monkeypatch, seed):
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     from flash_dmattn.dense import tiles
