@@ -151,7 +151,7 @@ def _classify(
         if HAS_WORDS:
             word = first_column * (GRAIN_N // 4) + tl.arange(0, SPAN * GRAIN_N // 4)
             address = mask_ptr + row.to(tl.int64)[:, None] * mask_row_stride + word.to(tl.int64)[None, :]
-            found = tl.load(address, mask=(row < seqlen_q)[:, None] & (word * 4 < seqlen_k)[None, :], other=0)
+            found = tl.load(address, mask=(row < seqlen_q)[:, None] & (word < seqlen_k // 4)[None, :], other=0)
             if IS_CAUSAL:
                 past = row[:, None] + (offset + 1) - 4 * word[None, :]  # keys of the word that the row may see
                 inside = found & (0x01010101 >> (32 - 8 * tl.minimum(tl.maximum(past, 1), 4)))
