@@ -91,6 +91,13 @@ def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
             optimizer.step(torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True))
         return losses
 
+    runs = [run for run in all_runs if run.name == "dma converted"]
+    one, other = Models(runs, task, 16, 1, 8, "cpu"), Models(runs, task, 16, 1, 8, "cpu")
+    one.advance(0.0)
+    other.advance(1.0)
+    tokens, _ = task.sample(8, torch.Generator().manual_seed(4), mixed=True)
+    assert calibrate(one, [0, 1], tokens) == calibrate(other, [0, 1], tokens)  # both on dense attention
+
     together = train(all_runs)
     names = [run.name for run in all_runs]
     for name in ("dense", "dma+window", "sinks+window", "sliding-window converted", "dma+window converted"):
