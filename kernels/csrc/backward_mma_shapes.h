@@ -15,10 +15,11 @@ using MmaBackwardParams = flash_dmattn_mma_backward_params;
 
 constexpr int kMmaBackwardTileRows = 64;
 
-// Keys of a tile and tiles of queries in shared memory; eight warps.
-template <int kBlockN_, int kStages_>
+// Keys of a tile, tiles of queries in shared memory, warps of a block, blocks that are to share a processor.
+template <int kBlockN_, int kStages_, int kWarps_ = 8, int kBlocks_ = 1>
 struct MmaBackwardShape {
-    static constexpr int kBlockM = kMmaBackwardTileRows, kBlockN = kBlockN_, kStages = kStages_, kWarps = 8;
+    static constexpr int kBlockM = kMmaBackwardTileRows, kBlockN = kBlockN_, kStages = kStages_;
+    static constexpr int kWarps = kWarps_, kBlocks = kBlocks_;
 
     static constexpr int shared_bytes(int head_dim) {
         const int keys = 2 * kBlockN * head_dim * 2, queries = 2 * kBlockM * head_dim * 2;

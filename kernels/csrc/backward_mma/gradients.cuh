@@ -14,6 +14,7 @@ __device__ __forceinline__ void add_to(float* target, float value) {
 // of kRowsA and kRowsB rows.
 template <typename Element, int kRowBytes, int kRowsA, int kRowsB, int kDepths, int kM, int kN>
 __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kN], uint32_t a, uint32_t b) {
+    a = compute_here(a), b = compute_here(b);
 #pragma unroll
     for (int depth = 0; depth < kDepths; ++depth) {
         uint32_t left[kM][4];
@@ -38,6 +39,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kN], uint32_t a, 
 // kRowsB rows, of which columns from first_column times 16 on are meant.
 template <typename Element, int kRowBytes, int kRowsB, int kDepths, int kM, int kN>
 __device__ __forceinline__ void multiply_columns(float (&acc)[kM][kN], uint32_t a, uint32_t b, int first_column) {
+    a = compute_here(a), b = compute_here(b);
 #pragma unroll
     for (int depth = 0; depth < kDepths; ++depth) {
         uint32_t left[kM][4];
@@ -61,6 +63,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[kM][kN], uint32_t 
 template <typename Element, int kRowBytes, int kRowsB, int kDepths, int kM, int kN>
 __device__ __forceinline__ void multiply_turned(
     float (&acc)[kM][kN], uint32_t a, int first_query, uint32_t b, int first_column) {
+    a = compute_here(a), b = compute_here(b);
 #pragma unroll
     for (int depth = 0; depth < kDepths; ++depth) {
         uint32_t left[kM][4];
@@ -87,22 +90,28 @@ template <typename Traits>
 struct LaneKeys {
     int key[Traits::kKeyTiles][2];  // -1 for none
     float bias[Traits::kKeyTiles][2];
-    int birth[Traits::kKeyTiles][2];
-    int death[Traits::kKeyTiles][2];
 
     __device__ LaneKeys(const MmaBackwardKernelParams& p, const MmaWorkItem& item, int first_key, int lane) {
 #pragma unroll
         for (int m = 0; m < Traits::kKeyTiles; ++m) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const int number = item.key(p, first_key + m * 16 + r * 8 + lane / 4, bias[m][r]);
-                const int64_t place = int64_t(item.list_head) * p.seqlen_k + number;
-                const bool has_interval = number >= 0 && p.birth != nullptr;
-                key[m][r] = number;
-                birth[m][r] = has_interval ? __ldg(p.birth + place) : number;
-                death[m][r] = has_interval ? __ldg(p.death + place) : INT32_MAX;
+                key[m][r] = item.key(p, first_key + m * 16 + r * 8 + lane / 4, bias[m][r]);
             }
         }
+    }
+};
+
+// The rows that see a key; read where they are needed, because they would occupy registers.
+struct Interval {
+    int birth, death;
+
+    __device__ Interval(const MmaBackwardKernelParams& p, const MmaWorkItem& item, int key)
+        : birth(key), death(INT32_MAX) {
+        if (key < 0 || p.birth == nullptr) return;
+        const int64_t place = int64_t(item.list_head) * p.seqlen_k + key;
+        birth = __ldg(p.birth + place);
+        death = __ldg(p.death + place);
     }
 };
 
@@ -111,13 +120,11 @@ struct LaneKeys {
 template <bool kHasSoftcap, int kSize>
 __device__ __forceinline__ void weigh_products(
     float (&scores)[kSize], __half2 (&slopes)[kHasSoftcap ? kSize / 2 : 1], const MmaBackwardKernelParams& p,
-    const float (&bias)[2], const int (&birth)[2], const int (&death)[2], bool is_partial, const float* facts,
-    int num_rows) {
+    const float (&bias)[2], const float* facts, int num_rows) {
 #pragma unroll
     for (int i = 0; i < kSize / 4; ++i) {
         const float2 shift = *reinterpret_cast<const float2*>(facts + i * 8);
         const float2 log_total = *reinterpret_cast<const float2*>(facts + num_rows + i * 8);
-        const int2 rows = *reinterpret_cast<const int2*>(facts + 3 * num_rows + i * 8);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             float& score = scores[i * 4 + k];
@@ -131,10 +138,22 @@ __device__ __forceinline__ void weigh_products(
             }
             // Apart from each other: beside a huge bias their sum has no room for the log of the total.
             score = exp2_approx(score - (k % 2 ? shift.y : shift.x) - (k % 2 ? log_total.y : log_total.x));
-            if (is_partial) {
-                const int row = k % 2 ? rows.y : rows.x;
-                if (!(birth[k / 2] <= row && row < death[k / 2])) score = 0.f;
-            }
+        }
+    }
+}
+
+// Clears the weights of rows that do not see the keys; `rows` are numbers of rows from the lane's first query on.
+template <int kSize>
+__device__ __forceinline__ void hide_weights(
+    float (&weights)[kSize], const Interval& upper, const Interval& lower, const float* rows) {
+#pragma unroll
+    for (int i = 0; i < kSize / 4; ++i) {
+        const int2 pair = *reinterpret_cast<const int2*>(rows + i * 8);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const Interval& interval = k / 2 ? lower : upper;
+            const int row = k % 2 ? pair.y : pair.x;
+            if (!(interval.birth <= row && row < interval.death)) weights[i * 4 + k] = 0.f;
         }
     }
 }
@@ -263,8 +282,11 @@ __device__ __forceinline__ void differentiate_item(
             weights, keys_left, queries_right + stage_bytes);
 #pragma unroll
         for (int m = 0; m < kKeyTiles; ++m) {
-            weigh_products<kHasSoftcap>(
-                weights[m], slopes[m], p, keys.bias[m], keys.birth[m], keys.death[m], item.is_partial, facts, kBlockM);
+            weigh_products<kHasSoftcap>(weights[m], slopes[m], p, keys.bias[m], facts, kBlockM);
+            if (item.is_partial) {
+                const Interval upper(p, item, keys.key[m][0]), lower(p, item, keys.key[m][1]);
+                hide_weights(weights[m], upper, lower, facts + 3 * kBlockM);
+            }
             store_weights<Element>(
                 smem + Traits::kWeightsOffset, weights[m], first_key + m * 16, first_query, lane);
         }
@@ -283,14 +305,14 @@ __device__ __forceinline__ void differentiate_item(
             dvalue, weights_left, queries_across + kToDouts + stage_bytes, key_column / 16);
         multiply_columns<Element, kRowBytes, kBlockM, kBlockM / 16>(
             dkey, weights_left + kToDscores, queries_across + stage_bytes, key_column / 16);
+        if (Traits::kStages == 1) {
+            __syncthreads();  // nobody reads the tile any more; dquery's product needs keys and dscores alone
+            if (n + 1 < item.num_tiles) tiles.start(n + 1, 0);
+        }
         float dquery[Traits::kRowTiles][Traits::kRowColumns / 2];
         clear(dquery);
         multiply_turned<Element, kRowBytes, kBlockN, kBlockN / 16>(
             dquery, dscores_turned, first_row / 16, keys_across, row_column / 16);
-        if (Traits::kStages == 1) {
-            __syncthreads();
-            if (n + 1 < item.num_tiles) tiles.start(n + 1, 0);
-        }
         // Whole lines of 128 bytes: 16 rows by 8 columns after each other, of them the lanes' first numbers first.
         float* sums = p.dquery_sums +
                       (item.list(p) * p.tiles_per_epoch + item.first_tile + n) * (kBlockM * Traits::kHeadDim) +

@@ -11,7 +11,7 @@
 namespace flash_dmattn {
 
 template <typename Traits, bool kHasSoftcap>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     mma_backward_kernel(const __grid_constant__ MmaBackwardKernelParams p) {
     extern __shared__ __align__(1024) char smem[];
     const MmaWorkItem item(p, blockIdx.x, Traits::kBlockN, threadIdx.x % 32);

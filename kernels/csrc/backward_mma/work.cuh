@@ -13,6 +13,7 @@ namespace flash_dmattn {
 
 struct MmaBackwardKernelParams : MmaBackwardParams {
     int key_tiles;          // of the longest list
+    uint32_t group_factor;  // rows of a query tile times this, over 2^16, are tokens
     float exponent_factor;  // of products, without softcap
     float exponent_cap;     // the softcap as an exponent of 2
     float tanh_factor;      // of products in tanh(x) = 2 / (1 + 2^(factor x)) - 1
@@ -20,6 +21,7 @@ struct MmaBackwardKernelParams : MmaBackwardParams {
     MmaBackwardKernelParams(const MmaBackwardParams& p, int block_n)
         : MmaBackwardParams(p),
           key_tiles((p.capacity + block_n - 1) / block_n),
+          group_factor(((1 << 16) + p.group_size - 1) / p.group_size),
           exponent_factor(p.softmax_scale * kLog2e),
           exponent_cap(p.softcap * kLog2e),
           tanh_factor(-2 * kLog2e * p.softmax_scale / p.softcap) {}
@@ -32,6 +34,7 @@ struct MmaBackwardTraits : Shape {
     using Shape::kBlockN;
     using Shape::kStages;
     using Shape::kWarps;
+    using Shape::kBlocks;
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kThreads = kWarps * 32;
 
@@ -69,7 +72,7 @@ struct MmaBackwardTraits : Shape {
     static constexpr int kSharedBytes = kFactsOffset + kStages * kFactBytes;
 
     static_assert(kSharedBytes == Shape::shared_bytes(kHeadDim));
-    static_assert(kThreads == 4 * kBlockM && kWeightRowBytes == 128);
+    static_assert(4 * kBlockM % kThreads == 0 && kWeightRowBytes == 128);
     static_assert(kQueriesOfWarp % 16 == 0 && kColumnsOfWarp % 16 == 0 && kRowColumns % 16 == 0);
     static_assert(kBlockM % (kWarps * kRowsPerCopy) == 0);
 };
@@ -189,7 +192,7 @@ struct QueryTiles {
 
     // The query of a row of the item's n-th tile, and its head; a query from `end` on does not exist.
     __device__ int query_of(int n, int row, int& head) const {
-        const int token = row / p.group_size;
+        const int token = row * p.group_factor >> 16;
         head = first_head + row - token * p.group_size;
         const int query = item.epoch * p.epoch_size + (item.first_tile + n) * p.tile_size + token;
         return token < p.tile_size ? query : end;
@@ -200,10 +203,11 @@ struct QueryTiles {
     }
 
     __device__ void load_shifts(int n) {
+        const int first_row = compute_here(threadIdx.x) / Traits::kLanesPerRow;
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
             int head;
-            const int query = query_of(n, threadIdx.x / Traits::kLanesPerRow + i * Traits::kWarps * Traits::kRowsPerCopy, head);
+            const int query = query_of(n, first_row + i * Traits::kWarps * Traits::kRowsPerCopy, head);
             shifts[i] = n < item.num_tiles && query < end ? __ldg(p.stats + place(query, head)) : INFINITY;
         }
     }
@@ -214,11 +218,12 @@ struct QueryTiles {
 
     __device__ void start(int n, int stage) {
         start_facts(n, facts(stage));
-        const int piece = threadIdx.x % Traits::kLanesPerRow;
+        const int thread = compute_here(threadIdx.x);
+        const int piece = thread % Traits::kLanesPerRow;
         const uint32_t base = shared_address(smem) + stage * Traits::kQueryBytes;
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-            const int row = threadIdx.x / Traits::kLanesPerRow + i * Traits::kWarps * Traits::kRowsPerCopy;
+            const int row = thread / Traits::kLanesPerRow + i * Traits::kWarps * Traits::kRowsPerCopy;
             int head;
             const int query = query_of(n, row, head);
             const bool copies = shifts[i] < INFINITY;
@@ -240,12 +245,16 @@ struct QueryTiles {
         load_shifts(n + 1);
     }
 
-    // One fact a thread.
     __device__ void start_facts(int n, float* target) const {
-        const int kind = threadIdx.x / Traits::kBlockM;
+#pragma unroll
+        for (int i = threadIdx.x; i < 4 * Traits::kBlockM; i += Traits::kThreads) {
+            start_fact(n, i / Traits::kBlockM, i % Traits::kBlockM, target + i);
+        }
+    }
+
+    __device__ void start_fact(int n, int kind, int row, float* target) const {
         int head;
-        const int query = query_of(n, threadIdx.x % Traits::kBlockM, head);
-        target += threadIdx.x;
+        const int query = query_of(n, row, head);
         if (query >= end) {
             *target = kind == 0 ? INFINITY : kind == 3 ? __int_as_float(-1) : 0.f;
         } else if (kind == 3 && p.query_positions == nullptr) {
