@@ -1,4 +1,7 @@
-// Entry of the backward for all architectures: a pass before, the kernel for head dim and type, a pass after it.
+// Entry of the backward for all architectures: a pass over the rows, then for some epochs at a time the kernel for head
+// dim and type and the pass that writes their dquery.
+#include <algorithm>
+
 #include "backward_mma/passes.cuh"
 
 using namespace flash_dmattn;
@@ -6,8 +9,8 @@ using namespace flash_dmattn;
 namespace {
 
 struct Kernel {
-    cudaError_t (*launch)(const MmaBackwardParams&, cudaStream_t);  // null when the library was built without it
-    int shared_bytes;                                               // that it needs
+    cudaError_t (*launch)(const MmaBackwardParams&, EpochRange, cudaStream_t);  // null when built without it
+    int shared_bytes;                                                           // that it needs
 };
 
 template <typename Element, int kHeadDim>
@@ -36,16 +39,21 @@ cudaError_t launch(const MmaBackwardParams& p, cudaStream_t stream) {
     constexpr int kRowsOfBlock = kMmaPassThreads / kLanesOfDelta;
     const int64_t rows = int64_t(p.seqlen_q) * p.num_interval_heads * p.group_size;
     const int64_t row_blocks = (rows + kRowsOfBlock - 1) / kRowsOfBlock;
-    const int64_t tiles = int64_t(p.num_epochs) * p.tiles_per_epoch, lanes = int64_t(p.batch) * p.num_interval_heads;
+    const int64_t tiles = int64_t(p.epochs_at_once) * p.tiles_per_epoch, lanes = int64_t(p.batch) * p.num_interval_heads;
     if (row_blocks > INT32_MAX || tiles > INT32_MAX || lanes > 65535) return cudaErrorInvalidValue;
     if (rows == 0 || lanes == 0 || p.seqlen_k == 0) return cudaErrorInvalidValue;
 
     compute_deltas<Element><<<dim3(unsigned(row_blocks), p.batch), kMmaPassThreads, 0, stream>>>(p);
     cudaError_t error = cudaGetLastError();
-    if (error == cudaSuccess) error = kernel.launch(p, stream);
-    if (error != cudaSuccess) return error;
-    finish_dquery_sums<Element><<<dim3(unsigned(tiles), unsigned(lanes)), kMmaPassThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    for (int first = 0; first < p.num_epochs && error == cudaSuccess; first += p.epochs_at_once) {
+        const EpochRange epochs = {first, std::min(p.epochs_at_once, p.num_epochs - first)};
+        error = kernel.launch(p, epochs, stream);
+        if (error != cudaSuccess) break;
+        const dim3 grid(epochs.count * p.tiles_per_epoch, unsigned(lanes));
+        finish_dquery_sums<Element><<<grid, kMmaPassThreads, 0, stream>>>(p, first);
+        error = cudaGetLastError();
+    }
+    return error;
 }
 
 }  // namespace

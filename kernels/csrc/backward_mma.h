@@ -16,7 +16,7 @@ struct flash_dmattn_mma_backward_params {
     const float* dlse;               // (B, H, Sq), contiguous
     const float* stats;              // (2, B, H, Sq), as flash_dmattn_forward writes it
     float* deltas;                   // (B, H, Sq), scratch
-    float* dquery_sums;              // (B, Hi, epochs, tiles, tile rows, D), zero; scratch
+    float* dquery_sums;              // (B, Hi, epochs at once, tiles, tile rows, D), zero; scratch
     float* dkey_sums;                // (B, Sk, Hkv, D), zero; becomes dkey over softmax_scale
     float* dvalue_sums;              // (B, Sk, Hkv, D), zero; becomes dvalue
     float* dimportance;              // (B, Hi, Sk), zero, or null
@@ -42,6 +42,7 @@ struct flash_dmattn_mma_backward_params {
     int32_t group_size;                  // H / Hi
     int32_t num_epochs;
     int32_t epoch_size;  // query tokens
+    int32_t epochs_at_once;  // of an interval head, that have sums of dquery
     int32_t tiles_per_epoch;
     int32_t tile_size;  // query tokens
     int32_t capacity;   // of a list; without lists Sk

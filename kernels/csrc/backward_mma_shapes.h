@@ -62,8 +62,14 @@ struct MmaBackwardShapes<256> {
     using Small = NoShape;
 };
 
+// Epochs of every interval head that one launch is about.
+struct EpochRange {
+    int first, count;
+};
+
 // Weak, so that a library with some of the head dims and types links: the others are null.
 template <typename Element, int kHeadDim>
-__attribute__((weak)) cudaError_t launch_mma_backward(const MmaBackwardParams& params, cudaStream_t stream);
+__attribute__((weak)) cudaError_t launch_mma_backward(
+    const MmaBackwardParams& params, EpochRange epochs, cudaStream_t stream);
 
 }  // namespace flash_dmattn

@@ -315,7 +315,7 @@ __device__ __forceinline__ void differentiate_item(
             dquery, dscores_turned, first_row / 16, keys_across, row_column / 16);
         // Whole lines of 128 bytes: 16 rows by 8 columns after each other, of them the lanes' first numbers first.
         float* sums = p.dquery_sums +
-                      (item.list(p) * p.tiles_per_epoch + item.first_tile + n) * (kBlockM * Traits::kHeadDim) +
+                      (item.sums(p) * p.tiles_per_epoch + item.first_tile + n) * (kBlockM * Traits::kHeadDim) +
                       (first_row / 16 * (Traits::kHeadDim / 8) + row_column / 8) * 128 + lane;
 #pragma unroll
         for (int m = 0; m < Traits::kRowTiles; ++m) {

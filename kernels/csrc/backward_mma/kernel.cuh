@@ -19,29 +19,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 }
 
 template <typename Traits>
-cudaError_t launch_mma_backward_shape(const MmaBackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_mma_backward_shape(const MmaBackwardParams& p, EpochRange epochs, cudaStream_t stream) {
     const auto kernel = p.softcap > 0 ? mma_backward_kernel<Traits, true> : mma_backward_kernel<Traits, false>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
     if (error != cudaSuccess) return error;
     const int64_t key_tiles = (p.capacity + Traits::kBlockN - 1) / Traits::kBlockN;
-    const int64_t items = int64_t(p.batch) * p.num_interval_heads * p.num_epochs * key_tiles;
+    const int64_t items = int64_t(p.batch) * p.num_interval_heads * epochs.count * key_tiles;
     if (items > INT32_MAX) return cudaErrorInvalidValue;
     if (items == 0) return cudaSuccess;
     kernel<<<int(items), Traits::kThreads, Traits::kSharedBytes, stream>>>(
-        MmaBackwardKernelParams(p, Traits::kBlockN));
+        MmaBackwardKernelParams(p, epochs, Traits::kBlockN));
     return cudaGetLastError();
 }
 
 template <typename Element, int kHeadDim>
-cudaError_t launch_mma_backward(const MmaBackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_mma_backward(const MmaBackwardParams& p, EpochRange epochs, cudaStream_t stream) {
     using Large = typename MmaBackwardShapes<kHeadDim>::Large;
     using Small = typename MmaBackwardShapes<kHeadDim>::Small;
     if (p.shared_bytes >= Large::shared_bytes(kHeadDim)) {
-        return launch_mma_backward_shape<MmaBackwardTraits<Element, kHeadDim, Large>>(p, stream);
+        return launch_mma_backward_shape<MmaBackwardTraits<Element, kHeadDim, Large>>(p, epochs, stream);
     }
     if constexpr (!std::is_same_v<Small, NoShape>) {
-        return launch_mma_backward_shape<MmaBackwardTraits<Element, kHeadDim, Small>>(p, stream);
+        return launch_mma_backward_shape<MmaBackwardTraits<Element, kHeadDim, Small>>(p, epochs, stream);
     }
     return cudaErrorInvalidValue;
 }

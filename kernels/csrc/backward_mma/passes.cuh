@@ -49,25 +49,28 @@ __global__ void __launch_bounds__(kMmaPassThreads) compute_deltas(const flash_dm
     p.deltas[place] = p.stats[place] < INFINITY ? sum - p.dlse[place] : 0.f;
 }
 
-// Writes dquery from its sums, which lie tile by tile in blocks of 16 rows by 8 columns: of each first the even columns of
-// the first 8 rows, then the odd ones, then those of the other 8 rows. The grid is tiles of an interval head by heads.
+// Writes dquery of some epochs from its sums and clears them, which lie tile by tile in blocks of 16 rows by 8 columns: of each first the even columns of
+// the first 8 rows, then the odd ones, then those of the other 8 rows. The grid is these epochs' tiles by interval heads.
 template <typename Element>
-__global__ void __launch_bounds__(kMmaPassThreads) finish_dquery_sums(const flash_dmattn_mma_backward_params p) {
-    const int epoch = blockIdx.x / p.tiles_per_epoch, tile = blockIdx.x - epoch * p.tiles_per_epoch;
+__global__ void __launch_bounds__(kMmaPassThreads) finish_dquery_sums(
+    const flash_dmattn_mma_backward_params p, int first_epoch) {
+    const int slot = blockIdx.x / p.tiles_per_epoch, tile = blockIdx.x - slot * p.tiles_per_epoch;
+    const int epoch = first_epoch + slot;
     const int batch = blockIdx.y / p.num_interval_heads, head = blockIdx.y - batch * p.num_interval_heads;
     const int first_query = epoch * p.epoch_size + tile * p.tile_size;
     const int end = min(first_query + p.tile_size, min((epoch + 1) * p.epoch_size, p.seqlen_q));
     const int columns = p.head_dim / 8;
-    const float* sums =
+    float* sums =
         p.dquery_sums +
-        (int64_t(blockIdx.y) * p.num_epochs * p.tiles_per_epoch + blockIdx.x) * (kMmaBackwardTileRows * p.head_dim);
+        (int64_t(blockIdx.y) * p.epochs_at_once * p.tiles_per_epoch + blockIdx.x) * (kMmaBackwardTileRows * p.head_dim);
     for (int i = threadIdx.x; i < kMmaBackwardTileRows * columns; i += kMmaPassThreads) {
         const int row = i / columns, column = i - row * columns;
         const int query = first_query + row / p.group_size;
         if (query >= end) break;
-        const float* block = sums + (row / 16 * columns + column) * 128 + row % 16 / 8 * 64 + row % 8 * 4;
-        const float4 even = __ldcs(reinterpret_cast<const float4*>(block));
-        const float4 odd = __ldcs(reinterpret_cast<const float4*>(block + 32));
+        float* block = sums + (row / 16 * columns + column) * 128 + row % 16 / 8 * 64 + row % 8 * 4;
+        const float4 even = *reinterpret_cast<const float4*>(block);
+        const float4 odd = *reinterpret_cast<const float4*>(block + 32);
+        *reinterpret_cast<float4*>(block) = *reinterpret_cast<float4*>(block + 32) = make_float4(0.f, 0.f, 0.f, 0.f);
         const float scale = p.softmax_scale;
         const int64_t place =
             (int64_t(batch) * p.seqlen_q + query) * p.num_interval_heads * p.group_size + head * p.group_size +

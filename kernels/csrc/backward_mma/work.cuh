@@ -12,14 +12,16 @@
 namespace flash_dmattn {
 
 struct MmaBackwardKernelParams : MmaBackwardParams {
+    EpochRange epochs;
     int key_tiles;          // of the longest list
     uint32_t group_factor;  // rows of a query tile times this, over 2^16, are tokens
     float exponent_factor;  // of products, without softcap
     float exponent_cap;     // the softcap as an exponent of 2
     float tanh_factor;      // of products in tanh(x) = 2 / (1 + 2^(factor x)) - 1
 
-    MmaBackwardKernelParams(const MmaBackwardParams& p, int block_n)
+    MmaBackwardKernelParams(const MmaBackwardParams& p, EpochRange range, int block_n)
         : MmaBackwardParams(p),
+          epochs(range),
           key_tiles((p.capacity + block_n - 1) / block_n),
           group_factor(((1 << 16) + p.group_size - 1) / p.group_size),
           exponent_factor(p.softmax_scale * kLog2e),
@@ -91,17 +93,22 @@ struct MmaWorkItem {
     __device__ MmaWorkItem(const MmaBackwardKernelParams& p, int number, int block_n, int lane) {
         const int list = number / p.key_tiles;
         offset = (number - list * p.key_tiles) * block_n;
-        list_head = list / p.num_epochs;
-        epoch = list - list_head * p.num_epochs;
+        list_head = list / p.epochs.count;
+        epoch = p.epochs.first + list - list_head * p.epochs.count;
         batch = list_head / p.num_interval_heads;
         if (p.entries == nullptr) {
             meet_in_order(p, block_n);
         } else {
-            meet_listed(p, list, block_n, lane);
+            meet_listed(p, block_n, lane);
         }
     }
 
     __device__ int64_t list(const MmaBackwardParams& p) const { return int64_t(list_head) * p.num_epochs + epoch; }
+
+    // The place of the epoch's sums of dquery.
+    __device__ int64_t sums(const MmaBackwardKernelParams& p) const {
+        return int64_t(list_head) * p.epochs_at_once + epoch - p.epochs.first;
+    }
 
     // The number of the tile's i-th key, -1 for none and for one that weighs nothing; reads its bias.
     __device__ int key(const MmaBackwardParams& p, int i, float& bias) const {
@@ -125,13 +132,13 @@ private:
         is_partial = offset + num_keys - 1 > start + first_query + first_tile * p.tile_size;
     }
 
-    __device__ void meet_listed(const MmaBackwardKernelParams& p, int list, int block_n, int lane) {
-        const int* sections = p.sections + int64_t(list) * 3;
+    __device__ void meet_listed(const MmaBackwardKernelParams& p, int block_n, int lane) {
+        const int* sections = p.sections + list(p) * 3;
         num_keys = min(block_n, __ldg(sections + 2) - offset);
         if (num_keys <= 0) return;
         is_partial = offset < __ldg(sections) || offset + num_keys > __ldg(sections + 1);
         // The query tiles whose stretch meets this tile are a run, because begin and end only grow.
-        const int* stretches = p.stretches + int64_t(list) * p.tiles_per_epoch * 2;
+        const int* stretches = p.stretches + list(p) * p.tiles_per_epoch * 2;
         int first = INT32_MAX, last = -1;
         for (int tile = lane; tile < p.tiles_per_epoch; tile += 32) {
             if (__ldg(stretches + tile * 2) < offset + num_keys && __ldg(stretches + tile * 2 + 1) > offset) {

@@ -16,6 +16,10 @@ from flash_dmattn.backends.key_lists import KeyLists
 from flash_dmattn.call import AttentionCall
 
 
+_ROUNDS = 4
+_KEYS_OF_PROCESSOR = 1024  # eight tiles of keys
+
+
 class _Parameters(ctypes.Structure):
     """Mirrors flash_dmattn_mma_backward_params of kernels/csrc/backward_mma.h."""
 
@@ -37,6 +41,7 @@ class _Parameters(ctypes.Structure):
         ("group_size", ctypes.c_int32),
         ("num_epochs", ctypes.c_int32),
         ("epoch_size", ctypes.c_int32),
+        ("epochs_at_once", ctypes.c_int32),
         ("tiles_per_epoch", ctypes.c_int32),
         ("tile_size", ctypes.c_int32),
         ("capacity", ctypes.c_int32),
@@ -64,12 +69,20 @@ def tile_rows(call: AttentionCall) -> int:
     return load().flash_dmattn_mma_backward_tile_rows(call.query.shape[-1], is_bfloat16, shared_bytes)
 
 
+def count_epochs(num_epochs: int, listed_keys: int, processors: int) -> int:
+    """Returns how many epochs of every head have sums of dquery at a time, given the `listed_keys` of one epoch of all
+    heads: a quarter of them, unless that leaves a processor too little to do between two waits."""
+    enough = -(-_KEYS_OF_PROCESSOR * processors // max(listed_keys, 1))
+    return min(num_epochs, max(-(-num_epochs // _ROUNDS), enough))
+
+
 def run_backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns dquery, dkey, dvalue in their dtypes and dimportance float32, or None without importance.
 
-    Allocates float32 sums of the size of query, key and value, and 4 bytes per query row, beside the key lists.
+    Allocates float32 sums of the size of key and value and, for long sequences, of a quarter of query; beside the key
+    lists 4 bytes per query row.
     """
     rows = tile_rows(call)
     lists = build_key_lists(call, rows // (call.query.shape[2] // call.num_interval_heads))
@@ -98,7 +111,9 @@ def run_listed_backward(
 
     dquery = torch.empty_like(call.query, memory_format=torch.contiguous_format)
     dimportance = None if call.importance is None else zeros(*call.importance.shape)
-    dquery_sums = zeros(lists.num_lists, num_epochs, tiles_per_epoch, rows, head_dim)
+    processors = torch.cuda.get_device_properties(dquery.device).multi_processor_count
+    epochs_at_once = count_epochs(num_epochs, lists.num_lists * lists.capacity, processors)
+    dquery_sums = zeros(lists.num_lists, epochs_at_once, tiles_per_epoch, rows, head_dim)
     dkey_sums, dvalue_sums = zeros(2, *call.key.shape)
     deltas = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=dquery.device)
     dout, dlse = dout.contiguous(), dlse.contiguous()
@@ -139,6 +154,7 @@ def run_listed_backward(
         group_size=num_heads // call.num_interval_heads,
         num_epochs=num_epochs,
         epoch_size=epoch_size,
+        epochs_at_once=epochs_at_once,
         tiles_per_epoch=tiles_per_epoch,
         tile_size=lists.tile_size,
         capacity=lists.capacity,
