@@ -15,7 +15,6 @@ from flash_dmattn.backends.cuda.target import find_target
 from flash_dmattn.backends.key_lists import KeyLists
 from flash_dmattn.call import AttentionCall
 
-
 _ROUNDS = 4
 _KEYS_OF_PROCESSOR = 1024  # eight tiles of keys
 
