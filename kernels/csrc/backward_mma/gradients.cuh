@@ -276,26 +276,23 @@ __device__ __forceinline__ void differentiate_item(
 
         const float* facts = tiles.facts(stage) + first_query + lane % 4 * 2;
         float weights[kKeyTiles][kScores], dscores[kKeyTiles][kScores];
-        __half2 slopes[kKeyTiles][kHasSoftcap ? kScores / 2 : 1];
         clear(weights);
+        clear(dscores);
         multiply_rows<Element, kRowBytes, kBlockN, kBlockM, Traits::kHeadDim / 16>(
             weights, keys_left, queries_right + stage_bytes);
+        multiply_rows<Element, kRowBytes, kBlockN, kBlockM, Traits::kHeadDim / 16>(
+            dscores, keys_left + kToValues, queries_right + kToDouts + stage_bytes);
 #pragma unroll
         for (int m = 0; m < kKeyTiles; ++m) {
-            weigh_products<kHasSoftcap>(weights[m], slopes[m], p, keys.bias[m], facts, kBlockM);
+            __half2 slopes[kHasSoftcap ? kScores / 2 : 1];
+            weigh_products<kHasSoftcap>(weights[m], slopes, p, keys.bias[m], facts, kBlockM);
             if (item.is_partial) {
                 const Interval upper(p, item, keys.key[m][0]), lower(p, item, keys.key[m][1]);
                 hide_weights(weights[m], upper, lower, facts + 3 * kBlockM);
             }
             store_weights<Element>(
                 smem + Traits::kWeightsOffset, weights[m], first_key + m * 16, first_query, lane);
-        }
-        clear(dscores);
-        multiply_rows<Element, kRowBytes, kBlockN, kBlockM, Traits::kHeadDim / 16>(
-            dscores, keys_left + kToValues, queries_right + kToDouts + stage_bytes);
-#pragma unroll
-        for (int m = 0; m < kKeyTiles; ++m) {
-            differentiate<kHasSoftcap>(dscores[m], dbias[m], weights[m], slopes[m], facts + 2 * kBlockM);
+            differentiate<kHasSoftcap>(dscores[m], dbias[m], weights[m], slopes, facts + 2 * kBlockM);
             store_weights<Element>(
                 smem + Traits::kDscoresOffset, dscores[m], first_key + m * 16, first_query, lane);
         }

@@ -63,10 +63,12 @@ __global__ void __launch_bounds__(kMmaPassThreads) finish_dquery_sums(
     float* sums =
         p.dquery_sums +
         (int64_t(blockIdx.y) * p.epochs_at_once * p.tiles_per_epoch + blockIdx.x) * (kMmaBackwardTileRows * p.head_dim);
+    // A warp takes 8 rows by 4 times 8 columns: whole lines of the sums, two sectors of a row of dquery.
     for (int i = threadIdx.x; i < kMmaBackwardTileRows * columns; i += kMmaPassThreads) {
-        const int row = i / columns, column = i - row * columns;
+        const int patch = i / 32, patch_row = patch / (columns / 4), lane = i % 32;
+        const int row = patch_row * 8 + lane % 8, column = (patch - patch_row * (columns / 4)) * 4 + lane / 8;
         const int query = first_query + row / p.group_size;
-        if (query >= end) break;
+        if (query >= end) continue;
         float* block = sums + (row / 16 * columns + column) * 128 + row % 16 / 8 * 64 + row % 8 * 4;
         const float4 even = *reinterpret_cast<const float4*>(block);
         const float4 odd = *reinterpret_cast<const float4*>(block + 32);
