@@ -1,5 +1,5 @@
 // Entry of the backward for all architectures: a pass over the rows, then for some epochs at a time the kernel for head
-// dim and type and the pass that writes their dquery.
+// dim and type and the pass that writes their dquery, at last the one that writes dkey and dvalue.
 #include <algorithm>
 
 #include "backward_mma/passes.cuh"
@@ -42,6 +42,9 @@ cudaError_t launch(const MmaBackwardParams& p, cudaStream_t stream) {
     const int64_t tiles = int64_t(p.epochs_at_once) * p.tiles_per_epoch, lanes = int64_t(p.batch) * p.num_interval_heads;
     if (row_blocks > INT32_MAX || tiles > INT32_MAX || lanes > 65535) return cudaErrorInvalidValue;
     if (rows == 0 || lanes == 0 || p.seqlen_k == 0) return cudaErrorInvalidValue;
+    const int64_t kv_rows = int64_t(p.batch) * p.seqlen_k * (p.num_interval_heads / p.interval_heads_per_kv_head);
+    const int64_t kv_blocks = (kv_rows * (p.head_dim / 8) + kMmaPassThreads - 1) / kMmaPassThreads;
+    if (kv_blocks > INT32_MAX) return cudaErrorInvalidValue;
 
     compute_deltas<Element><<<dim3(unsigned(row_blocks), p.batch), kMmaPassThreads, 0, stream>>>(p);
     cudaError_t error = cudaGetLastError();
@@ -53,7 +56,9 @@ cudaError_t launch(const MmaBackwardParams& p, cudaStream_t stream) {
         finish_dquery_sums<Element><<<grid, kMmaPassThreads, 0, stream>>>(p, first);
         error = cudaGetLastError();
     }
-    return error;
+    if (error != cudaSuccess) return error;
+    finish_key_sums<Element><<<unsigned(kv_blocks), kMmaPassThreads, 0, stream>>>(p);
+    return cudaGetLastError();
 }
 
 }  // namespace

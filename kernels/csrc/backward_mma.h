@@ -17,10 +17,12 @@ struct flash_dmattn_mma_backward_params {
     const float* stats;              // (2, B, H, Sq), as flash_dmattn_forward writes it
     float* deltas;                   // (B, H, Sq), scratch
     float* dquery_sums;              // (B, Hi, epochs at once, tiles, tile rows, D), zero; scratch
-    float* dkey_sums;                // (B, Sk, Hkv, D), zero; becomes dkey over softmax_scale
-    float* dvalue_sums;              // (B, Sk, Hkv, D), zero; becomes dvalue
+    float* dkey_sums;                // (B, Sk, Hkv, D), zero; scratch
+    float* dvalue_sums;              // (B, Sk, Hkv, D), zero; scratch
     float* dimportance;              // (B, Hi, Sk), zero, or null
     void* dquery;                    // (B, Sq, H, D), contiguous
+    void* dkey;                      // (B, Sk, Hkv, D), contiguous
+    void* dvalue;                    // (B, Sk, Hkv, D), contiguous
     const int32_t* birth;            // (B, Hi, Sk), or null: keys are visible from their own row on
     const int32_t* death;            // (B, Hi, Sk), or null with birth
     const int32_t* query_start;      // (B,), or null when query_positions is given and keys are listed

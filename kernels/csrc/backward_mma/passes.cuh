@@ -83,4 +83,22 @@ __global__ void __launch_bounds__(kMmaPassThreads) finish_dquery_sums(
     }
 }
 
+// Writes dkey and dvalue from their sums, 8 numbers of each a thread.
+template <typename Element>
+__global__ void __launch_bounds__(kMmaPassThreads) finish_key_sums(const flash_dmattn_mma_backward_params p) {
+    const int num_kv_heads = p.num_interval_heads / p.interval_heads_per_kv_head;
+    const int64_t pieces = int64_t(p.batch) * p.seqlen_k * num_kv_heads * (p.head_dim / 8);
+    const int64_t piece = int64_t(blockIdx.x) * kMmaPassThreads + threadIdx.x;
+    if (piece >= pieces) return;
+    const float4* key_sums = reinterpret_cast<const float4*>(p.dkey_sums) + piece * 2;
+    const float4* value_sums = reinterpret_cast<const float4*>(p.dvalue_sums) + piece * 2;
+    const float4 k0 = __ldcs(key_sums), k1 = __ldcs(key_sums + 1), v0 = __ldcs(value_sums), v1 = __ldcs(value_sums + 1);
+    const float scale = p.softmax_scale;
+    static_cast<uint4*>(p.dkey)[piece] = make_uint4(
+        pack<Element>(k0.x * scale, k0.y * scale), pack<Element>(k0.z * scale, k0.w * scale),
+        pack<Element>(k1.x * scale, k1.y * scale), pack<Element>(k1.z * scale, k1.w * scale));
+    static_cast<uint4*>(p.dvalue)[piece] = make_uint4(
+        pack<Element>(v0.x, v0.y), pack<Element>(v0.z, v0.w), pack<Element>(v1.x, v1.y), pack<Element>(v1.z, v1.w));
+}
+
 }  // namespace flash_dmattn

@@ -24,7 +24,8 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "dout", "dlse", "stats", "deltas")),
-        *((name, ctypes.c_void_p) for name in ("dquery_sums", "dkey_sums", "dvalue_sums", "dimportance", "dquery")),
+        *((name, ctypes.c_void_p) for name in ("dquery_sums", "dkey_sums", "dvalue_sums", "dimportance")),
+        *((name, ctypes.c_void_p) for name in ("dquery", "dkey", "dvalue")),
         *((name, ctypes.c_void_p) for name in ("birth", "death", "query_start", "query_positions")),
         *((name, ctypes.c_void_p) for name in ("entries", "biases", "sections", "stretches")),
         ("query_strides", ctypes.c_int64 * 3),
@@ -108,7 +109,10 @@ def run_listed_backward(
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=call.query.device)
 
-    dquery = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    dquery, dkey, dvalue = like(call.query), like(call.key), like(call.value)
     dimportance = None if call.importance is None else zeros(*call.importance.shape)
     processors = torch.cuda.get_device_properties(dquery.device).multi_processor_count
     epochs_at_once = count_epochs(num_epochs, lists.num_lists * lists.capacity, processors)
@@ -132,6 +136,8 @@ def run_listed_backward(
         dvalue_sums=dvalue_sums.data_ptr(),
         dimportance=pointer(dimportance),
         dquery=dquery.data_ptr(),
+        dkey=dkey.data_ptr(),
+        dvalue=dvalue.data_ptr(),
         birth=pointer(call.birth),
         death=pointer(call.death),
         query_start=pointer(query_start),
@@ -162,8 +168,7 @@ def run_listed_backward(
         shared_bytes=find_target(dquery.device).shared_bytes,
     )
     launch("flash_dmattn_mma_backward", parameters, dquery.device)
-    dkey = dkey_sums.mul_(call.softmax_scale).to(call.key.dtype)
-    return dquery, dkey, dvalue_sums.to(call.value.dtype), dimportance
+    return dquery, dkey, dvalue, dimportance
 
 
 def _strides(tensor: torch.Tensor):
