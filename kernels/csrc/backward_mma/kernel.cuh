@@ -6,6 +6,8 @@
 // products is shared out among the warps in its own way. dquery is added to fp32 sums in memory.
 #pragma once
 
+#include <algorithm>
+
 #include "gradients.cuh"
 
 namespace flash_dmattn {
@@ -26,7 +28,9 @@ cudaError_t launch_mma_backward_shape(const MmaBackwardParams& p, EpochRange epo
     if (error != cudaSuccess) return error;
     const int64_t key_tiles = (p.capacity + Traits::kBlockN - 1) / Traits::kBlockN;
     const int64_t items = int64_t(p.batch) * p.num_interval_heads * epochs.count * key_tiles;
-    if (items > INT32_MAX) return cudaErrorInvalidValue;
+    // Strides in bytes and places within the rows of an interval head are int32.
+    const int64_t longest = std::max({p.query_strides[1], p.query_strides[2], int64_t(p.group_size) * p.seqlen_q});
+    if (items > INT32_MAX || longest > INT32_MAX / 2) return cudaErrorInvalidValue;
     if (items == 0) return cudaSuccess;
     kernel<<<int(items), Traits::kThreads, Traits::kSharedBytes, stream>>>(
         MmaBackwardKernelParams(p, epochs, Traits::kBlockN));

@@ -15,6 +15,10 @@ struct MmaBackwardKernelParams : MmaBackwardParams {
     EpochRange epochs;
     int key_tiles;          // of the longest list
     uint32_t group_factor;  // rows of a query tile times this, over 2^16, are tokens
+    int query_row_bytes;    // from token to token
+    int query_head_bytes;
+    int dout_row_bytes;
+    int64_t num_rows;  // of all query heads
     float exponent_factor;  // of products, without softcap
     float exponent_cap;     // the softcap as an exponent of 2
     float tanh_factor;      // of products in tanh(x) = 2 / (1 + 2^(factor x)) - 1
@@ -24,6 +28,10 @@ struct MmaBackwardKernelParams : MmaBackwardParams {
           epochs(range),
           key_tiles((p.capacity + block_n - 1) / block_n),
           group_factor(((1 << 16) + p.group_size - 1) / p.group_size),
+          query_row_bytes(int(p.query_strides[1] * 2)),
+          query_head_bytes(int(p.query_strides[2] * 2)),
+          dout_row_bytes(p.num_interval_heads * p.group_size * p.head_dim * 2),
+          num_rows(int64_t(p.batch) * p.num_interval_heads * p.group_size * p.seqlen_q),
           exponent_factor(p.softmax_scale * kLog2e),
           exponent_cap(p.softcap * kLog2e),
           tanh_factor(-2 * kLog2e * p.softmax_scale / p.softcap) {}
@@ -184,39 +192,48 @@ struct QueryTiles {
     static constexpr int kCopies = Traits::kQueryCopies;
 
     const MmaBackwardKernelParams& p;
-    const MmaWorkItem& item;
     char* smem;
-    int first_head;        // of the interval head, among all query heads
-    int end;               // the query after the epoch's last
+    const char* query;  // of the epoch's batch row and first head, from token 0 on
+    const char* dout;
+    const float* stats;
+    const float* deltas;
+    const int* positions;  // of the batch row, or null
+    int start_row;         // of token 0, without positions
+    int first;             // token of the item's first tile
+    int end;               // the token after the epoch's last
+    int num_tiles;
     float shifts[kCopies];  // of the rows that this thread copies of the next tile
 
-    __device__ QueryTiles(const MmaBackwardKernelParams& params, const MmaWorkItem& work, char* shared)
-        : p(params), item(work), smem(shared) {
-        first_head = (item.list_head - item.batch * p.num_interval_heads) * p.group_size;
-        end = min((item.epoch + 1) * p.epoch_size, p.seqlen_q);
-        load_shifts(0);
-    }
-
-    // The query of a row of the item's n-th tile, and its head; a query from `end` on does not exist.
-    __device__ int query_of(int n, int row, int& head) const {
-        const int token = row * p.group_factor >> 16;
-        head = first_head + row - token * p.group_size;
-        const int query = item.epoch * p.epoch_size + (item.first_tile + n) * p.tile_size + token;
-        return token < p.tile_size ? query : end;
-    }
-
-    __device__ int64_t place(int query, int head) const {
-        return (int64_t(item.batch) * p.num_interval_heads * p.group_size + head) * p.seqlen_q + query;
-    }
-
-    __device__ void load_shifts(int n) {
-        const int first_row = compute_here(threadIdx.x) / Traits::kLanesPerRow;
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i) {
-            int head;
-            const int query = query_of(n, first_row + i * Traits::kWarps * Traits::kRowsPerCopy, head);
-            shifts[i] = n < item.num_tiles && query < end ? __ldg(p.stats + place(query, head)) : INFINITY;
+    __device__ QueryTiles(const MmaBackwardKernelParams& params, const MmaWorkItem& item, char* shared)
+        : p(params), smem(shared), positions(nullptr), start_row(0), num_tiles(item.num_tiles) {
+        const int first_head = (item.list_head - item.batch * p.num_interval_heads) * p.group_size;
+        const int num_heads = p.num_interval_heads * p.group_size;
+        const int64_t place = (int64_t(item.batch) * num_heads + first_head) * p.seqlen_q;
+        query = static_cast<const char*>(p.query) + (item.batch * p.query_strides[0] + first_head * p.query_strides[2]) * 2;
+        dout = static_cast<const char*>(p.dout) +
+               (int64_t(item.batch) * p.seqlen_q * num_heads + first_head) * (Traits::kHeadDim * 2);
+        stats = p.stats + place;
+        deltas = p.deltas + place;
+        if (p.query_positions != nullptr) {
+            positions = p.query_positions + int64_t(item.batch) * p.seqlen_q;
+        } else {
+            start_row = __ldg(p.query_start + item.batch);
         }
+        first = item.epoch * p.epoch_size + item.first_tile * p.tile_size;
+        end = min((item.epoch + 1) * p.epoch_size, p.seqlen_q);
+        const int rows = rows_from(first), first_row = threadIdx.x / Traits::kLanesPerRow;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) shifts[i] = load_shift(first_row + i * kRowsOfStep, rows, first);
+    }
+
+    // Rows of the tile from this token on that exist.
+    __device__ int rows_from(int token) const { return min(p.tile_size, end - token) * p.group_size; }
+
+    __device__ int token_of(int row) const { return row * p.group_factor >> 16; }
+
+    __device__ float load_shift(int row, int rows, int tile) const {
+        const int token = token_of(row);
+        return row < rows ? __ldg(stats + (row - token * p.group_size) * p.seqlen_q + (tile + token)) : INFINITY;
     }
 
     __device__ float* facts(int stage) const {
@@ -224,56 +241,55 @@ struct QueryTiles {
     }
 
     __device__ void start(int n, int stage) {
-        start_facts(n, facts(stage));
         const int thread = compute_here(threadIdx.x);
-        const int piece = thread % Traits::kLanesPerRow;
+        const int tile = first + n * p.tile_size;
+        start_facts(tile, thread, facts(stage));
+        const int piece = thread % Traits::kLanesPerRow, first_row = thread / Traits::kLanesPerRow;
         const uint32_t base = shared_address(smem) + stage * Traits::kQueryBytes;
+        const int next_rows = n + 1 < num_tiles ? rows_from(tile + p.tile_size) : 0;
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-            const int row = thread / Traits::kLanesPerRow + i * Traits::kWarps * Traits::kRowsPerCopy;
-            int head;
-            const int query = query_of(n, row, head);
-            const bool copies = shifts[i] < INFINITY;
-            const int64_t query_place =
-                item.batch * p.query_strides[0] + query * p.query_strides[1] + head * p.query_strides[2];
-            const int64_t dout_place =
-                ((int64_t(item.batch) * p.seqlen_q + query) * p.num_interval_heads * p.group_size + head) *
-                Traits::kHeadDim;
-            const char* query_row = static_cast<const char*>(p.query) + (copies ? query_place * 2 + piece * 16 : 0);
-            const char* dout_row = static_cast<const char*>(p.dout) + (copies ? dout_place * 2 + piece * 16 : 0);
-            const uint32_t place = base + row * Traits::kRowBytes + swizzled_piece<Traits::kRowBytes>(row, piece) * 16;
+            const int row = first_row + i * kRowsOfStep;
+            const int bytes = shifts[i] < INFINITY ? 16 : 0;
+            // A row that is not read may lie anywhere: its address is the first one's.
+            const int token = token_of(row), head = bytes ? row - token * p.group_size : 0;
+            const int64_t place = bytes ? tile + token : 0;
+            const char* query_row = query + place * p.query_row_bytes + int64_t(head) * p.query_head_bytes + piece * 16;
+            const char* dout_row = dout + place * p.dout_row_bytes + (head * Traits::kHeadDim * 2 + piece * 16);
+            const uint32_t target = base + row * Traits::kRowBytes + swizzled_piece<Traits::kRowBytes>(row, piece) * 16;
 #pragma unroll
             for (int k = 0; k < Traits::kPieces; ++k) {
-                const uint32_t target = place + k * Traits::kBlockM * Traits::kRowBytes;
-                copy_async(target + Traits::kQueryOffset, query_row + k * Traits::kRowBytes, copies ? 16 : 0);
-                copy_async(target + Traits::kDoutOffset, dout_row + k * Traits::kRowBytes, copies ? 16 : 0);
+                const uint32_t place_of_piece = target + k * Traits::kBlockM * Traits::kRowBytes;
+                copy_async(place_of_piece + Traits::kQueryOffset, query_row + k * Traits::kRowBytes, bytes);
+                copy_async(place_of_piece + Traits::kDoutOffset, dout_row + k * Traits::kRowBytes, bytes);
             }
+            shifts[i] = load_shift(row, next_rows, tile + p.tile_size);
         }
-        load_shifts(n + 1);
     }
 
-    __device__ void start_facts(int n, float* target) const {
+private:
+    static constexpr int kRowsOfStep = Traits::kWarps * Traits::kRowsPerCopy;
+
+    __device__ void start_facts(int tile, int thread, float* target) const {
+        const int rows = rows_from(tile);
 #pragma unroll
-        for (int i = threadIdx.x; i < 4 * Traits::kBlockM; i += Traits::kThreads) {
-            start_fact(n, i / Traits::kBlockM, i % Traits::kBlockM, target + i);
-        }
-    }
-
-    __device__ void start_fact(int n, int kind, int row, float* target) const {
-        int head;
-        const int query = query_of(n, row, head);
-        if (query >= end) {
-            *target = kind == 0 ? INFINITY : kind == 3 ? __int_as_float(-1) : 0.f;
-        } else if (kind == 3 && p.query_positions == nullptr) {
-            *target = __int_as_float(p.query_start[item.batch] + query);
-        } else {
-            const int64_t log_totals = int64_t(p.batch) * p.num_interval_heads * p.group_size * p.seqlen_q;
-            const void* source = kind == 0   ? p.stats + place(query, head)
-                                 : kind == 1 ? p.stats + log_totals + place(query, head)
-                                 : kind == 2 ? p.deltas + place(query, head)
-                                             : static_cast<const void*>(
-                                                   p.query_positions + int64_t(item.batch) * p.seqlen_q + query);
-            copy_word_async(shared_address(target), source);
+        for (int i = 0; i < 4 * Traits::kBlockM / Traits::kThreads; ++i) {
+            const int number = thread + i * Traits::kThreads;
+            const int kind = number / Traits::kBlockM, row = number % Traits::kBlockM;
+            const int token = token_of(row);
+            if (row >= rows) {
+                target[number] = kind == 0 ? INFINITY : kind == 3 ? __int_as_float(-1) : 0.f;
+            } else if (kind == 3) {
+                if (positions != nullptr) {
+                    copy_word_async(shared_address(target + number), positions + tile + token);
+                } else {
+                    target[number] = __int_as_float(start_row + tile + token);
+                }
+            } else {
+                const float* source = kind == 0 ? stats : kind == 1 ? stats + p.num_rows : deltas;
+                const int offset = (row - token * p.group_size) * p.seqlen_q + (tile + token);
+                copy_word_async(shared_address(target + number), source + offset);
+            }
         }
     }
 };
