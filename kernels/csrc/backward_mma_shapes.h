@@ -38,8 +38,8 @@ struct MmaBackwardShapes;
 
 template <>
 struct MmaBackwardShapes<64> {
-    using Large = MmaBackwardShape<128, 2>;
-    using Small = Large;
+    using Large = MmaBackwardShape<64, 1, 4, 3>;
+    using Small = MmaBackwardShape<128, 2>;
 };
 template <>
 struct MmaBackwardShapes<96> {
@@ -48,7 +48,7 @@ struct MmaBackwardShapes<96> {
 };
 template <>
 struct MmaBackwardShapes<128> {
-    using Large = MmaBackwardShape<128, 2>;
+    using Large = MmaBackwardShape<64, 1, 4, 2>;
     using Small = MmaBackwardShape<64, 1>;
 };
 template <>

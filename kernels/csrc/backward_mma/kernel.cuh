@@ -41,7 +41,8 @@ template <typename Element, int kHeadDim>
 cudaError_t launch_mma_backward(const MmaBackwardParams& p, EpochRange epochs, cudaStream_t stream) {
     using Large = typename MmaBackwardShapes<kHeadDim>::Large;
     using Small = typename MmaBackwardShapes<kHeadDim>::Small;
-    if (p.shared_bytes >= Large::shared_bytes(kHeadDim)) {
+    constexpr int kReserved = 1024;  // of every block, by the driver
+    if (Large::kBlocks * (Large::shared_bytes(kHeadDim) + kReserved) <= p.shared_bytes + kReserved) {
         return launch_mma_backward_shape<MmaBackwardTraits<Element, kHeadDim, Large>>(p, epochs, stream);
     }
     if constexpr (!std::is_same_v<Small, NoShape>) {
