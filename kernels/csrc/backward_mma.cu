@@ -45,12 +45,14 @@ cudaError_t launch(const MmaBackwardParams& p, cudaStream_t stream) {
     const int64_t kv_rows = int64_t(p.batch) * p.seqlen_k * (p.num_interval_heads / p.interval_heads_per_kv_head);
     const int64_t kv_blocks = (kv_rows * (p.head_dim / 8) + kMmaPassThreads - 1) / kMmaPassThreads;
     if (kv_blocks > INT32_MAX) return cudaErrorInvalidValue;
+    const size_t sums_bytes = lanes * tiles * kMmaBackwardTileRows * p.head_dim * sizeof(float);
 
     compute_deltas<Element><<<dim3(unsigned(row_blocks), p.batch), kMmaPassThreads, 0, stream>>>(p);
     cudaError_t error = cudaGetLastError();
     for (int first = 0; first < p.num_epochs && error == cudaSuccess; first += p.epochs_at_once) {
         const EpochRange epochs = {first, std::min(p.epochs_at_once, p.num_epochs - first)};
-        error = kernel.launch(p, epochs, stream);
+        error = cudaMemsetAsync(p.dquery_sums, 0, sums_bytes, stream);
+        if (error == cudaSuccess) error = kernel.launch(p, epochs, stream);
         if (error != cudaSuccess) break;
         const dim3 grid(epochs.count * p.tiles_per_epoch, unsigned(lanes));
         finish_dquery_sums<Element><<<grid, kMmaPassThreads, 0, stream>>>(p, first);

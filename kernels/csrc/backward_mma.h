@@ -16,7 +16,7 @@ struct flash_dmattn_mma_backward_params {
     const float* dlse;               // (B, H, Sq), contiguous
     const float* stats;              // (2, B, H, Sq), as flash_dmattn_forward writes it
     float* deltas;                   // (B, H, Sq), scratch
-    float* dquery_sums;              // (B, Hi, epochs at once, tiles, tile rows, D), zero; scratch
+    float* dquery_sums;              // (B, Hi, epochs at once, tiles, tile rows, D); scratch
     float* dkey_sums;                // (B, Sk, Hkv, D), zero; scratch
     float* dvalue_sums;              // (B, Sk, Hkv, D), zero; scratch
     float* dimportance;              // (B, Hi, Sk), zero, or null

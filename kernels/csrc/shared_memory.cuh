@@ -37,12 +37,6 @@ __device__ __forceinline__ void copy_async_wait() {
 
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Waits for kThreads threads, whole warps, that come to the barrier of this number (1 to 15).
-template <int kThreads>
-__device__ __forceinline__ void sync_warps(int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
 // Keeps the compiler from computing what depends on the value ahead of a loop, where it would occupy registers.
 __device__ __forceinline__ int compute_here(int value) {
     asm volatile("" : "+r"(value));

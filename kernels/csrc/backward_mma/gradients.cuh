@@ -296,14 +296,16 @@ __device__ __forceinline__ void differentiate_item(
             store_weights<Element>(
                 smem + Traits::kDscoresOffset, dscores[m], first_key + m * 16, first_query, lane);
         }
-        sync_warps<Traits::kThreads / Traits::kKeyGroups>(1 + warp % Traits::kKeyGroups);  // those of the same keys
+        __syncthreads();
 
         multiply_columns<Element, kRowBytes, kBlockM, kBlockM / 16>(
             dvalue, weights_left, queries_across + kToDouts + stage_bytes, key_column / 16);
         multiply_columns<Element, kRowBytes, kBlockM, kBlockM / 16>(
             dkey, weights_left + kToDscores, queries_across + stage_bytes, key_column / 16);
-        __syncthreads();  // dquery's product needs all dscores, and keys; nobody reads the tile itself any more
-        if (Traits::kStages == 1 && n + 1 < item.num_tiles) tiles.start(n + 1, 0);
+        if (Traits::kStages == 1) {
+            __syncthreads();  // nobody reads the tile any more; dquery's product needs keys and dscores alone
+            if (n + 1 < item.num_tiles) tiles.start(n + 1, 0);
+        }
         float dquery[Traits::kRowTiles][Traits::kRowColumns / 2];
         clear(dquery);
         multiply_turned<Element, kRowBytes, kBlockN, kBlockN / 16>(

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMmaPassThreads) compute_deltas(const flash_dm
     p.deltas[place] = p.stats[place] < INFINITY ? sum - p.dlse[place] : 0.f;
 }
 
-// Writes dquery of some epochs from its sums and clears them, which lie tile by tile in blocks of 16 rows by 8 columns: of each first the even columns of
+// Writes dquery of some epochs from its sums, which lie tile by tile in blocks of 16 rows by 8 columns: of each first the even columns of
 // the first 8 rows, then the odd ones, then those of the other 8 rows. The grid is these epochs' tiles by interval heads.
 template <typename Element>
 __global__ void __launch_bounds__(kMmaPassThreads) finish_dquery_sums(
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kMmaPassThreads) finish_dquery_sums(
     const int first_query = epoch * p.epoch_size + tile * p.tile_size;
     const int end = min(first_query + p.tile_size, min((epoch + 1) * p.epoch_size, p.seqlen_q));
     const int columns = p.head_dim / 8;
-    float* sums =
+    const float* sums =
         p.dquery_sums +
         (int64_t(blockIdx.y) * p.epochs_at_once * p.tiles_per_epoch + blockIdx.x) * (kMmaBackwardTileRows * p.head_dim);
     // A warp takes 8 rows by 4 times 8 columns: whole lines of the sums, two sectors of a row of dquery.
@@ -69,10 +69,9 @@ __global__ void __launch_bounds__(kMmaPassThreads) finish_dquery_sums(
         const int row = patch_row * 8 + lane % 8, column = (patch - patch_row * (columns / 4)) * 4 + lane / 8;
         const int query = first_query + row / p.group_size;
         if (query >= end) continue;
-        float* block = sums + (row / 16 * columns + column) * 128 + row % 16 / 8 * 64 + row % 8 * 4;
-        const float4 even = *reinterpret_cast<const float4*>(block);
-        const float4 odd = *reinterpret_cast<const float4*>(block + 32);
-        *reinterpret_cast<float4*>(block) = *reinterpret_cast<float4*>(block + 32) = make_float4(0.f, 0.f, 0.f, 0.f);
+        const float* block = sums + (row / 16 * columns + column) * 128 + row % 16 / 8 * 64 + row % 8 * 4;
+        const float4 even = __ldcs(reinterpret_cast<const float4*>(block));
+        const float4 odd = __ldcs(reinterpret_cast<const float4*>(block + 32));
         const float scale = p.softmax_scale;
         const int64_t place =
             (int64_t(batch) * p.seqlen_q + query) * p.num_interval_heads * p.group_size + head * p.group_size +

@@ -116,7 +116,8 @@ def run_listed_backward(
     dimportance = None if call.importance is None else zeros(*call.importance.shape)
     processors = torch.cuda.get_device_properties(dquery.device).multi_processor_count
     epochs_at_once = count_epochs(num_epochs, lists.num_lists * lists.capacity, processors)
-    dquery_sums = zeros(lists.num_lists, epochs_at_once, tiles_per_epoch, rows, head_dim)
+    sums_shape = (lists.num_lists, epochs_at_once, tiles_per_epoch, rows, head_dim)
+    dquery_sums = torch.empty(sums_shape, dtype=torch.float32, device=dquery.device)
     dkey_sums, dvalue_sums = zeros(2, *call.key.shape)
     deltas = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=dquery.device)
     dout, dlse = dout.contiguous(), dlse.contiguous()
