@@ -163,11 +163,11 @@ def test_code_for_hopper_goes_to_sm_90a_alone(fake, sources, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_has_a_forward_of_every_head_dim(architecture):
+def test_every_architecture_has_kernels_of_every_head_dim(architecture):
     names = {unit.name for unit in list_units(Settings(), (architecture,))}
-    kernels = ("forward_mma", "forward_sm90") if architecture == "90" else ("forward_mma",)
+    kernels = ["forward_mma", "backward_mma"] + ["forward_sm90", "backward_sm90"] * (architecture == "90")
     wanted = {f"{kernel}.d{d}_{t}" for kernel in kernels for d in Settings().head_dims for t in Settings().dtypes}
-    assert {name for name in names if name.startswith("forward_")} == wanted
+    assert {name for name in names if "." in name} == wanted
 
 
 def test_variants_can_be_chosen(sources):
@@ -283,6 +283,7 @@ def test_the_package_and_its_sources_agree_on_the_version():
         ("lists", "lists.h"),
         ("forward_launch", "forward.h"),
         ("backward_launch", "backward.h"),
+        ("backward_mma_launch", "backward_mma.h"),
     ],
 )
 def test_parameters_are_laid_out_as_the_header_says(module, header):

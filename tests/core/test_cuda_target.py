@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_dmattn.backends import cuda
-from flash_dmattn.backends.cuda import forward_launch, library, lists, target
+from flash_dmattn.backends.cuda import backward_mma_launch, forward_launch, library, lists, target
 from flash_dmattn.call import AttentionCall
 from flash_dmattn.dispatch import choose_backend, explain_backends
 
@@ -116,3 +116,9 @@ def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch
     assert f"triton backend (cuda: {reason})" in caplog.text
     with pytest.raises(RuntimeError, match=reason):
         choose_backend(call, "cuda")
+
+
+def test_a_quarter_of_the_epochs_has_sums_of_dquery_unless_that_is_little_work():
+    assert backward_mma_launch.count_epochs(64, 8 * 2112, 132) == 16
+    assert backward_mma_launch.count_epochs(64, 2 * 2112, 132) == 32
+    assert backward_mma_launch.count_epochs(8, 100, 132) == 8

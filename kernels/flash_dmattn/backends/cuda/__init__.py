@@ -1,5 +1,4 @@
-"""The CUDA engine: a forward for Hopper GPUs and one for all others from compute capability 8.0 on, and a backward for
-Hopper, compiled when the package is installed.
+"""The CUDA engine: forward and backward for Hopper GPUs, and for all others from compute capability 8.0 on.
 
 Where its backward does not serve, the Triton engine's takes over, on the same saved tensors.
 """
@@ -69,14 +68,15 @@ def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
-    from flash_dmattn.backends.cuda.backward_launch import reject_backward, run_backward
+    from flash_dmattn.backends.cuda import backward_launch, backward_mma_launch
 
     is_for_sm90a = target.find_target(call.query.device).is_for_sm90a
-    reason = reject_backward(call) if is_for_sm90a else "its backward is for compute capability 9.0 alone"
+    engine = backward_launch if is_for_sm90a else backward_mma_launch
+    reason = engine.reject_backward(call)
     if reason is not None:
         _announce_triton(reason)
         return triton.backward(call, out, stats, dout, dlse)
-    return run_backward(call, out, stats, dout, dlse)
+    return engine.run_backward(call, out, stats, dout, dlse)
 
 
 @functools.cache

@@ -1,0 +1,4 @@
+#include "kernel.cuh"
+
+template cudaError_t flash_dmattn::launch_mma_backward<__half, 256>(
+    const MmaBackwardParams&, EpochRange, cudaStream_t);
