@@ -47,6 +47,13 @@ struct ForwardTraits : ForwardShape<kHeadDim_> {
     static_assert(kSharedBytes <= 232448);
 };
 
+// As the kernels for all architectures have them, which lack the registers for a start that may be left out.
+struct Sm90Params : KernelParams {
+    using KernelParams::KernelParams;
+
+    __device__ int start(int batch) const { return query_start == nullptr ? seqlen_k - seqlen_q : query_start[batch]; }
+};
+
 // Addresses in shared memory of the stages and of their barriers.
 template <typename Traits>
 struct SharedMemory {
@@ -66,7 +73,7 @@ struct BlockSchedule {
     int round = -1;
 
     // Returns the number of the next tile with queries, or -1.
-    __device__ int next(const KernelParams& p) {
+    __device__ int next(const Sm90Params& p) {
         while (true) {
             ++round;
             const int first = round * gridDim.x;

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.backends.triton.configs import BlockConfig, dkey_config, dquery_config
 from flash_dmattn.backends.triton.launch import Launch
 from flash_dmattn.backends.triton.tiles import (
@@ -42,7 +43,7 @@ def run_backward(
     dout, dlse = dout.contiguous(), dlse.contiguous()
     delta = torch.empty_like(dlse)
     rows = batch * seqlen_q * num_heads
-    constants = launch.constants()
+    constants = {**launch.constants(), "LISTED": is_listed(call)}
     _delta[(triton.cdiv(rows, 32),)](
         out, dout, dlse, delta, rows, seqlen_q, num_heads, head_dim, BLOCK_D=constants["BLOCK_D"], BLOCK=32
     )

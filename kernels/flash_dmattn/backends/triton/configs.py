@@ -36,8 +36,8 @@ class DecodeConfig:
     num_stages: int
 
 
-def forward_config(query: torch.Tensor, is_listed: bool) -> BlockConfig:
-    """Returns the forward kernel's; `is_listed` says whether keys are gathered. BLOCK_M holds any group of heads."""
+def forward_config(query: torch.Tensor) -> BlockConfig:
+    """Returns that of the forward which gathers keys. BLOCK_M holds any group of heads."""
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
@@ -46,9 +46,19 @@ def forward_config(query: torch.Tensor, is_listed: bool) -> BlockConfig:
     if row <= 128:
         return BlockConfig(128, 64, 4, 3)
     if row <= 256:
-        if not is_listed:
-            return BlockConfig(128, 64, 8, 3)
         return BlockConfig(256, 32, 8, 5) if is_large else BlockConfig(128, 32, 4, 3)
+    return BlockConfig(128, 32, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
+
+
+def causal_config(query: torch.Tensor) -> BlockConfig:
+    """Returns that of the forward which reads keys in order. BLOCK_M holds any group of heads."""
+    row, is_large = _bytes_per_row(query), _is_large(query.device)
+    if query.dtype == torch.float32:
+        return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
+    if row <= 128:
+        return BlockConfig(128, 64, 4, 3)
+    if row <= 256:
+        return BlockConfig(128, 64, 8, 3) if is_large else BlockConfig(128, 32, 4, 3)
     return BlockConfig(128, 32, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
 
 
