@@ -82,6 +82,8 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if getattr(config, "max_registers", None) is not None:
+        options["maxnreg"] = config.max_registers
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
@@ -89,7 +91,7 @@ def main():
     capability, shared_memory, head_dim = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
     dtype = getattr(torch, sys.argv[3])
     query = torch.empty(1, 1, 8, head_dim, dtype=dtype)
-    with patch.object(configs, "_is_large", lambda device: shared_memory >= configs._LARGE):
+    with patch.object(configs, "_shared_bytes", lambda device: shared_memory):
         kernels = {
             "forward": (_forward, configs.forward_config(query), True),
             "forward without lists": (_causal_forward, configs.causal_config(query), False),

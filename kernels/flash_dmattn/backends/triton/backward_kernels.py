@@ -56,8 +56,7 @@ def run_backward(
         **constants,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options(),
     )
 
     config = dkey_blocks or dkey_config(call.query)
@@ -80,8 +79,7 @@ def run_backward(
             TILES=triton.next_power_of_2(lists.tiles_per_epoch),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.launch_options(),
         )
     if sum_heads > num_kv_heads:
         dkey, dvalue = (total.unflatten(2, (num_kv_heads, -1)).sum(3) for total in (dkey, dvalue))

@@ -63,8 +63,7 @@ def run_causal_forward(
         LARGEST_TOTAL=_LARGEST_TOTAL_HALF if query.dtype == torch.float16 else _LARGEST_TOTAL,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options(),
     )
     return out, lse, stats
 

@@ -39,8 +39,7 @@ def run_forward(
         **launch.constants(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options(),
     )
     return out, lse, stats
 
