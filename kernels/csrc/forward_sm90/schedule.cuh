@@ -47,11 +47,14 @@ struct ForwardTraits : ForwardShape<kHeadDim_> {
     static_assert(kSharedBytes <= 232448);
 };
 
-// As the kernels for all architectures have them, which lack the registers for a start that may be left out.
+// The kernels for all architectures lack the registers for a start that may be left out.
 struct Sm90Params : KernelParams {
-    using KernelParams::KernelParams;
+    int last_start;  // that of queries which are the last rows
 
-    __device__ int start(int batch) const { return query_start == nullptr ? seqlen_k - seqlen_q : query_start[batch]; }
+    explicit Sm90Params(const flash_dmattn_forward_params& p)
+        : KernelParams(p), last_start(p.seqlen_k - p.seqlen_q) {}
+
+    __device__ int start(int batch) const { return query_start == nullptr ? last_start : query_start[batch]; }
 };
 
 // Addresses in shared memory of the stages and of their barriers.
