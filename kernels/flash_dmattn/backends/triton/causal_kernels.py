@@ -49,6 +49,7 @@ def run_causal_forward(
         seqlen_q,
         key.shape[1],
         batch * heads,
+        lse.numel(),
         HEADS=heads,
         GROUP=group_size,
         HEADS_PER_KV=heads // key.shape[2],
@@ -92,6 +93,7 @@ def _causal_forward(
     seqlen_q,
     seqlen_k,
     num_lanes,  # B * Hi
+    num_stats,  # B * H * Sq
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
@@ -173,8 +175,7 @@ def _causal_forward(
     lse_row = (batch * num_heads + query_head) * seqlen_q + query_index
     tl.store(lse_ptr + lse_row, lse, mask=exists)
     tl.store(stats_ptr + lse_row, tl.where(sees_any, highest, float("inf")), mask=exists)
-    stats_ptr += num_lanes.to(tl.int64) * GROUP * seqlen_q
-    tl.store(stats_ptr + lse_row, log_total, mask=exists)
+    tl.store(stats_ptr + num_stats + lse_row, log_total, mask=exists)
 
 
 @triton.jit
