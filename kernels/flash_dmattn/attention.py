@@ -6,7 +6,7 @@ from flash_dmattn import arguments
 from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.call import AttentionCall
 from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
-from flash_dmattn.ops import interval_attention_op
+from flash_dmattn.ops import run_attention
 from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import Visibility
 
@@ -208,5 +208,5 @@ def attend_intervals(
         call = AttentionCall(*call)
         out, lse = choose_backend(call, backend).attend(call)
     else:
-        out, lse, _ = interval_attention_op(*call, backend)
+        out, lse, _ = run_attention(*call, backend)
     return (out, lse) if return_lse else out
