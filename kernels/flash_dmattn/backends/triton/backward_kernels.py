@@ -202,15 +202,6 @@ def _dquery(
         key_row_stride, value_row_stride,
         HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
-    if not LISTED:
-        # Keys of bias -inf were read with the rest. Where that shows, because they hold no numbers, they are left out.
-        if tl.min(tl.min((tl.abs(acc) < float("inf")).to(tl.int32), axis=1), axis=0) == 0:
-            acc = _dquery_run(
-                tl.zeros((BLOCK_M, BLOCK_D), tl.float32), query, dout, highest, log_total, delta, row, begin, end, end,
-                key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-                key_row_stride, value_row_stride,
-                HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
-            )  # fmt: skip
     tl.store(dquery_ptr + out_address, acc.to(dquery_ptr.dtype.element_ty), mask=is_query)
 
 
@@ -223,16 +214,19 @@ def _dquery_run(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the list's keys from `begin` up to `stop` to dquery; lanes past `end` do not count."""
+    CHECKED: tl.constexpr = MASKED or not LISTED
     for offset in range(begin, stop, BLOCK_N):
         key_index, bias, counts = load_keys(entries_ptr, biases_ptr, offset, end, BLOCK_N, LISTED, HAS_BIAS, MASKED)
-        key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, MASKED)
-        value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, MASKED)
+        key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
+        value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
         dots = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         logits, factor = _score(dots, bias[None, :], softmax_scale, softcap, HAS_SOFTCAP)
         weights = tl.exp2(logits - highest[:, None] - log_total[:, None])
         if MASKED:
             visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, LISTED)
             weights = tl.where(visible, weights, 0.0)
+        elif not LISTED:
+            weights = tl.where(counts[None, :], weights, 0.0)
         dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None]) * factor
         acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)
