@@ -10,6 +10,7 @@ backward 2.5 times that.
 
 import argparse
 import contextlib
+import itertools
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--keep-window-size", type=int, default=2048)
     parser.add_argument("--local-window-size", type=int, default=0)
-    parser.add_argument("--importance", choices=IMPORTANCE, default="iid")
+    parser.add_argument("--importance", nargs="+", choices=IMPORTANCE, default=["iid"])
     parser.add_argument("--engines", nargs="+", default=["cuda", "triton", "cudnn", "flash"])
     parser.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for cuDNN")
     parser.add_argument("--flash-limit", type=int, default=32768, help="longest sequence for flash and flex")
@@ -48,17 +49,13 @@ def main() -> None:
     where = environment("cuda")
     print(header(where))
     print({name: value for name, value in vars(arguments).items() if name not in ("json", "png")})
-    print(f"{'N':>8} {'engine':>8} {'work':>10} {'ms':>9} {'useful TF/s':>12} {'peak MiB':>9} {'vs cudnn':>9}")
+    print(
+        f"{'N':>8} {'importance':>10} {'engine':>8} {'work':>10} {'ms':>9} {'useful TF/s':>12} {'peak MiB':>9} "
+        f"{'vs cudnn':>9}"
+    )
     rows = []
     for seqlen in arguments.seqlens:
-        inputs = make_inputs(arguments, seqlen)
-        for engine in arguments.engines:
-            limits = {"cudnn": arguments.dense_limit, "flash": arguments.flash_limit, "flex": arguments.flash_limit}
-            if seqlen > limits.get(engine, seqlen):
-                continue
-            rows += measure(arguments, engine, seqlen, inputs)
-        report(rows, seqlen)
-        del inputs
+        rows += measure_length(arguments, seqlen)
         torch.cuda.empty_cache()
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
     if arguments.json:
@@ -67,7 +64,24 @@ def main() -> None:
         draw(arguments.png, where, settings, rows)
 
 
-def make_inputs(arguments, seqlen: int) -> list[torch.Tensor]:
+def measure_length(arguments, seqlen: int) -> list[dict]:
+    """Returns the rows of all engines at one length. Dense ones do not look at the importance: they are timed once."""
+    rows = []
+    limits = {"cudnn": arguments.dense_limit, "flash": arguments.flash_limit, "flex": arguments.flash_limit}
+    for importance in arguments.importance:
+        inputs = make_inputs(arguments, seqlen, importance)
+        found = []
+        for engine in arguments.engines:
+            is_repeated = engine in DENSE and importance != arguments.importance[0]
+            if seqlen <= limits.get(engine, seqlen) and not is_repeated:
+                found += measure(arguments, engine, seqlen, inputs)
+        rows += [{"seqlen": seqlen, "importance": importance, **row} for row in found]
+        del inputs
+    report(rows)
+    return rows
+
+
+def make_inputs(arguments, seqlen: int, distribution: str) -> list[torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(arguments.seed)
     shape = (arguments.batch, seqlen)
 
@@ -77,14 +91,14 @@ def make_inputs(arguments, seqlen: int) -> list[torch.Tensor]:
     query = rand(*shape, arguments.num_heads, arguments.head_dim)
     key, value = (rand(*shape, arguments.num_kv_heads, arguments.head_dim) for _ in range(2))
     importance = rand(arguments.batch, arguments.num_kv_heads, seqlen).float()
-    if arguments.importance == "ar1":
+    if distribution == "ar1":
         importance = torch.nn.functional.conv1d(
             torch.nn.functional.pad(importance.flatten(0, 1)[:, None], (63, 0)),
             (0.95 ** torch.arange(64, device="cuda").flip(0))[None, None],
         ).view_as(importance)
-    elif arguments.importance == "drift":
+    elif distribution == "drift":
         importance += torch.arange(seqlen, device="cuda") / 500
-    elif arguments.importance == "constant":
+    elif distribution == "constant":
         importance.zero_()
     return [tensor.requires_grad_() for tensor in (query, key, value, importance)]
 
@@ -133,7 +147,6 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
         milliseconds = median_milliseconds(function, "cuda", runs=arguments.runs, warmup=2)
         rows.append(
             {
-                "seqlen": seqlen,
                 "engine": engine,
                 "work": work,
                 "milliseconds": milliseconds,
@@ -155,7 +168,7 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
             with torch.no_grad():
                 milliseconds = kernel_milliseconds(forward)
             rate = flop / milliseconds / 1e9
-            rows.append({"seqlen": seqlen, "engine": engine, "work": "kernel", "milliseconds": milliseconds})
+            rows.append({"engine": engine, "work": "kernel", "milliseconds": milliseconds})
             rows[-1] |= {"useful_tflops": rate, "peak_mib": None}
     return rows
 
@@ -221,18 +234,18 @@ def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict) -> None:
             raise RuntimeError(f"row {row} of {seqlen} is wrong: relative error {error:.2e}")
 
 
-def report(rows: list[dict], seqlen: int) -> None:
-    dense = {row["work"]: row["milliseconds"] for row in rows if row["seqlen"] == seqlen and row["engine"] == "cudnn"}
+def report(rows: list[dict]) -> None:
+    """Prints the rows of one length, and adds to each its ratio to the dense time of the same work."""
+    dense = {row["work"]: row["milliseconds"] for row in rows if row["engine"] == "cudnn"}
     for row in rows:
-        if row["seqlen"] != seqlen:
-            continue
         if row["work"] in dense:
             row["ratio_to_cudnn"] = dense[row["work"]] / row["milliseconds"]
         rate = "" if row["useful_tflops"] is None else f"{row['useful_tflops']:.0f}"
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         ratio = f"{row['ratio_to_cudnn']:.2f}x" if "ratio_to_cudnn" in row else ""
         print(
-            f"{seqlen:>8} {row['engine']:>8} {row['work']:>10} {row['milliseconds']:>9.3f} {rate:>12} "
-            f"{'' if row['peak_mib'] is None else format(row['peak_mib'], '.0f'):>9} {ratio:>9}"
+            f"{row['seqlen']:>8} {row['importance']:>10} {row['engine']:>8} {row['work']:>10} "
+            f"{row['milliseconds']:>9.3f} {rate:>12} {peak:>9} {ratio:>9}"
         )
 
 
@@ -245,17 +258,19 @@ def draw(path: str, where: dict, settings: dict, rows: list[dict]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     panels = (("forward", "milliseconds"), ("backward", "milliseconds"), ("both", "peak_mib"))
     for axis, (work, quantity) in zip(axes, panels, strict=True):
-        for engine in settings["engines"]:
-            points = [(row["seqlen"], row[quantity]) for row in rows if row["engine"] == engine and row["work"] == work]
+        for engine, importance in itertools.product(settings["engines"], settings["importance"]):
+            name = {"engine": engine, "importance": importance, "work": work}
+            points = [(row["seqlen"], row[quantity]) for row in rows if name.items() <= row.items()]
             if points:
-                axis.loglog(*zip(*points, strict=True), marker="o", label=engine)
+                label = engine if len(settings["importance"]) == 1 or engine in DENSE else f"{engine}, {importance}"
+                axis.loglog(*zip(*points, strict=True), marker="o", label=label)
         axis.set_title(f"{work}: {'time (ms)' if quantity == 'milliseconds' else 'peak extra memory (MiB)'}")
         axis.set_xlabel("sequence length")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
     figure.suptitle(
         f"{where['device']}, w = {settings['keep_window_size']}, {settings['num_heads']}:{settings['num_kv_heads']} "
-        f"heads of {settings['head_dim']}, bf16, importance {settings['importance']} ({where['date']})"
+        f"heads of {settings['head_dim']}, bf16, importance {', '.join(settings['importance'])} ({where['date']})"
     )
     figure.savefig(path, dpi=120)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs compute-sanitizer over small cases of the CUDA engine: needs a GPU and the library.
-#   bash scripts/sanitize_cuda.sh [TOOL ...] [-- OPTION ...]
+# Runs compute-sanitizer over small cases of the CUDA engine, which need the library, or of the Triton engine.
+#   bash scripts/sanitize_cuda.sh [--triton] [TOOL ...] [-- OPTION ...]
 # Tools are memcheck and racecheck by default; the options of scripts/small_attention.py choose fewer cases.
 set -euo pipefail
 
@@ -9,12 +9,17 @@ case "${1:-}" in
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not in PATH: it comes with the CUDA toolkit" >&2; exit 1; }
+watched=(--kernel-name kernel_substring=ward_kernel python scripts/small_attention.py)
+if [ "${1:-}" = --triton ]; then
+    shift
+    export FLASH_DMATTN_DISABLE_CUDA=1
+    watched=(python scripts/small_triton.py)
+fi
 tools=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do tools+=("$1"); shift; done
 [ $# -eq 0 ] || shift
 [ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck)
 for tool in "${tools[@]}"; do
     echo "== $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=ward_kernel \
-        python scripts/small_attention.py "$@"
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "${watched[@]}" "$@"
 done

@@ -8,6 +8,9 @@ extern "C" {
 // Strides count elements and are those of batch, row and head; the head dim is contiguous, rows are 16-byte aligned.
 // stats[0] is near a row's highest (logit + bias) log2(e), or +inf for a row that sees nothing; stats[1] is the log2 of
 // the sum of 2 to the power of their differences from it, or 0.
+// query_start is null when query_positions is given or, for the kernels for sm_90a, when the queries are the last rows.
+// biases are the entries' importance times log2(e); without entries the kernels for sm_90a take the importance itself,
+// of which NaN counts as -inf.
 struct flash_dmattn_forward_params {
     const void* query;               // (B, Sq, H, D)
     const void* key;                 // (B, Sk, Hkv, D)
@@ -17,7 +20,7 @@ struct flash_dmattn_forward_params {
     float* stats;                    // (2, B, H, Sq)
     const int32_t* birth;            // (B, Hi, Sk), or null: keys are visible from their own row on
     const int32_t* death;            // (B, Hi, Sk), or null with birth
-    const int32_t* query_start;      // (B,), or null when query_positions is given
+    const int32_t* query_start;      // (B,), or null: see above
     const int32_t* query_positions;  // (B, Sq), or null
     const int32_t* entries;          // (B, Hi, epochs, capacity), or null: all keys in order, in one epoch
     const float* biases;             // (B, Hi, epochs, capacity), or null for none

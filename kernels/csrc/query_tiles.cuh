@@ -60,6 +60,9 @@ struct KernelParams : flash_dmattn_forward_params {
           exponent_factor(p.softmax_scale * kLog2e),
           exponent_cap(p.softcap * kLog2e),
           tanh_factor(-2 * kLog2e * p.softmax_scale / p.softcap) {}
+
+    // The row of the first query, where the others follow it.
+    __device__ int start(int batch) const { return query_start[batch]; }
 };
 
 // A query tile: `num_tokens` queries from `first_query` on, of one interval head.
@@ -92,9 +95,10 @@ struct QueryTile {
     __device__ int64_t list(const KernelParams& p) const { return int64_t(list_head) * p.num_epochs + epoch; }
 
     // The first entry of the list that the tile needs and the one after its last.
-    __device__ int2 stretch(const KernelParams& p) const {
+    template <typename Params>
+    __device__ int2 stretch(const Params& p) const {
         if (p.entries == nullptr) {
-            const int last_row = p.query_start[batch] + first_query + num_tokens - 1;
+            const int last_row = p.start(batch) + first_query + num_tokens - 1;
             return make_int2(0, min(last_row + 1, p.seqlen_k));
         }
         return reinterpret_cast<const int2*>(p.stretches)[list(p) * p.tiles_per_epoch + tile];
@@ -114,9 +118,10 @@ struct QueryRow {
         head = tile.head * p.group_size + row_of_tile - token * p.group_size;
     }
 
-    __device__ int row(const KernelParams& p, int batch) const {
+    template <typename Params>
+    __device__ int row(const Params& p, int batch) const {
         if (!exists) return -1;
-        return p.query_positions == nullptr ? p.query_start[batch] + query
+        return p.query_positions == nullptr ? p.start(batch) + query
                                             : p.query_positions[int64_t(batch) * p.seqlen_q + query];
     }
 };

@@ -6,8 +6,8 @@ from flash_dmattn import arguments
 from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.call import AttentionCall
 from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
-from flash_dmattn.ops import interval_attention_op
-from flash_dmattn.selection import comparable, select_visible
+from flash_dmattn.ops import run_attention
+from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import Visibility
 
 
@@ -179,13 +179,16 @@ def attend_intervals(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Calls the operator with checked arguments; given both, query_positions is query_start + i or -1."""
     batch, _, _, head_dim = query.shape
-    if query_start is not None and not isinstance(query_start, torch.Tensor):
+    if isinstance(query_start, torch.Tensor):
+        query_start = query_start.contiguous()
+    elif visibility is None and query_positions is None and query_start == key.shape[1] - query.shape[1]:
+        query_start = None  # engines know that row without being told
+    elif query_start is not None:
         query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
-    query_start = None if query_start is None else query_start.contiguous()
     query_positions = None if query_positions is None else query_positions.contiguous()
     if importance is not None:
-        importance = comparable(importance)
-        importance = (importance if query.dtype == torch.float64 else importance.float()).contiguous()
+        precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+        importance = importance.to(precision).contiguous()
     birth, death = (None, None) if visibility is None else (bound.contiguous() for bound in visibility)
     call = (
         query,
@@ -205,5 +208,5 @@ def attend_intervals(
         call = AttentionCall(*call)
         out, lse = choose_backend(call, backend).attend(call)
     else:
-        out, lse, _ = interval_attention_op(*call, backend)
+        out, lse, _ = run_attention(*call, backend)
     return (out, lse) if return_lse else out

@@ -8,7 +8,7 @@ token makes room by dropping exactly one key, the worst of those that compete: n
 import torch
 
 from flash_dmattn.arguments import check_windows
-from flash_dmattn.selection import comparable
+from flash_dmattn.importance import comparable
 from flash_dmattn.visibility import NEVER, Visibility
 
 

@@ -10,6 +10,7 @@ import torch
 from flash_dmattn import arguments
 from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.backends.cuda import selection as cuda_selection
+from flash_dmattn.importance import comparable
 from flash_dmattn.order_statistics import kth_smallest_in_ranges
 from flash_dmattn.visibility import NEVER, Visibility
 
@@ -142,18 +143,6 @@ def _select_in_torch(
     places = torch.arange(order.shape[-1], device=order.device)
     rank = torch.empty_like(order).scatter_(-1, order, places - start)
     return axis.intervals_of_whole_sequence(is_sink | (competes & (rank < num_contested)))
-
-
-def comparable(importance: torch.Tensor) -> torch.Tensor:
-    """Maps importances to the float32 (or float64) numbers that are compared and added as bias.
-
-    NaN becomes -inf, +inf the largest float32, -0.0 becomes +0.0. Differentiable; what was not finite gets no
-    gradient. Shape and device are kept.
-    """
-    if importance.dtype != torch.float64:
-        importance = importance.float()
-    largest = torch.finfo(torch.float32).max
-    return torch.nan_to_num(importance, nan=-torch.inf, posinf=largest, neginf=-torch.inf) + 0.0
 
 
 def _competition(axis, competes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,7 +75,7 @@ def main():
     dtype = getattr(torch, sys.argv[3])
     dbias = sys.argv[5] if len(sys.argv) > 5 else "store"
     query = torch.empty(1, 1, 8, head_dim, dtype=dtype)
-    with patch.object(shared_configs, "_is_large", lambda device: shared_memory >= shared_configs._LARGE):
+    with patch.object(shared_configs, "_shared_bytes", lambda device: shared_memory):
         grain = shared_configs.BlockConfig(*configs.grains(query), 4, 1)
         kernels = {
             "classify": (_classify, grain),

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from flash_dmattn.backends.triton import configs
 from flash_dmattn.backends.triton.backward_kernels import _dkey_dvalue, _dquery
+from flash_dmattn.backends.triton.causal_kernels import LARGEST_BIAS, _causal_forward
 from flash_dmattn.backends.triton.decode_kernel import _decode
 from flash_dmattn.backends.triton.forward_kernels import _forward
 from flash_dmattn.backends.triton.importance_kernel import _importance
@@ -46,6 +47,8 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
         "HAS_POSITIONS": False,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "SUM_HEADS": 8,
+        "LARGEST_BIAS": LARGEST_BIAS,
+        "LARGEST_TOTAL": 2.0**64,
         "BLOCK_M": block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_G": 16,
@@ -79,6 +82,8 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if getattr(config, "max_registers", None) is not None:
+        options["maxnreg"] = config.max_registers
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
@@ -86,10 +91,10 @@ def main():
     capability, shared_memory, head_dim = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
     dtype = getattr(torch, sys.argv[3])
     query = torch.empty(1, 1, 8, head_dim, dtype=dtype)
-    with patch.object(configs, "_is_large", lambda device: shared_memory >= configs._LARGE):
+    with patch.object(configs, "_shared_bytes", lambda device: shared_memory):
         kernels = {
-            "forward": (_forward, configs.forward_config(query, True), True),
-            "forward without lists": (_forward, configs.forward_config(query, False), False),
+            "forward": (_forward, configs.forward_config(query), True),
+            "forward without lists": (_causal_forward, configs.causal_config(query), False),
             "dquery": (_dquery, configs.dquery_config(query), True),
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query), True),
             "decode": (_decode, configs.decode_config(8, SLOTS, query), True),

@@ -51,6 +51,7 @@ CASES = [
     ),
     Case("dense-fewer-queries", seqlen_q=37, seqlen_k=200, options=options(keep_window_size=200)),
     Case("dense-some-inf", importance="some-inf", options=options(keep_window_size=500)),
+    Case("dense-early", importance="early", options=options(keep_window_size=500)),
     Case("dense-no-bias", options=options(keep_window_size=500, add_importance_bias=False)),
     Case("dense-softcap", num_heads=4, importance_heads=4, options=options(keep_window_size=500, softcap=2.0)),
     *(
@@ -108,6 +109,18 @@ GPU_CASES = [
     ),
     *(
         Case(
+            f"dense-early-{str(dtype)[6:]}",
+            seqlen_q=700,
+            seqlen_k=700,
+            head_dim=128,
+            dtype=dtype,
+            importance="early",
+            options=options(keep_window_size=1024),
+        )
+        for dtype in (torch.bfloat16, torch.float16)
+    ),
+    *(
+        Case(
             f"long-{kind}",
             seqlen_q=4099,
             seqlen_k=4099,
@@ -140,6 +153,7 @@ def make_inputs(case, seed):
         "up": importance + drift,
         "down": importance - drift,
         "constant": importance * 0,
+        "early": importance + 300.0 * (torch.arange(case.seqlen_k) < case.seqlen_k // 4),
         "ties": importance.relu(),
         "some-inf": torch.where(importance > 0, importance, -torch.inf),
         "huge-ties": torch.where(importance > 0, torch.where(importance > 1, 1e30, 1e6), importance),

@@ -144,12 +144,14 @@ def test_refusals_name_the_reason(change, words, seed):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: one that is current, and another one")
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_tensors_of_a_gpu_that_is_not_current(backend, seed):
+@pytest.mark.parametrize("size", [32, 500])
+def test_tensors_of_a_gpu_that_is_not_current(backend, size, seed):
     tensors, _, _ = make_inputs(Case("elsewhere", head_dim=64, dtype=torch.bfloat16), seed)
     results = []
     for device in ("cuda:0", "cuda:1"):
         moved = [tensor.detach().to(device).requires_grad_() for tensor in tensors]
-        out = flash_dmattn.dynamic_mask_attention(*moved, **options(deterministic=True), backend=backend)
+        chosen = options(deterministic=True, keep_window_size=size)
+        out = flash_dmattn.dynamic_mask_attention(*moved, **chosen, backend=backend)
         out.float().square().sum().backward()
         results.append([result.cpu() for result in (out, *(tensor.grad for tensor in moved))])
     assert torch.cuda.current_device() == 0

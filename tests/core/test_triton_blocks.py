@@ -14,8 +14,12 @@ pytestmark = [
     pytest.mark.skipif(platform.system() != "Linux", reason="Triton brings its assembler along on Linux only"),
 ]
 
-GPUS = {"consumer": (89, 99 * 1024), "A100": (80, 163 * 1024)}
-SHAPES = {"consumer": [("bfloat16", 128), ("bfloat16", 256), ("float32", 256)], "A100": [("bfloat16", 256)]}
+GPUS = {"consumer": (89, 99 * 1024), "A100": (80, 163 * 1024), "H100": (90, 227 * 1024)}
+SHAPES = {
+    "consumer": [("bfloat16", 128), ("bfloat16", 256), ("float32", 256)],
+    "A100": [("bfloat16", 256)],
+    "H100": [("bfloat16", 128)],
+}
 
 
 KERNELS = {

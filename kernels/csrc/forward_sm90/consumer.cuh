@@ -43,7 +43,7 @@ __device__ __forceinline__ void start_weighing(
 }
 
 template <typename Traits, bool kHasSoftcap>
-__device__ __forceinline__ void consume(const KernelParams& p, char* smem, int warpgroup) {
+__device__ __forceinline__ void consume(const Sm90Params& p, char* smem, int warpgroup) {
     using Element = typename Traits::Element;
     constexpr int kBlockN = Traits::kBlockN, kNarrow = Traits::kNarrow;
     const SharedMemory<Traits> shared{shared_address(smem)};

@@ -12,7 +12,7 @@
 namespace flash_dmattn {
 
 template <typename Traits, bool kHasSoftcap>
-__global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __grid_constant__ Sm90Params p) {
     extern __shared__ __align__(1024) char smem[];
     const SharedMemory<Traits> shared{shared_address(smem)};
     if (threadIdx.x == 0) {
@@ -55,7 +55,7 @@ cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
         return cudaErrorInvalidValue;
     }
     const int blocks = tiles < num_processors ? int(tiles) : num_processors;
-    kernel<<<blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(KernelParams(p));
+    kernel<<<blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(Sm90Params(p));
     return cudaGetLastError();
 }
 

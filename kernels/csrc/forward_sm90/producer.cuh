@@ -25,10 +25,16 @@ struct Intervals {
     int death[Traits::kKeysPerLane];
 };
 
+// What an importance adds to an exponent of 2; NaN counts as -inf.
+__device__ __forceinline__ float bias_of(float importance) {
+    constexpr float kLargest = 2.3e38f;  // times log2(e) it is still finite
+    return importance > -INFINITY ? fminf(importance, kLargest) * kLog2e : -INFINITY;
+}
+
 // Walks the key tiles of all query tiles of the block.
 template <typename Traits>
 struct KeyWalk {
-    const KernelParams& p;
+    const Sm90Params& p;
     BlockSchedule schedule;
     int narrow;
     int remaining = 0;
@@ -41,7 +47,7 @@ struct KeyWalk {
     int last_row;
     int64_t list;
 
-    __device__ explicit KeyWalk(const KernelParams& params) : p(params) {}
+    __device__ explicit KeyWalk(const Sm90Params& params) : p(params) {}
 
     __device__ KeyTile<Traits> next(int warp, int lane) {
         KeyTile<Traits> tile;
@@ -65,6 +71,7 @@ struct KeyWalk {
             const bool is_listed = key_of_warp < Traits::kKeysPerWarp && place < stop;
             tile.keys[i] = is_listed ? p.entries == nullptr ? place : __ldg(p.entries + list + place) : -1;
             tile.biases[i] = is_listed ? p.biases == nullptr ? 0.f : __ldg(p.biases + list + place) : -INFINITY;
+            if (p.entries == nullptr) tile.biases[i] = bias_of(tile.biases[i]);
         }
         narrow = 0;
         position = next_position;
@@ -82,7 +89,7 @@ struct KeyWalk {
         list = queries.list(p) * p.capacity;
         list_head = queries.list_head;
         if (p.query_positions == nullptr) {
-            first_row = p.query_start[queries.batch] + queries.first_query;
+            first_row = p.start(queries.batch) + queries.first_query;
             last_row = first_row + queries.num_tokens - 1;
         } else {
             first_row = INT32_MAX;
@@ -102,7 +109,7 @@ struct KeyWalk {
 
 // Loads what is compared with the rows. Keys that weigh nothing become none.
 template <typename Traits>
-__device__ __forceinline__ Intervals<Traits> load_intervals(const KernelParams& p, KeyTile<Traits>& tile) {
+__device__ __forceinline__ Intervals<Traits> load_intervals(const Sm90Params& p, KeyTile<Traits>& tile) {
     Intervals<Traits> intervals;
     const int64_t row = int64_t(tile.list_head) * p.seqlen_k;
 #pragma unroll
@@ -121,7 +128,7 @@ __device__ __forceinline__ Intervals<Traits> load_intervals(const KernelParams& 
 // Copies the rows of the warp's keys to their places in a tile of shared memory; rows of no key become zero.
 template <typename Traits>
 __device__ __forceinline__ void gather(
-    uint32_t target, const void* matrix, const int64_t (&strides)[3], uint32_t row_bytes, const KernelParams& p,
+    uint32_t target, const void* matrix, const int64_t (&strides)[3], uint32_t row_bytes, const Sm90Params& p,
     const KeyTile<Traits>& tile, int warp, int lane) {
     const int batch = p.by_interval_heads.divide(tile.list_head);
     const int head = p.by_heads_of_kv_head.divide(tile.list_head - batch * p.num_interval_heads);
@@ -169,7 +176,7 @@ __device__ __forceinline__ void store_facts(
 }
 
 template <typename Traits>
-__device__ __forceinline__ void produce(const KernelParams& p, char* smem) {
+__device__ __forceinline__ void produce(const Sm90Params& p, char* smem) {
     const SharedMemory<Traits> shared{shared_address(smem)};
     const int warp = threadIdx.x / 32 % 4;
     const int lane = threadIdx.x % 32;

@@ -47,6 +47,16 @@ struct ForwardTraits : ForwardShape<kHeadDim_> {
     static_assert(kSharedBytes <= 232448);
 };
 
+// The kernels for all architectures lack the registers for a start that may be left out.
+struct Sm90Params : KernelParams {
+    int last_start;  // that of queries which are the last rows
+
+    explicit Sm90Params(const flash_dmattn_forward_params& p)
+        : KernelParams(p), last_start(p.seqlen_k - p.seqlen_q) {}
+
+    __device__ int start(int batch) const { return query_start == nullptr ? last_start : query_start[batch]; }
+};
+
 // Addresses in shared memory of the stages and of their barriers.
 template <typename Traits>
 struct SharedMemory {
@@ -66,7 +76,7 @@ struct BlockSchedule {
     int round = -1;
 
     // Returns the number of the next tile with queries, or -1.
-    __device__ int next(const KernelParams& p) {
+    __device__ int next(const Sm90Params& p) {
         while (true) {
             ++round;
             const int first = round * gridDim.x;

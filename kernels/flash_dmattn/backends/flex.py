@@ -41,7 +41,10 @@ def reject(call: AttentionCall | DenseCall) -> str | None:
 
 def attend(call: AttentionCall | DenseCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out (B, Sq, H, D) and lse (B, H, Sq) float32, differentiable by torch."""
-    is_visible, add_bias, batch, heads = (_of_masks if isinstance(call, DenseCall) else _of_intervals)(call)
+    if isinstance(call, DenseCall):
+        is_visible, add_bias, batch, heads = _of_masks(call)
+    else:
+        is_visible, add_bias, batch, heads = _of_intervals(call.with_comparable_importance())
     tensors = (call.query, call.key, call.value)
     if not torch.is_grad_enabled():  # on a CPU it refuses tensors that merely ask for gradients
         tensors = (tensor.detach() for tensor in tensors)

@@ -20,7 +20,7 @@ LARGEST_BIAS = 2.3e38
 
 @dataclass(frozen=True)
 class KeyLists:
-    """Lists per (batch and interval head, epoch); R = B * Hi.
+    """Lists per (batch and interval head, epoch); num_lists is R = B * Hi.
 
     entries: (R, epochs, capacity) int32, key numbers; None when every key is visible from its own row on: then one
         epoch holds all queries and the list is the keys in order, without sections and stretches.
@@ -53,9 +53,15 @@ def is_listed(call: AttentionCall) -> bool:
 def whole_sequence(call: AttentionCall, tile_size: int) -> KeyLists:
     """Returns the lists of a call without intervals, which need only biases."""
     batch, seqlen_q = call.query.shape[:2]
-    biases = None if call.importance is None else call.importance.clamp(max=LARGEST_BIAS).mul_(math.log2(math.e))
+    biases = None if call.importance is None else scale_importance(call.importance)
     num_lists, epoch_size = batch * call.num_interval_heads, _next_power_of_2(seqlen_q)
     return KeyLists(None, biases, None, None, num_lists, 1, call.key.shape[1], epoch_size, tile_size)
+
+
+def scale_importance(importance: torch.Tensor) -> torch.Tensor:
+    """Returns what importances add to exponents of 2: times log2(e), NaN as -inf."""
+    biases = importance.nan_to_num(nan=-torch.inf, posinf=LARGEST_BIAS, neginf=-torch.inf)
+    return biases.clamp_(max=LARGEST_BIAS).mul_(math.log2(math.e))
 
 
 def choose_epoch_size(seqlen_q: int, max_visible: int) -> int:
@@ -94,13 +100,13 @@ def choose_capacity(call: AttentionCall, birth: torch.Tensor, death: torch.Tenso
     """Returns how many entries the longest list needs at most; without `call.max_visible` read back from the device."""
     batch, seqlen_q = call.query.shape[:2]
     num_lists, seqlen_k = birth.shape
-    if call.query_start is None or seqlen_k == 0:  # rows in no order tell nothing about the keys of an epoch
+    if not call.is_ordered or seqlen_k == 0:  # rows in no order tell nothing about the keys of an epoch
         return seqlen_k
     if call.max_visible is not None:
         return min(seqlen_k, call.max_visible + epoch_size)
     births, deaths = _sorted_bounds(birth, death)
     steps = torch.arange(0, seqlen_q, epoch_size, device=birth.device)
-    first = (call.query_start[:, None] + steps).repeat_interleave(num_lists // batch, dim=0)  # (R, epochs)
+    first = (call.first_rows()[:, None] + steps).repeat_interleave(num_lists // batch, dim=0)  # (R, epochs)
     born = torch.searchsorted(births, first + epoch_size)
     died = torch.searchsorted(deaths, first, right=True)
     return max(1, int((born - died).max())) if born.numel() else 1

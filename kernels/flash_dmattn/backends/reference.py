@@ -41,7 +41,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
     lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
     stats = torch.stack([-lse, torch.zeros_like(lse)])
-    for tile in _tiles(call):
+    for tile in _tiles(call.with_comparable_importance()):
         weights, highest, _ = tile.weights()
         # The largest weight is 1 / sum(exp(logits - highest)).
         log_sum = -weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()  # (B, Hi, G * T)
@@ -66,7 +66,7 @@ def backward(
     dkey = _compute(call.key.new_empty(batch, heads, seqlen_k + 1, head_dim)).zero_()
     dvalue = torch.zeros_like(dkey)
     dimportance = torch.zeros_like(dkey[..., 0])
-    for tile in _tiles(call):
+    for tile in _tiles(call.with_comparable_importance()):
         weights, _, dcap = tile.weights()
         tile_dout = tile.group(_compute(dout[:, tile.rows]))
         delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)

@@ -4,7 +4,7 @@ import torch
 
 from flash_dmattn.decode import find_victim
 from flash_dmattn.decode_call import DecodeCall
-from flash_dmattn.selection import comparable
+from flash_dmattn.importance import comparable
 
 
 def decode(call: DecodeCall) -> torch.Tensor:

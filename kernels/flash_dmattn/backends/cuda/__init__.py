@@ -11,6 +11,7 @@ import torch
 from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library, lists, target
 from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.call import AttentionCall
 
 logger = logging.getLogger("flash_dmattn")
@@ -33,7 +34,7 @@ def reject(call: AttentionCall) -> str | None:
     from flash_dmattn.backends.cuda.forward_launch import tile_rows
 
     device = call.query.device
-    reason = library.why_not_on(device) or lists.reject(call) or target.reject(device)
+    reason = lists.reject(call) or target.reject(device)
     if reason is not None:
         return reason
     if call.query.dtype not in _DTYPES:
@@ -49,6 +50,9 @@ def reject(call: AttentionCall) -> str | None:
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if tensor.stride(-1) != 1:
             return f"{name} is not contiguous in the head dim"
+        batch_stride, row_stride, head_stride, _ = tensor.stride()
+        if tensor.data_ptr() % 16 == (batch_stride | row_stride | head_stride) % 8 == 0:
+            continue
         strides = [stride for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
         if tensor.data_ptr() % 16 or any(stride % 8 for stride in strides):
             return f"the rows of {name} are not aligned to 16 bytes"
@@ -61,7 +65,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return triton.forward(call)
-    return run_forward(call, lists.build_key_lists(call, tile_size(call)))
+    return run_forward(call, lists.build_key_lists(call, tile_size(call)) if is_listed(call) else None)
 
 
 def backward(

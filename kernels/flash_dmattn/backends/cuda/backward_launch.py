@@ -55,7 +55,7 @@ class _Parameters(ctypes.Structure):
 
 def reject_backward(call: AttentionCall) -> str | None:
     """Returns why this backward does not serve a call that the forward serves, or None."""
-    if call.deterministic and call.query_start is None:
+    if call.deterministic and not call.is_ordered:
         return "rows in no order have no fixed order of sums"
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return "there are no queries or no keys"
@@ -129,8 +129,7 @@ def run_listed_backward(
     counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
     row_facts = torch.empty(lists.num_lists, seqlen_q, group_size, 4, dtype=torch.float32, device=device)
     dout, dlse = dout.contiguous(), dlse.contiguous()
-    query_start = None if call.query_start is None else call.query_start.contiguous()
-    query_positions = None if call.query_positions is None else call.query_positions.contiguous()
+    query_start = call.first_rows() if call.is_ordered else None
     parameters = _Parameters(
         query=call.query.data_ptr(),
         key=call.key.data_ptr(),
@@ -151,7 +150,7 @@ def run_listed_backward(
         birth=pointer(call.birth),
         death=pointer(call.death),
         query_start=pointer(query_start),
-        query_positions=pointer(query_positions),
+        query_positions=pointer(call.query_positions),
         entries=pointer(lists.entries),
         biases=pointer(lists.biases),
         sections=pointer(lists.sections),

@@ -6,7 +6,7 @@ import torch
 
 from flash_dmattn.backends.cuda.library import launch, load, pointer
 from flash_dmattn.backends.cuda.target import find_target
-from flash_dmattn.backends.key_lists import KeyLists
+from flash_dmattn.backends.key_lists import KeyLists, scale_importance
 from flash_dmattn.call import AttentionCall
 
 
@@ -52,15 +52,24 @@ def tile_size(call: AttentionCall) -> int:
     return tile_rows(call) // (call.query.shape[2] // call.num_interval_heads)
 
 
-def run_forward(call: AttentionCall, lists: KeyLists) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns out, lse and stats, as the operator does; lists: those of the call for tiles of `tile_size(call)`."""
+def run_forward(call: AttentionCall, lists: KeyLists | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out, lse and stats, as the operator does.
+
+    lists: those of the call for tiles of `tile_size(call)`; None where every key is visible from its own row on.
+    """
     batch, seqlen_q, num_heads, head_dim = call.query.shape
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=out.device)
     stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=out.device)
-    # Without lists the only epoch is as long as the sequence, so that no tile of it is empty.
-    epoch_size = seqlen_q if lists.entries is None else lists.epoch_size
     target = find_target(out.device)
+    query_start, biases = call.query_start, None if lists is None else lists.biases
+    if lists is None:
+        # The only epoch is as long as the sequence, so that no tile of it is empty.
+        lists = KeyLists(None, None, None, None, 0, 1, call.key.shape[1], seqlen_q, tile_size(call))
+        biases = call.importance
+        if not target.is_for_sm90a:
+            query_start = call.first_rows()
+            biases = None if biases is None else scale_importance(biases)
     parameters = _Parameters(
         query=call.query.data_ptr(),
         key=call.key.data_ptr(),
@@ -70,10 +79,10 @@ def run_forward(call: AttentionCall, lists: KeyLists) -> tuple[torch.Tensor, tor
         stats=stats.data_ptr(),
         birth=pointer(call.birth),
         death=pointer(call.death),
-        query_start=pointer(call.query_start),
+        query_start=pointer(query_start),
         query_positions=pointer(call.query_positions),
         entries=pointer(lists.entries),
-        biases=pointer(lists.biases),
+        biases=pointer(biases),
         sections=pointer(lists.sections),
         stretches=pointer(lists.stretches),
         query_strides=_strides(call.query),
@@ -88,8 +97,8 @@ def run_forward(call: AttentionCall, lists: KeyLists) -> tuple[torch.Tensor, tor
         interval_heads_per_kv_head=call.num_interval_heads // call.key.shape[2],
         group_size=num_heads // call.num_interval_heads,
         num_epochs=lists.num_epochs,
-        epoch_size=epoch_size,
-        tiles_per_epoch=-(-epoch_size // lists.tile_size),
+        epoch_size=lists.epoch_size,
+        tiles_per_epoch=lists.tiles_per_epoch,
         tile_size=lists.tile_size,
         capacity=lists.capacity,
         head_dim=head_dim,

@@ -81,10 +81,12 @@ def architectures() -> tuple[str, ...]:
 
 def launch(name: str, parameters: ctypes.Structure, device: torch.device) -> None:
     """Calls `name` with `parameters` on the current stream of `device`. Raises RuntimeError for a CUDA error."""
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return launch(name, parameters, device)
     library = load()
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        error = getattr(library, name)(ctypes.byref(parameters), ctypes.c_void_p(stream))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    error = getattr(library, name)(ctypes.byref(parameters), ctypes.c_void_p(stream))
     if error != 0:
         explain = library.flash_dmattn_error_string
         explain.restype = ctypes.c_char_p

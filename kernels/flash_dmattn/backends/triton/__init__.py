@@ -9,6 +9,7 @@ import os
 import torch
 
 from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.call import AttentionCall
 from flash_dmattn.decode_call import DecodeCall
 
@@ -61,11 +62,12 @@ def reject(call: AttentionCall) -> str | None:
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
+    from flash_dmattn.backends.triton.causal_kernels import run_causal_forward
     from flash_dmattn.backends.triton.forward_kernels import run_forward
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return empty_forward(call.query)
-    return run_forward(call)
+    return run_forward(call) if is_listed(call) else run_causal_forward(call)
 
 
 def backward(

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.backends.triton.configs import BlockConfig, dkey_config, dquery_config
 from flash_dmattn.backends.triton.launch import Launch
 from flash_dmattn.backends.triton.tiles import (
@@ -42,7 +43,7 @@ def run_backward(
     dout, dlse = dout.contiguous(), dlse.contiguous()
     delta = torch.empty_like(dlse)
     rows = batch * seqlen_q * num_heads
-    constants = launch.constants()
+    constants = {**launch.constants(), "LISTED": is_listed(call)}
     _delta[(triton.cdiv(rows, 32),)](
         out, dout, dlse, delta, rows, seqlen_q, num_heads, head_dim, BLOCK_D=constants["BLOCK_D"], BLOCK=32
     )
@@ -55,8 +56,7 @@ def run_backward(
         **constants,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options(),
     )
 
     config = dkey_blocks or dkey_config(call.query)
@@ -79,17 +79,14 @@ def run_backward(
             TILES=triton.next_power_of_2(lists.tiles_per_epoch),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.launch_options(),
         )
     if sum_heads > num_kv_heads:
         dkey, dvalue = (total.unflatten(2, (num_kv_heads, -1)).sum(3) for total in (dkey, dvalue))
-    return (
-        dquery,
-        dkey.to(call.key.dtype),
-        dvalue.to(call.value.dtype),
-        None if call.importance is None else dimportance,
-    )
+    del arguments, lists, launch, delta  # make room for the rounded gradients
+    dkey = dkey.to(call.key.dtype)
+    dvalue = dvalue.to(call.value.dtype)
+    return dquery, dkey, dvalue, None if call.importance is None else dimportance
 
 
 @triton.jit

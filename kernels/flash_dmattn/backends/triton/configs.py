@@ -1,7 +1,7 @@
 """Block shapes and schedules of the kernels, by head dim, dtype and the shared memory of the GPU.
 
-Large: the H100's, A100's and B200's shared memory (164 KB or more); small: that of consumer GPUs (100 KB). The choices
-for large were measured on an H100, docs/kernel_notes.md; those for small only have to fit.
+Huge: the H100's and B200's shared memory (227 KB); large: the A100's as well (164 KB); small: that of consumer GPUs
+(100 KB). The choices for an H100 were measured, docs/kernel_notes.md; the others only have to fit.
 """
 
 import functools
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-_LARGE = 160 * 1024  # bytes of shared memory that a program can have
+_HUGE, _LARGE = 220 * 1024, 160 * 1024  # bytes of shared memory that a program can have
 
 _DECODE_PROGRAMS, _MAX_SPLIT = 256, 1024
 """Programs that keep a GPU busy while decoding, and the most slots of one."""
@@ -18,12 +18,21 @@ _DECODE_PROGRAMS, _MAX_SPLIT = 256, 1024
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Block shape and schedule of one kernel: BLOCK_M query rows, BLOCK_N keys."""
+    """Block shape and schedule of one kernel: BLOCK_M query rows, BLOCK_N keys.
+
+    max_registers: of a thread, few enough for another program on the same processor; None: as many as it takes.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def launch_options(self) -> dict:
+        """Returns what Triton's launch is told of the schedule."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,8 @@ class DecodeConfig:
     num_stages: int
 
 
-def forward_config(query: torch.Tensor, is_listed: bool) -> BlockConfig:
-    """Returns the forward kernel's; `is_listed` says whether keys are gathered. BLOCK_M holds any group of heads."""
+def forward_config(query: torch.Tensor) -> BlockConfig:
+    """Returns that of the forward which gathers keys. BLOCK_M holds any group of heads."""
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
@@ -46,9 +55,25 @@ def forward_config(query: torch.Tensor, is_listed: bool) -> BlockConfig:
     if row <= 128:
         return BlockConfig(128, 64, 4, 3)
     if row <= 256:
-        if not is_listed:
-            return BlockConfig(128, 64, 8, 3)
         return BlockConfig(256, 32, 8, 5) if is_large else BlockConfig(128, 32, 4, 3)
+    return BlockConfig(128, 32, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
+
+
+def causal_config(query: torch.Tensor) -> BlockConfig:
+    """Returns that of the forward which reads keys in order. BLOCK_M holds any group of heads."""
+    row, is_large, is_huge = _bytes_per_row(query), _is_large(query.device), _shared_bytes(query.device) >= _HUGE
+    if query.dtype == torch.float32:
+        return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
+    if row <= 64:
+        return BlockConfig(128, 32, 4, 3)  # Triton 3.6's ptxas crashes over wider blocks
+    if row <= 128:
+        return BlockConfig(128, 64, 8, 3)
+    if row <= 256 and is_huge:
+        return BlockConfig(128, 64, 8, 2, max_registers=128)  # two programs on a processor take turns
+    if row <= 256:
+        return BlockConfig(128, 64, 8, 3) if is_large else BlockConfig(128, 32, 4, 3)
+    if is_huge:
+        return BlockConfig(128, 64, 8, 2)
     return BlockConfig(128, 32, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
 
 
@@ -99,8 +124,12 @@ def _bytes_per_row(query: torch.Tensor) -> int:
     return max(16, triton.next_power_of_2(query.shape[-1])) * query.element_size()
 
 
-@functools.cache
 def _is_large(device: torch.device) -> bool:
+    return _shared_bytes(device) >= _LARGE
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LARGE
+        return _HUGE
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.backends.triton.configs import BlockConfig, forward_config
 from flash_dmattn.backends.triton.launch import Launch
 from flash_dmattn.backends.triton.tiles import (
@@ -23,8 +22,8 @@ from flash_dmattn.call import AttentionCall
 def run_forward(
     call: AttentionCall, config: BlockConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns out, lse and stats, as the operator does."""
-    config = config or forward_config(call.query, is_listed(call))
+    """Returns out, lse and stats, as the operator does, of a call whose keys are listed."""
+    config = config or forward_config(call.query)
     launch = Launch(call, config.block_m)
     lists = launch.lists
     batch, seqlen_q, num_heads, _ = call.query.shape
@@ -40,8 +39,7 @@ def run_forward(
         **launch.constants(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch_options(),
     )
     return out, lse, stats
 
@@ -85,7 +83,6 @@ def _forward(
     BLOCK_D: tl.constexpr,
     EPOCH: tl.constexpr,
     TILE: tl.constexpr,
-    LISTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_START: tl.constexpr,
@@ -122,26 +119,26 @@ def _forward(
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     begin, first_full, last_full, end = find_stretch(
-        sections_ptr, stretches_ptr, list_index, tile, tiles_per_epoch, row, seqlen_k, LISTED, BLOCK_N
+        sections_ptr, stretches_ptr, list_index, tile, tiles_per_epoch, row, seqlen_k, True, BLOCK_N
     )
     # Three runs: keys of which some have died, keys that all rows see, keys of which some are not born.
     acc, highest, total = _attend(
         acc, highest, total, query, row, begin, first_full, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
         key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, query, row, first_full, last_full, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
         key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
     )  # fmt: skip
     acc, highest, total = _attend(
         acc, highest, total, query, row, last_full, end, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
         key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
     )  # fmt: skip
 
     sees_any = (row >= 0) & (total != 0)  # NaN is not nothing
@@ -163,14 +160,13 @@ def _attend(
     acc, highest, total, query, row, begin, stop, end,
     key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
     key_row_stride, value_row_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LISTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Folds the list's keys from `begin` up to `stop` into the running softmax; lanes past `end` do not count."""
-    CHECKED: tl.constexpr = MASKED or not LISTED
     for offset in range(begin, stop, BLOCK_N):
-        key_index, bias, counts = load_keys(entries_ptr, biases_ptr, offset, end, BLOCK_N, LISTED, HAS_BIAS, MASKED)
-        key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
+        key_index, bias, counts = load_keys(entries_ptr, biases_ptr, offset, end, BLOCK_N, True, HAS_BIAS, MASKED)
+        key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, MASKED)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if HAS_SOFTCAP:
             logits = tanh(logits * (softmax_scale / softcap)) * (softcap * LOG2E)
@@ -178,16 +174,14 @@ def _attend(
             logits = logits * (softmax_scale * LOG2E)
         logits += bias[None, :]
         if MASKED:
-            visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, LISTED)
+            visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, True)
             logits = tl.where(visible, logits, float("-inf"))
-        elif not LISTED:
-            logits = tl.where(counts[None, :], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest) if CHECKED else new_highest
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
         weights = tl.exp2(logits - shift[:, None])
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
+        value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, MASKED)
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
     return acc, highest, total

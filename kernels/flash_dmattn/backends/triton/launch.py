@@ -31,7 +31,7 @@ class Launch:
         tensors = (
             birth,
             death,
-            call.query_start,
+            call.first_rows() if call.is_ordered else None,
             call.query_positions,
             lists.entries,
             lists.biases,
@@ -66,10 +66,9 @@ class Launch:
             "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
             "EPOCH": self.lists.epoch_size,
             "TILE": self.lists.tile_size,
-            "LISTED": is_listed(call),
             "HAS_BIAS": call.importance is not None,
             "HAS_SOFTCAP": call.softcap > 0,
-            "HAS_START": call.query_start is not None,
+            "HAS_START": call.is_ordered,
             "HAS_POSITIONS": call.query_positions is not None,
             "PRECISION": "ieee" if call.query.dtype == torch.float32 else "tf32",
         }

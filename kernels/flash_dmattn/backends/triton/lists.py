@@ -57,7 +57,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     num_epochs, capacity, tiles = lists.num_epochs, lists.capacity, lists.tiles_per_epoch
     entries, biases, sections = lists.entries, lists.biases, lists.sections
     rows = (
-        death if call.query_start is None else call.query_start,
+        call.first_rows() if call.is_ordered else death,
         death if call.query_positions is None else call.query_positions,
     )
     sizes = (heads, seqlen_q, seqlen_k, num_epochs, capacity)
@@ -94,7 +94,7 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
         TILE=tile_size,
         TILES=triton.next_power_of_2(tiles),
         LANES=triton.next_power_of_2(tile_size),
-        HAS_START=call.query_start is not None,
+        HAS_START=call.is_ordered,
         CHUNK=128,
         **constants,
     )
