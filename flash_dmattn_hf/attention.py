@@ -56,7 +56,7 @@ def dynamic_mask_attention_forward(
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
     documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
-        if not torch.compiler.is_compiling():
+        if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
         if is_cached:
             _refuse_documents(documents)
@@ -91,7 +91,8 @@ def dynamic_mask_attention_forward(
 
 def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Tensor:
     """Attends over the survivors and the new tokens, which the cache left with the gate, and lets it evict."""
-    (layer, *cached), gate.pending = gate.pending, None
+    layer, *cached = gate.pending
+    vars(gate)["pending"] = None
     if not torch.compiler.is_compiling():
         for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
             if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:

@@ -85,9 +85,9 @@ class DynamicMaskCacheLayer(SlotLayer):
         self.check_attended()
         if not self.is_counted_outside:
             self._make_room(key_states, value_states)
-        self._new = (key_states.to(self.dtype), value_states, comparable(gate(value_states)))
+        self._new = (key_states.to(self.dtype), value_states, gate(value_states))
         self._num_new = key_states.shape[2]
-        gate.pending = (self, key_states, value_states)
+        vars(gate)["pending"] = (self, key_states, value_states)  # a module's own __setattr__ takes longer
         return key_states, value_states
 
     def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -158,7 +158,8 @@ class DynamicMaskCacheLayer(SlotLayer):
         padding_mask = self._checked(padding_mask)
         query_positions = self._next_positions(padding_mask)
         num_kept = self.num_kept
-        self._tail.append(*self._new, query_positions)
+        key, value, importance = self._new
+        self._tail.append(key, value, comparable(importance), query_positions)
         self._count_rows(padding_mask)
         key, value, importance, positions = self._tail.behind(self.slots, num_kept)
         visibility = select_visible(

@@ -25,7 +25,9 @@ class SlotLayer(DynamicLayer):
 
     @property
     def slots(self) -> Slots:
-        return Slots(*(getattr(self, name) for name in Slots._fields))
+        return Slots(
+            self.keys, self.values, self.importance, self.positions, self.victims, self.lengths, self.arrivals
+        )
 
     @property
     def num_kept(self) -> int:

@@ -31,6 +31,7 @@ class StepForward:
         cache = inputs.get("past_key_values")
         if not (isinstance(cache, DynamicMaskCache) and cache.takes_captured_steps and _is_one_token(inputs)):
             return self.model(**inputs)
+        cache.to(inputs["input_ids"].device)
         with counted_outside(cache):
             return self.run(**inputs)
 

@@ -3,7 +3,9 @@
     python scripts/benchmark_decode.py --json docs/benchmarks/decode_h100.json --png docs/benchmarks/decode_h100.png
 
 A step is the forward of one token of every batch row and the choice of the next, over a cache filled as a context of
-that length would leave it, with random keys: what is in a cache changes nothing about the cost of a step. Engines:
+that length would leave it, with random keys: what is in a cache changes nothing about the cost of a step. Our steps at
+all lengths use one cache and one graph, filled anew for each length, and take turns: between a first and a last row
+the clock of a GPU that gets warm drifts by more than they differ. Engines:
 
     flash_dmattn         DynamicMaskCache, the step in a CUDA graph, as generate(cache_implementation="static") has it
     flash_dmattn-eager   the same step, launched kernel by kernel
@@ -39,6 +41,7 @@ SHAPES = {
 ENGINES = ("flash_dmattn", "flash_dmattn-eager", "dense-dynamic", "dense-static")
 DEVICE = "cuda"
 CHECK_LAYERS, CHECK_STEPS = 4, 24
+TURNS = 4
 GIB = 2**30
 
 
@@ -170,12 +173,9 @@ def model_rows(arguments, shape: str) -> Iterator[dict]:
     title = f"{'shape':>13} {'batch':>6} {'context':>8} {'engine':>19} {'ms':>8} {'tokens/s':>9} {'cache MiB':>10}"
     print(title + f" {'peak GiB':>9}")
     for batch in arguments.batches:
-        for context in arguments.contexts:
-            for engine in arguments.engines:
-                row = {"shape": shape, "batch": batch, "context": context, "engine": engine}
-                row |= measure(arguments, model, engine, batch, context)
-                gc.collect()
-                torch.cuda.empty_cache()
+        for engine in arguments.engines:
+            for row in measure(arguments, model, engine, batch):
+                row = {"shape": shape, "batch": batch, "engine": engine, **row}
                 print_row(row)
                 yield row
 
@@ -202,44 +202,74 @@ def make_model(arguments, shape: dict, num_layers: int | None = None) -> LlamaFo
     return model.eval()
 
 
-def measure(arguments, model: LlamaForCausalLM, engine: str, batch: int, context: int) -> dict:
-    """Times steps after `context` tokens, the first ones not counted."""
+def measure(arguments, model: LlamaForCausalLM, engine: str, batch: int) -> Iterator[dict]:
+    """A row per context: ours in turns, dense ones one after the other, because their caches grow."""
     model.set_attn_implementation("flash_dmattn" if engine.startswith("flash") else "sdpa")
+    if engine.startswith("flash"):
+        yield from measure_contexts(arguments, model, engine, batch, arguments.contexts)
+        return
+    for context in arguments.contexts:
+        yield from measure_contexts(arguments, model, engine, batch, [context])
+
+
+def measure_contexts(arguments, model, engine, batch, contexts: list[int]) -> list[dict]:
+    """Times steps after each of the contexts in turns, the first one of every turn not counted."""
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    times = {context: [] for context in contexts}
+    turns = TURNS if len(contexts) > 1 else 1
     try:
-        step, cache_bytes = make_step(arguments, model, engine, batch, context)
+        step, cache_bytes, refill = make_step(arguments, model, engine, batch, contexts[0])
         for _ in range(3):
             step()
-        times = []
-        for _ in range(arguments.steps):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) * 1e3)
+        for _ in range(turns):
+            for context in contexts:
+                if turns > 1:
+                    refill(context)
+                step()
+                times[context] += [clocked(step) for _ in range(-(-arguments.steps // turns))]
     except torch.cuda.OutOfMemoryError:
-        return {"failed": "out of memory"}
+        return [{"context": context, "failed": "out of memory"} for context in contexts]
     except RuntimeError as error:
-        return {"failed": str(error).splitlines()[0]}
-    milliseconds = statistics.median(times)
-    return {
-        "milliseconds": milliseconds,
-        "tokens_per_second": 1e3 * batch / milliseconds,
-        "cache_bytes": cache_bytes,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-    }
+        return [{"context": context, "failed": str(error).splitlines()[0]} for context in contexts]
+    medians = {context: statistics.median(each) for context, each in times.items()}
+    return [
+        {
+            "context": context,
+            "milliseconds": milliseconds,
+            "tokens_per_second": 1e3 * batch / milliseconds,
+            "cache_bytes": cache_bytes,
+            "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        }
+        for context, milliseconds in medians.items()
+    ]
 
 
-def make_step(arguments, model, engine, batch, context) -> tuple[Callable[[], object], int]:
-    """Returns a function that decodes one more token of every row, and the bytes of the filled cache."""
+def clocked(step: Callable[[], object]) -> float:
+    """Milliseconds of one step on the host's clock, from an idle GPU to an idle GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def make_step(arguments, model, engine, batch, context) -> tuple[Callable, int, Callable | None]:
+    """Returns a function that decodes one more token of every row, the bytes of the filled cache, and, for ours, a
+    function that fills the cache as another context would have."""
     token = torch.randint(0, model.config.vocab_size, (batch, 1), device=DEVICE)
     position = torch.full((batch, 1), context, device=DEVICE)
-    forward = model
+    forward, refill = model, None
     if engine.startswith("flash"):
         cache = filled_slots(model, batch, context, static=engine == "flash_dmattn")
         size = cache.nbytes
         if cache.is_static:
             forward = StepForward(model, CapturedForward(model))
+
+        def refill(context: int) -> None:
+            fill(cache, context)
+            position.fill_(context)
     else:
         cache = filled_dense(arguments, model, batch, context, static=engine == "dense-static")
         size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -249,7 +279,7 @@ def make_step(arguments, model, engine, batch, context) -> tuple[Callable[[], ob
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         position.add_(1)
 
-    return (capture(step) if engine == "dense-static" else step), size
+    return (capture(step) if engine == "dense-static" else step), size, refill
 
 
 def filled_slots(model, batch: int, context: int, static: bool) -> DynamicMaskCache:
@@ -258,13 +288,21 @@ def filled_slots(model, batch: int, context: int, static: bool) -> DynamicMaskCa
     empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=model.dtype, device=DEVICE)
     for layer in cache.mask_layers:
         layer.lazy_initialization(empty, empty)
+    fill(cache, context)
+    return cache
+
+
+def fill(cache: DynamicMaskCache, context: int) -> None:
+    """Slots as a context of random keys leaves them, where they are."""
+    for layer in cache.mask_layers:
         settings = layer.gate.config
         competition = {name: getattr(settings, name) for name in ("num_sink_tokens", "local_window_size")}
-        slots = random_slots(*layer.keys.shape, context, competition)
-        for name, state in slots._asdict().items():
-            getattr(layer, name).copy_(state)
+        for state in (layer.keys, layer.values, layer.importance):
+            state.normal_()
+        layer.positions.copy_(kept_positions(layer.capacity, context, **competition))
+        layer.lengths.fill_(context)
+        refresh_victims(layer.slots, **competition)
         layer.num_rows = context
-    return cache
 
 
 def filled_dense(arguments, model, batch: int, context: int, static: bool) -> DynamicCache | StaticCache:

@@ -4,18 +4,23 @@
 
 Masks: "random", half of all pairs, and a bias for each; "blocks", 6 % of 128 x 128 blocks; "topk", the top keys of each
 query's own past, written down; "key", the top keys of the whole sequence, a mask and a bias a key. "sdpa" is torch's
-own attention with mask and bias written down as one tensor, made outside of the timing; "intervals" is the same as
-"topk" by `dynamic_mask_attention`, its selection included; "mask" is the time to write the mask of "topk" down.
+own attention with mask and bias written down as one tensor, made outside of the timing; "tiled" is "cuda" with a mask
+whose tiles were classified outside of it; "intervals" is the same as "topk" by `dynamic_mask_attention`, its selection
+included; "mask" is the time to write the mask of "topk" down. "full" hides nothing: what the others save can be held
+against it.
 """
 
 import argparse
 import functools
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmark_masks import MASKS, Inputs, Shape, additive, definition, engines, make_inputs, make_topk_mask, why_not
 from benchmark_report import environment, header, median_milliseconds, save_json
+from flash_dmattn import flash_dmattn_func
+from flash_dmattn.utils.mask import tile_mask
 
 TEST_TYPES = ("all", "sdpa", "cuda", "triton", "flex", "sdpa-vs-cuda", "sdpa-vs-triton", "sdpa-vs-flex")
 
@@ -32,6 +37,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--keep-window-size", type=int, default=2048)
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
+    parser.add_argument("--mask-heads", type=int, nargs="+", help="of masks of blocks; default: key heads")
     parser.add_argument("--not-causal", action="store_true")
     parser.add_argument("--backward", action="store_true", help="time the backward too")
     parser.add_argument("--sdpa-limit", type=int, default=8192, help="longest sequence for sdpa")
@@ -46,11 +52,12 @@ def main() -> None:
     for name in [name for name in names if why_not(name) is not None]:
         print(f"{name}: left out, {why_not(name)}")
         names.remove(name)
-    print(f"{'mask':>7} {'N':>7} {'engine':>11} {'work':>9} {'ms':>9} {'peak MiB':>9} {'vs sdpa':>8}")
+    print(f"{'mask':>9} {'N':>7} {'engine':>11} {'work':>9} {'ms':>9} {'peak MiB':>9} {'vs sdpa':>8}")
     rows = []
     for mask in arguments.masks:
         for seqlen in arguments.seqlens:
-            rows += measure(arguments, mask, seqlen, names, device)
+            for mask_heads in arguments.mask_heads or [None] if mask == "blocks" else [None]:
+                rows += measure(arguments, mask, seqlen, mask_heads, names, device)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
     if arguments.json:
         save_json(arguments.json, {"environment": where, "settings": settings, "rows": rows})
@@ -58,19 +65,24 @@ def main() -> None:
         draw(arguments.png, where, rows)
 
 
-def measure(arguments, mask: str, seqlen: int, names: list[str], device: str) -> list[dict]:
+def measure(arguments, mask: str, seqlen: int, mask_heads: int | None, names: list[str], device: str) -> list[dict]:
     """Checks and times the engines on one mask and length. Returns a row for each kind of work."""
     heads = (arguments.num_heads, arguments.num_kv_heads, arguments.head_dim)
     shape = Shape(1, seqlen, seqlen, *heads, arguments.keep_window_size, not arguments.not_causal, mask)
+    shape = replace(shape, mask_heads=mask_heads)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs = make_inputs(shape, device, dtype, arguments.seed)
+    share = None if inputs.mask is None else inputs.mask.float().mean().item()
+    has_rows = inputs.mask is not None and inputs.mask.shape[2] > 1
     rows = []
     if mask == "topk":
         rows.append(time_one(arguments, rows, "create_mask", "mask", lambda: make_topk_mask(shape, inputs.bias)))
-    for name in [*names, *(["intervals"] if mask == "topk" else [])]:
+    tiled = ["tiled"] if "cuda" in names and has_rows else []
+    for name in [*names, *tiled, *(["intervals"] if mask == "topk" else [])]:
         if name == "sdpa" and seqlen > arguments.sdpa_limit:
             continue
-        function = with_written_mask(shape, inputs) if name == "sdpa" else engines(shape)[name]
+        prepare = {"sdpa": with_written_mask, "tiled": with_tiled_mask}.get(name)
+        function = engines(shape)[name] if prepare is None else prepare(shape, inputs)
         check(name, shape, inputs, function)
         with torch.no_grad():
             rows.append(time_one(arguments, rows, name, "forward", functools.partial(function, inputs)))
@@ -81,10 +93,11 @@ def measure(arguments, mask: str, seqlen: int, names: list[str], device: str) ->
             work = functools.partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
             rows.append(time_one(arguments, rows, name, "backward", work))
     for row in rows:
-        row |= {"mask": mask, "seqlen": seqlen}
+        row |= {"mask": mask, "seqlen": seqlen, "mask_heads": mask_heads, "share": share}
+        name = mask if mask_heads is None else f"{mask}/{mask_heads}"
         peak, ratio = row["peak_mib"], row["ratio_to_sdpa"]
         print(
-            f"{mask:>7} {seqlen:>7} {row['engine']:>11} {row['work']:>9} {row['milliseconds']:>9.3f} "
+            f"{name:>9} {seqlen:>7} {row['engine']:>11} {row['work']:>9} {row['milliseconds']:>9.3f} "
             f"{'' if peak is None else format(peak, '.0f'):>9} "
             f"{'' if ratio is None else format(ratio, '.2f') + 'x':>8}",
             flush=True,
@@ -118,6 +131,15 @@ def with_written_mask(shape: Shape, inputs: Inputs):
     return run
 
 
+def with_tiled_mask(shape: Shape, inputs: Inputs):
+    tiled = tile_mask(inputs.query, inputs.key, inputs.mask, is_causal=shape.is_causal)
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        return flash_dmattn_func(inputs.query, inputs.key, inputs.value, tiled, inputs.bias, is_causal=shape.is_causal)
+
+    return run
+
+
 def check(name: str, shape: Shape, inputs: Inputs, function) -> None:
     """Raises unless the last 64 rows of the first kv head's group equal the definition."""
     group, count = shape.num_heads // shape.num_kv_heads, min(64, shape.seqlen_q)
@@ -125,7 +147,10 @@ def check(name: str, shape: Shape, inputs: Inputs, function) -> None:
         out = function(inputs)[:, -count:, :group].float()
 
     def part(tensor):
-        return None if tensor is None else tensor[:, :1, -count:] if tensor.shape[2] > 1 else tensor[:, :1]
+        if tensor is None:
+            return None
+        tensor = tensor[:, : max(1, tensor.shape[1] // shape.num_kv_heads)]
+        return tensor[:, :, -count:] if tensor.shape[2] > 1 else tensor
 
     small = Inputs(
         inputs.query[:, -count:, :group],
@@ -134,7 +159,7 @@ def check(name: str, shape: Shape, inputs: Inputs, function) -> None:
         part(inputs.mask),
         part(inputs.bias),
     )
-    few = Shape(1, count, shape.seqlen_k, group, 1, shape.head_dim, shape.keep_window_size, shape.is_causal, shape.mask)
+    few = replace(shape, seqlen_q=count, num_heads=group, num_kv_heads=1)
     with torch.no_grad():
         expected = definition(few, small)
         if name == "sdpa":  # it has no row without keys: such a row is the mean of all values

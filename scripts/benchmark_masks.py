@@ -11,9 +11,10 @@ import flash_dmattn
 from flash_dmattn.interface import reference_dmattn_func
 from flash_dmattn.utils.mask import create_mask
 
-MASKS = ("random", "blocks", "topk", "key")
+MASKS = ("random", "blocks", "topk", "key", "full")
 """random: half of all pairs, and a bias for each. blocks: some 128 x 128 blocks, no bias. topk: each query's own top
-keys by a bias a key, written down. key: the top keys of the whole sequence, a mask and a bias a key."""
+keys by a bias a key, written down. key: the top keys of the whole sequence, a mask and a bias a key. full: a mask that
+hides nothing, one for all heads, no bias."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Shape:
     is_causal: bool = True
     mask: str = "topk"
     share: float = 0.06
+    mask_heads: int | None = None  # of blocks; None: the key heads
 
     def __str__(self) -> str:
         causal = "causal" if self.is_causal else "whole"
@@ -63,9 +65,12 @@ def make_inputs(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> Inp
     lanes = (shape.batch, shape.num_kv_heads)
     mask = bias = None
     if shape.mask == "blocks":
-        blocks = (*lanes, math.ceil(shape.seqlen_q / 128), math.ceil(shape.seqlen_k / 128))
+        heads = shape.mask_heads or shape.num_kv_heads
+        blocks = (shape.batch, heads, math.ceil(shape.seqlen_q / 128), math.ceil(shape.seqlen_k / 128))
         mask = torch.rand(blocks, generator=generator, device=device) < shape.share
         mask = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, : shape.seqlen_q, : shape.seqlen_k]
+    elif shape.mask == "full":
+        mask = torch.ones(1, 1, shape.seqlen_q, shape.seqlen_k, dtype=torch.bool, device=device)
     elif shape.mask == "random":
         bias = rand(*lanes, shape.seqlen_q, shape.seqlen_k)
         mask = torch.rand(bias.shape, generator=generator, device=device) < 0.5
@@ -146,8 +151,9 @@ def additive(shape: Shape, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
     if inputs.mask is not None:
         visible = visible & (inputs.mask != 0)
     bias = torch.zeros((), dtype=dtype, device=visible.device) if inputs.bias is None else inputs.bias.to(dtype)
-    written = torch.where(visible, bias, torch.finfo(dtype).min).expand(sizes)
-    return written.repeat_interleave(shape.num_heads // shape.num_kv_heads, dim=1)
+    written = torch.where(visible, bias, torch.finfo(dtype).min)
+    written = written.expand(sizes if written.shape[1] == 1 else written.shape)
+    return written.repeat_interleave(shape.num_heads // written.shape[1], dim=1)
 
 
 def definition(shape: Shape, inputs: Inputs) -> torch.Tensor:

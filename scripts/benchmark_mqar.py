@@ -2,9 +2,10 @@
 
     python scripts/benchmark_mqar.py --config configs/mqar/n256.yaml --json mqar.json --png mqar.png
 
-All variants, seeds and learning rates train side by side as one batched model, on the same examples. For every variant
-and seed the learning rate with the lowest loss on its own last training batches is kept; accuracy is measured on
-sequences with all pairs, drawn anew. Chance is one in the number of values.
+All variants, schedules, seeds and learning rates train side by side as one batched model, on the same examples and for
+the same number of steps. For every variant, schedule and seed the learning rate with the lowest loss on its own last
+training batches is kept; accuracy is measured on sequences with all pairs, drawn anew, under the mask that the variant
+ends with. Chance is one in the number of values. The schedules stand in `mqar.Run`.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from benchmark_report import environment, header, save_json
-from mqar import VARIANTS, Models, Optimizer, Run, Task
+from mqar import SCHEDULES, VARIANTS, Run, Task, make_runs
+from mqar_calibration import calibrate
+from mqar_models import Models, Optimizer
 
 
 def main() -> None:
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--seeds", type=int, default=3, help="models of each variant")
     parser.add_argument("--seed", type=int, default=42, help="of the examples")
     parser.add_argument("--log-every", type=int, default=500)
@@ -52,34 +56,33 @@ def main() -> None:
     where = environment(device)
     print(header(where))
     start = time.perf_counter()
-    rows, curves = train(arguments, device)
+    runs = make_runs(arguments.variants, arguments.schedules, arguments.seeds, arguments.learning_rates)
+    rows, curves, fits = train(arguments, runs, device)
     seconds = time.perf_counter() - start
     table = summarize(arguments, rows)
     print(f"{len(rows)} models in {seconds:.0f} s")
     settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "png")}
     if arguments.json:
         content = {"environment": where, "settings": settings, "seconds": seconds, "table": table, "rows": rows}
-        save_json(arguments.json, content | {"curves": curves})
+        save_json(arguments.json, content | {"calibration_r2": fits, "curves": curves})
     if arguments.png:
-        draw(arguments.png, where, settings, table, curves)
+        draw(arguments.png, where, settings, table, runs, curves)
 
 
-def train(arguments, device: str) -> tuple[list[dict], list[dict]]:
-    """Returns a row for every model, and its accuracy along the way."""
+def train(arguments, runs: list[Run], device: str) -> tuple[list[dict], list[dict], dict[str, list[float]]]:
+    """Returns a row for every model, its accuracy along the way, and how well the calibrations of conversions fit."""
     task = Task(arguments.seqlen, arguments.num_pairs, *[arguments.num_symbols] * 3)
-    runs = [
-        Run(variant, seed, rate)
-        for variant in arguments.variants
-        for seed in range(arguments.seeds)
-        for rate in arguments.learning_rates
-    ]
     models = Models(runs, task, arguments.width, arguments.num_heads, arguments.keep_window_size, device)
     optimizer = Optimizer(models, arguments.steps)
     generator = torch.Generator(device).manual_seed(arguments.seed)
     held_out = torch.Generator(device).manual_seed(arguments.seed + 1)
     parameters = list(models.parameters.values())
-    late, curves = torch.zeros(len(runs), device=device), []
+    late, curves, fits = torch.zeros(len(runs), device=device), [], {}
+    converted = [place for place, run in enumerate(runs) if run.has_importance and run.schedule == "converted"]
     for step in range(1, arguments.steps + 1):
+        if converted and step == (arguments.steps + 1) // 2 + 1:
+            fits = calibrate(models, converted, task.sample(arguments.batch_size, generator, mixed=True)[0])
+        models.advance((step - 1) / arguments.steps)
         tokens, targets = task.sample(arguments.batch_size, generator, mixed=True)
         losses = losses_of(models, tokens, targets)
         gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
@@ -88,16 +91,19 @@ def train(arguments, device: str) -> tuple[list[dict], list[dict]]:
         if step % arguments.log_every == 0 or step == arguments.steps:
             accuracy = evaluate(models, task, arguments.batch_size, 1, held_out)
             curves.append({"step": step, "accuracy": accuracy, "loss": losses.tolist()})
-            best = {
-                v: max(a for r, a in zip(runs, accuracy, strict=True) if r.variant == v) for v in arguments.variants
-            }
+            best = {name: max(accuracy[place] for place in places) for name, places in by_name(runs).items()}
             print(f"step {step}: best accuracy " + ", ".join(f"{v} {a:.3f}" for v, a in best.items()), flush=True)
     accuracy = evaluate(models, task, arguments.batch_size, 8, held_out)
     rows = [
         {**vars(run), "train_loss": loss / 50, "accuracy": found}
         for run, loss, found in zip(runs, late.tolist(), accuracy, strict=True)
     ]
-    return rows, curves
+    return rows, curves, fits
+
+
+def by_name(runs: list[Run]) -> dict[str, list[int]]:
+    """Returns where the runs of every variant and schedule stand."""
+    return {name: [p for p, run in enumerate(runs) if run.name == name] for name in dict.fromkeys(r.name for r in runs)}
 
 
 def losses_of(models: Models, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -110,6 +116,8 @@ def losses_of(models: Models, tokens: torch.Tensor, targets: torch.Tensor) -> to
 
 @torch.no_grad()
 def evaluate(models: Models, task: Task, batch_size: int, batches: int, generator: torch.Generator) -> list[float]:
+    """Returns each model's share of right answers under the mask that it ends with."""
+    models.advance(1.0)
     right, asked = 0, 0
     for _ in range(batches):
         tokens, targets = task.sample(batch_size, generator, mixed=False)
@@ -121,46 +129,47 @@ def evaluate(models: Models, task: Task, batch_size: int, batches: int, generato
 
 def summarize(arguments, rows: list[dict]) -> list[dict]:
     """Prints and returns mean and spread over seeds, the best learning rate by training loss for each."""
-    print(f"{'variant':>15} {'keys':>6} {'accuracy':>9} {'lowest':>8} {'highest':>8} {'deviation':>10}")
+    print(f"{'variant':>24} {'keys':>6} {'accuracy':>9} {'lowest':>8} {'highest':>8} {'deviation':>10}")
     table = []
-    for variant in arguments.variants:
+    for variant, schedule in dict.fromkeys((row["variant"], row["schedule"]) for row in rows):
         kept = []
         for seed in range(arguments.seeds):
-            own = [row for row in rows if (row["variant"], row["seed"]) == (variant, seed)]
+            own = [r for r in rows if (r["variant"], r["schedule"], r["seed"]) == (variant, schedule, seed)]
             kept.append(min(own, key=lambda row: row["train_loss"])["accuracy"])
         keys = arguments.seqlen if variant == "dense" else arguments.keep_window_size
-        deviation = statistics.stdev(kept) if len(kept) > 1 else 0.0
-        table.append({"variant": variant, "keys": keys, "accuracies": kept, "mean": statistics.mean(kept)})
+        mean, deviation = statistics.mean(kept), statistics.stdev(kept) if len(kept) > 1 else 0.0
+        table.append({"variant": variant, "schedule": schedule, "keys": keys, "accuracies": kept, "mean": mean})
         table[-1]["deviation"] = deviation
-        print(
-            f"{variant:>15} {keys:>6} {table[-1]['mean']:>9.4f} {min(kept):>8.4f} {max(kept):>8.4f} {deviation:>10.4f}"
-        )
+        name = f"{variant} {schedule}"
+        print(f"{name:>24} {keys:>6} {mean:>9.4f} {min(kept):>8.4f} {max(kept):>8.4f} {deviation:>10.4f}")
     print(f"chance: {1 / arguments.num_symbols:.4f}")
     return table
 
 
-def draw(path: str, where: dict, settings: dict, table: list[dict], curves: list[dict]) -> None:
+def draw(path: str, where: dict, settings: dict, table: list[dict], runs: list[Run], curves: list[dict]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    names = [row["variant"] for row in table]
-    left.bar(names, [row["mean"] for row in table], alpha=0.5)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
     for place, row in enumerate(table):
-        left.plot([place] * len(row["accuracies"]), row["accuracies"], "k.")
-    left.axhline(1 / settings["num_symbols"], color="gray", linestyle=":", label="chance")
-    left.set_ylabel("accuracy")
-    left.tick_params(axis="x", rotation=20)
+        name = f"{row['variant']} {row['schedule']}"
+        left.barh(name, row["mean"], alpha=0.5, color=f"C{VARIANTS.index(row['variant'])}")
+        left.plot(row["accuracies"], [place] * len(row["accuracies"]), "k.")
+    left.invert_yaxis()
+    left.axvline(1 / settings["num_symbols"], color="gray", linestyle=":", label="chance")
+    left.set_xlabel("accuracy, a point for each seed")
     left.legend()
-    per_variant = len(curves[0]["accuracy"]) // len(names)
-    for place, name in enumerate(names):
-        own = slice(place * per_variant, (place + 1) * per_variant)
-        right.plot([c["step"] for c in curves], [max(c["accuracy"][own]) for c in curves], label=name)
+    styles = dict(zip(SCHEDULES, ("-", ":"), strict=True))
+    for name, places in by_name(runs).items():
+        best = [max(curve["accuracy"][place] for place in places) for curve in curves]
+        run = runs[places[0]]
+        color = f"C{VARIANTS.index(run.variant)}"
+        right.plot([c["step"] for c in curves], best, styles[run.schedule], color=color, label=name)
     right.set_xlabel("step")
     right.set_ylabel("best accuracy")
-    right.legend()
+    right.legend(fontsize=7)
     figure.suptitle(
         f"MQAR, N = {settings['seqlen']}, {settings['num_pairs']} pairs, w = {settings['keep_window_size']}, width "
         f"{settings['width']}, {settings['seeds']} seeds, {where['device']} ({where['date']})"

@@ -18,7 +18,9 @@ def draw(path: str, report: dict) -> None:
     for panels, shape in zip(axes, shapes, strict=True):
         mine = [row for row in rows if row["shape"] == shape and "failed" not in row]
         for axis, batch in zip(panels, batches, strict=False):
-            _lines(axis, settings["engines"], [row for row in mine if row["batch"] == batch], "tokens_per_second", 1)
+            rows_of_batch = [row for row in mine if row["batch"] == batch]
+            axis.set_visible(bool(rows_of_batch))  # an interrupted run has none
+            _lines(axis, settings["engines"], rows_of_batch, "tokens_per_second", 1)
             axis.set_title(f"{shape}, batch {batch}: tokens a second")
         _lines(
             panels[-1], settings["engines"], [row for row in mine if row["batch"] == batches[0]], "cache_bytes", 2**20

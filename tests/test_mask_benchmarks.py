@@ -41,6 +41,7 @@ def test_forward_performance(tmp_path):
     figures, _ = run("benchmark_forward_performance.py", tmp_path, "--test-type", "sdpa-vs-flex", "--backward", *shape)
     assert {row["engine"] for row in figures["rows"]} == {"sdpa", "flex", "intervals", "create_mask"}
     assert all(row["milliseconds"] > 0 for row in figures["rows"])
+    assert {row["mask"] for row in figures["rows"]} == {"random", "blocks", "topk", "key", "full"}
 
 
 def test_recall(tmp_path):
@@ -50,7 +51,9 @@ def test_recall(tmp_path):
     assert len(CONFIGS) >= 3
     for config in CONFIGS:
         assert set(yaml.safe_load(config.read_text())) <= set(figures["settings"]), config.name
-    assert [row["variant"] for row in figures["table"]] == figures["settings"]["variants"]
+    named = [(row["variant"], row["schedule"]) for row in figures["table"]]
+    assert len(named) == len(set(named)) == 1 + 2 * 4  # dense attention has one schedule
+    assert len(figures["calibration_r2"]["layer 1"]) == 2 * 2
     assert all(math.isfinite(row["train_loss"]) for row in figures["rows"])
     assert f"{len(figures['rows'])} models" in said
 
@@ -67,21 +70,36 @@ def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
     import torch
 
     from benchmark_mqar import losses_of
-    from mqar import VARIANTS, Models, Optimizer, Run, Task
+    from mqar import SCHEDULES, VARIANTS, Task, make_runs
+    from mqar_calibration import calibrate
+    from mqar_models import Models, Optimizer
 
     task = Task(32, 4, 8, 8, 8)
-    all_runs = [Run(variant, seed, 1e-2 * (seed + 1)) for variant in VARIANTS for seed in range(2)]
+    all_runs = make_runs(VARIANTS, SCHEDULES, 2, [1e-2])
 
     def train(runs):
         models = Models(runs, task, 16, 1, 8, "cpu")
         optimizer = Optimizer(models, 4)
         generator = torch.Generator().manual_seed(3)
         parameters = list(models.parameters.values())
-        for _ in range(4):
+        for step in range(4):
+            if step == 2:
+                places = [place for place, run in enumerate(runs) if run.name == "dma+window converted"]
+                calibrate(models, places, task.sample(8, generator, mixed=True)[0])
+            models.advance(step / 4)
             losses = losses_of(models, *task.sample(4, generator, mixed=True))
             optimizer.step(torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True))
         return losses
 
+    runs = [run for run in all_runs if run.name == "dma converted"]
+    one, other = Models(runs, task, 16, 1, 8, "cpu"), Models(runs, task, 16, 1, 8, "cpu")
+    one.advance(0.0)
+    other.advance(1.0)
+    tokens, _ = task.sample(8, torch.Generator().manual_seed(4), mixed=True)
+    assert calibrate(one, [0, 1], tokens) == calibrate(other, [0, 1], tokens)  # both on dense attention
+
     together = train(all_runs)
-    for place in (1, 6, 9):
+    names = [run.name for run in all_runs]
+    for name in ("dense", "dma+window", "sinks+window", "sliding-window converted", "dma+window converted"):
+        place = names.index(name) + 1
         torch.testing.assert_close(together[place : place + 1], train(all_runs[place : place + 1]))

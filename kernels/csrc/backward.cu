@@ -27,14 +27,14 @@ cudaError_t launch(const BackwardParams& p, cudaStream_t stream) {
     const int64_t num_lanes = int64_t(p.batch) * p.num_interval_heads;
     const int64_t num_key_rows = int64_t(p.batch) * p.seqlen_k * (p.num_interval_heads / p.interval_heads_per_kv_head);
     const int64_t key_size = num_key_rows * p.head_dim;
-    constexpr int kRowsOfBlock = kPassThreads / kLanesOfRow, kSizeOfBlock = kPassThreads * 8;
+    constexpr int kSizeOfBlock = kPassThreads * 8;
     const int64_t key_blocks = (key_size + kSizeOfBlock - 1) / kSizeOfBlock;
-    if (num_rows > INT32_MAX - kRowsOfBlock || num_lanes > 65535 || key_blocks > INT32_MAX) {
+    if (num_rows > INT32_MAX - kRowsOfPass || num_lanes > 65535 || key_blocks > INT32_MAX) {
         return cudaErrorInvalidValue;
     }
     if (num_rows == 0 || num_lanes == 0 || num_key_rows == 0) return cudaErrorInvalidValue;
 
-    const dim3 row_blocks(unsigned((num_rows + kRowsOfBlock - 1) / kRowsOfBlock), unsigned(num_lanes));
+    const dim3 row_blocks(unsigned((num_rows + kRowsOfPass - 1) / kRowsOfPass), unsigned(num_lanes));
     gather_row_facts<Element><<<row_blocks, kPassThreads, 0, stream>>>(p);
     cudaError_t error = cudaGetLastError();
     if (error == cudaSuccess) error = launch_main<Element>(p, stream);

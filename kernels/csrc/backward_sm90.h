@@ -14,33 +14,38 @@ using BackwardParams = flash_dmattn_backward_params;
 constexpr int kBackwardTileRows = 64;
 
 // kBlockN keys; kStages tiles of query and dout; kSplitsHeadDim: the warpgroups share keys and split the head dim
-// instead of the keys; registers per thread.
+// instead of the keys; registers per thread, of which in a fixed order another warpgroup takes some.
 template <int kHeadDim>
 struct BackwardShape;
 
 template <>
 struct BackwardShape<64> {
     static constexpr int kBlockN = 128, kStages = 4, kProducerRegs = 56, kConsumerRegs = 224;
+    static constexpr int kOrderedConsumerRegs = 200;
     static constexpr bool kSplitsHeadDim = false;
 };
 template <>
 struct BackwardShape<96> {
     static constexpr int kBlockN = 128, kStages = 3, kProducerRegs = 56, kConsumerRegs = 224;
+    static constexpr int kOrderedConsumerRegs = 216;
     static constexpr bool kSplitsHeadDim = false;
 };
 template <>
 struct BackwardShape<128> {
     static constexpr int kBlockN = 128, kStages = 2, kProducerRegs = 24, kConsumerRegs = 240;
+    static constexpr int kOrderedConsumerRegs = 232;
     static constexpr bool kSplitsHeadDim = false;
 };
 template <>
 struct BackwardShape<192> {
     static constexpr int kBlockN = 64, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kOrderedConsumerRegs = 224;
     static constexpr bool kSplitsHeadDim = true;
 };
 template <>
 struct BackwardShape<256> {
     static constexpr int kBlockN = 64, kStages = 2, kProducerRegs = 40, kConsumerRegs = 232;
+    static constexpr int kOrderedConsumerRegs = 224;
     static constexpr bool kSplitsHeadDim = true;
 };
 

@@ -33,6 +33,7 @@ def flash_dmattn_func(
     query: (B, Sq, H, D), float16, bfloat16 or float32, any D up to 256; float64 and any D on the reference backend.
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
     attn_mask: (1 or B, 1 or Hkv or H, 1 or Sq, 1 or Sk), bool, or 1.0 / 0.0; zero hides a key. None: all visible.
+        A mask that many calls share may be a `TiledMask`, see `flash_dmattn.utils.mask.tile_mask`.
     attn_bias: of such a shape, floating point, added to the logits. None: nothing. Its gradient is summed over what is
         broadcast. Neither is expanded in memory, and without a query dimension both take O(N) memory.
     scale: factor of the dot product; None: D ** -0.5. Also named softmax_scale.

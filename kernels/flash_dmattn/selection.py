@@ -94,9 +94,13 @@ def _select_visible_op(
     windows = (keep_window_size, num_sink_tokens, local_window_size, sliding_window)
     options = (*windows, is_causal, padding_mask, cu_seqlens)
     with torch.cuda.device_of(importance):  # a kernel runs on the current device, whatever its tensors are on
-        if importance.device.type == "cuda" and cuda_selection.reject(importance, positions) is None:
+        if positions is None and _has_cuda_selection(importance):
             return cuda_selection.select_visible(importance, *options)
         return _select_in_torch(importance, *options, positions)
+
+
+def _has_cuda_selection(importance: torch.Tensor) -> bool:
+    return importance.device.type == "cuda" and cuda_selection.reject(importance) is None
 
 
 @_select_visible_op.register_fake
@@ -184,6 +188,8 @@ def _eviction_positions(axis, competes: torch.Tensor, num_contested: int) -> tor
         return position.clone()
     if length <= num_contested:
         return torch.full_like(position, NEVER)
+    if isinstance(axis, _PrunedAxis) and _has_cuda_selection(axis.importance):
+        return _eviction_positions_in_cuda(axis, competes, num_contested)
     order, start = _competition(axis, competes)
     places = torch.arange(length, device=order.device).expand(shape)
     index = kth_smallest_in_ranges(
@@ -192,6 +198,24 @@ def _eviction_positions(axis, competes: torch.Tensor, num_contested: int) -> tor
     index = torch.maximum(index.clamp(max=length - 1), order)
     evicted_at = torch.where(places - start < num_contested, NEVER, position.gather(-1, index))
     return torch.empty_like(evicted_at).scatter_(-1, order, evicted_at)
+
+
+def _eviction_positions_in_cuda(axis: "_PrunedAxis", competes: torch.Tensor, num_contested: int) -> torch.Tensor:
+    """Equals `_eviction_positions`. The library takes every head as a batch row of competing keys and padding."""
+    length = axis.importance.shape[-1]
+    sequences = axis.importance.flatten(0, 1)[:, None]
+    _, death = cuda_selection.select_visible(
+        sequences,
+        num_contested,
+        num_sink_tokens=0,
+        local_window_size=0,
+        sliding_window=None,
+        is_causal=True,
+        padding_mask=competes.flatten(0, 1),
+        cu_seqlens=None,
+    )
+    row = death.view(axis.importance.shape).long()
+    return torch.where(row < length, axis.position.gather(-1, row.clamp(max=length - 1)), NEVER)
 
 
 class _PlainAxis:

@@ -10,6 +10,7 @@ import torch
 from flash_dmattn.arguments import check_attention, check_windows
 from flash_dmattn.decode import find_victim
 from flash_dmattn.decode_call import DecodeCall, Slots
+from flash_dmattn.direct import can_call_directly
 from flash_dmattn.dispatch import choose_decoder
 
 
@@ -76,21 +77,22 @@ def decode_step(
     """
     _check(query, key, value, importance, slots, padding_mask, softcap)
     check_windows(slots.keys.shape[2], num_sink_tokens, local_window_size, sliding_window)
-    return decode_step_op(
-        query,
-        key,
-        value,
-        importance,
-        padding_mask,
-        *slots,
+    options = (
         num_sink_tokens,
         local_window_size,
         sliding_window,
         query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
         float(softcap),
         add_importance_bias,
-        backend,
     )
+    if can_call_directly(query, key, value, importance, slots.keys):
+        return _run(DecodeCall(query, key, value, importance, padding_mask, slots, *options), backend)
+    return decode_step_op(query, key, value, importance, padding_mask, *slots, *options, backend)
+
+
+def _run(call: DecodeCall, backend: str) -> torch.Tensor:
+    with torch.cuda.device_of(call.query):
+        return choose_decoder(call, backend).decode(call)
 
 
 @torch.library.custom_op(
@@ -133,8 +135,7 @@ def decode_step_op(
         softcap,
         add_importance_bias,
     )
-    with torch.cuda.device_of(query):
-        return choose_decoder(call, backend).decode(call)
+    return _run(call, backend)
 
 
 @decode_step_op.register_fake

@@ -3,6 +3,7 @@
 import torch
 
 from flash_dmattn.backends import triton
+from flash_dmattn.direct import can_call_directly
 
 
 def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
@@ -10,16 +11,18 @@ def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 
     A compiler fuses the operations itself.
     """
-    tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
     if torch.compiler.is_compiling() or value.device.type != "cuda" or value.shape[2] != 1 or value.stride(3) != 1:
         return False
+    tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    is_plain = all(tensor.dtype != torch.float64 and tensor.device == value.device for tensor in tensors)
-    return is_plain and triton.why_unavailable() is None
+    device = value.device
+    for tensor in tensors:
+        if tensor.dtype == torch.float64 or tensor.device != device:
+            return False
+    return triton.why_unavailable() is None
 
 
-@torch.library.custom_op("flash_dmattn::token_importance", mutates_args=())
 def token_importance(
     value: torch.Tensor,
     weight: torch.Tensor,
@@ -32,12 +35,29 @@ def token_importance(
     value: (B, Hkv, 1, D). weight: (Hi, Hkv * D). bias: (Hi,) or None. A: (Hi,).
     max_exponent: where the exponent is clamped before exp; None leaves exp out.
     """
+    run = _run if can_call_directly(value, weight, A) else token_importance_op
+    return run(value, weight, bias, A, max_exponent)
+
+
+def _run(value, weight, bias, A, max_exponent) -> torch.Tensor:
     from flash_dmattn.backends.triton.importance_kernel import run_importance
 
     with torch.cuda.device_of(value):
         return run_importance(value, weight, bias, A, max_exponent)
 
 
-@token_importance.register_fake
+@torch.library.custom_op("flash_dmattn::token_importance", mutates_args=())
+def token_importance_op(
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    max_exponent: float | None,
+) -> torch.Tensor:
+    """`token_importance` as an operator."""
+    return _run(value, weight, bias, A, max_exponent)
+
+
+@token_importance_op.register_fake
 def _(value, weight, bias, A, max_exponent):
     return value.new_empty((value.shape[0], weight.shape[0], 1), dtype=torch.float32)

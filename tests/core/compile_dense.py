@@ -37,6 +37,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, dbias="store"):
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "HAS_MASK": True,
+        "HAS_WORDS": False,
         "HAS_BIAS": True,
         "HAS_SOFTCAP": False,
         "IS_CAUSAL": True,
@@ -46,7 +47,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, dbias="store"):
         "BLOCK_N": config.block_n,
         "GRAIN_M": config.block_m,
         "GRAIN_N": config.block_n,
-        "SPAN": 4,
+        "SPAN": 128 // config.block_n,
         "mask_key_stride": 1,
         "bias_key_stride": 1,
     }

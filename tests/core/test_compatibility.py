@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+TESTS = REPOSITORY / "tests"
 PAGE = (REPOSITORY / "docs" / "compatibility.md").read_text()
 
 
@@ -18,6 +19,7 @@ def rows(heading):
 
 
 FUNCTIONS, BEHAVIOUR = rows("Functions"), rows("Behaviour")
+BENCHMARKS, ENVIRONMENT = rows("Benchmarks"), rows("Environment")
 
 
 def signature(function):
@@ -39,14 +41,24 @@ def test_functions_have_the_arguments_of_the_table(row):
     assert function.__doc__
 
 
-@pytest.mark.parametrize("row", FUNCTIONS + BEHAVIOUR, ids=lambda row: row[0].strip("`").split(".")[-1])
+ROWS = FUNCTIONS + BEHAVIOUR + BENCHMARKS + ENVIRONMENT
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip("`").split(".")[-1])
 def test_every_row_names_a_test(row):
     file, name = row[-1].strip("`").split("::")
-    assert re.search(rf"^def {name}\(", (REPOSITORY / "tests" / "core" / file).read_text(), re.MULTILINE), row[-1]
+    found = [path for path in (TESTS / "core" / file, TESTS / file) if path.exists()]
+    assert len(found) == 1 and re.search(rf"^def {name}\(", found[0].read_text(), re.MULTILINE), row[-1]
+
+
+@pytest.mark.parametrize("row", BENCHMARKS, ids=lambda row: row[0].strip("`").split("/")[-1])
+def test_every_benchmark_is_there(row):
+    assert (REPOSITORY / row[0].strip("`")).exists()
 
 
 def test_the_page_has_all_names():
     assert len(FUNCTIONS) == 12 and len(BEHAVIOUR) >= 20
+    assert len(BENCHMARKS) == 4 and len(ENVIRONMENT) == 5
     package = importlib.import_module("flash_dmattn")
     named = {row[0].strip("`").rpartition(".")[2] for row in FUNCTIONS}
     assert {name for name in package.__all__ if "dmattn" in name} <= named

@@ -15,7 +15,6 @@ from .selection_cases import LAYOUTS, draw_cases
 WHY_NOT = library.why_not_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
-SERVED = [layout for layout in LAYOUTS if layout != "positions"]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -25,7 +24,7 @@ def on_gpu(options: dict) -> dict:
 
 def assert_equal_to_the_cpu(importance: torch.Tensor, **options) -> None:
     moved = importance.cuda()
-    assert cuda_selection.reject(moved, options.get("positions")) is None
+    assert cuda_selection.reject(moved) is None
     got = select_visible(moved, **on_gpu(options))
     expected = select_visible(importance, **options)
     for name, ours, truth in zip(("birth", "death"), got, expected, strict=True):
@@ -33,7 +32,7 @@ def assert_equal_to_the_cpu(importance: torch.Tensor, **options) -> None:
         assert len(differ) == 0, f"{name} differs in {len(differ)} places, first {differ[0].tolist()}, of {options}"
 
 
-@pytest.mark.parametrize("layout", SERVED)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_random_cases(layout):
     for case in draw_cases():
         if case.layout == layout and case.importance.dtype != torch.float64:
@@ -98,6 +97,18 @@ def test_padding_and_documents_at_length(values):
         assert_equal_to_the_cpu(importance, **options)
         if "sliding_window" not in options:
             assert_equal_to_the_cpu(importance, **{**options, "local_window_size": 0, "is_causal": False})
+
+
+@pytest.mark.parametrize("values", ["distinct", "ties", "up", "special"])
+def test_a_chunk_behind_a_cache(values):
+    batch, num_heads, w, chunk = 2, 3, 700, 3000
+    shape = (batch, num_heads, w + chunk)
+    cached = torch.rand(batch, num_heads, 9000).argsort(-1)[..., :w]  # w of the first 9000 positions, in any order
+    cached = cached.masked_fill(torch.rand(batch, num_heads, w) < 0.1, -1)
+    positions = torch.cat([cached, torch.arange(9000, 9000 + chunk).expand(batch, num_heads, chunk)], -1).int()
+    for s, r, window in ((0, 0, None), (4, 300, None), (2, 699, 1000)):
+        options = {"keep_window_size": w + 1, "num_sink_tokens": s, "local_window_size": r, "sliding_window": window}
+        assert_equal_to_the_cpu(VALUES[values](shape), positions=positions, **options)
 
 
 def test_many_documents_of_one_token():

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flash_dmattn.dense.attention import dense_attention
+from flash_dmattn.utils.mask import tile_mask
 
-from .dense_cases import CASES, GPU_CASES, check, make_inputs, run
+from .dense_cases import CASES, GPU_CASES, DenseCase, check, make_inputs, run
 from .kernel_cases import DEVICE, HAS_GPU
 
 INTERPRETED = ("kv-heads", "query-heads", "one-for-all-deterministic", "bias-by-key", "bias-only-causal")
@@ -95,6 +96,76 @@ def test_nan_and_infinite_biases(backend):
     assert (out[0, 3] == 0).all() and lse[0, 0, 3].isneginf()
     torch.testing.assert_close(out[0, 4], value[0, 5])
     assert bias.grad.isfinite().all() and (bias.grad[0, 0, :, 1:3] == 0).all() and (bias.grad[0, 0, 3] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("layout", ["bytes", "words", "numbers", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tiles_are_empty_partial_or_full(dtype, layout, is_causal, seed):
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    seqlen_q, seqlen_k = 70, 302 if layout == "bytes" else 300
+    query, key = (torch.zeros(1, n, 2, 16, dtype=dtype, device=DEVICE) for n in (seqlen_q, seqlen_k))
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(1, 2, seqlen_q, seqlen_k, generator=generator) < 0.99
+    mask[..., 32:64], mask[..., 64:160] = False, True
+    mask = mask.to(DEVICE, torch.float16 if layout == "numbers" else torch.bool)
+    if layout == "transposed":
+        mask = mask.mT.contiguous().mT
+    tiles = tile_mask(query, key, mask, is_causal=is_causal).tiles
+    rows, keys = (-(-n // count) for n, count in zip((seqlen_q, seqlen_k), tiles.shape[2:], strict=True))
+    rows, keys = (1 << (size - 1).bit_length() for size in (rows, keys))
+    visible = (mask != 0).tril(seqlen_k - seqlen_q) if is_causal else mask != 0
+    for row in range(tiles.shape[2]):
+        for column in range(tiles.shape[3]):
+            tile = visible[..., row * rows : (row + 1) * rows, column * keys : (column + 1) * keys].flatten(2)
+            is_full = tile.all(-1) & (column * keys + keys <= seqlen_k)
+            assert torch.equal(tiles[..., row, column].long(), tile.any(-1).long() + is_full), (row, column)
+    assert set(tiles.unique().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_a_mask_that_is_tiled_is_not_read_for_its_tiles_again(monkeypatch, seed):
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    from flash_dmattn.dense import tiles
+
+    case = DenseCase("tiled", seqlen_q=34, seqlen_k=50, num_kv_heads=4, mask="kqs", is_causal=True)
+
+    def plain(*tensors, **options):
+        return dense_attention(*tensors, **options, backend="triton")
+
+    def tiled(query, key, value, mask, bias, **options):
+        mask = tile_mask(query, key, mask, is_causal=options["is_causal"])
+        assert set(mask.tiles.unique().tolist()) >= {0, 1}
+        monkeypatch.setattr(tiles, "_classify", None)
+        return plain(query, key, value, mask, bias, **options)
+
+    for expected, got in zip(run(plain, case, seed), run(tiled, case, seed), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_a_tiled_mask_serves_engines_that_have_no_tiles():
+    query, key = torch.randn(2, 1, 20, 2, 16)
+    mask = torch.rand(1, 1, 20, 20) < 0.5
+    tiled = tile_mask(query, key, mask, is_causal=True)
+    options = {"is_causal": True, "backend": "reference"}
+    expected, _ = dense_attention(query, key, key, mask, **options)
+    assert torch.equal(dense_attention(query, key, key, tiled, **options)[0], expected)
+    with pytest.raises(ValueError, match="is_causal must be True"):
+        dense_attention(query, key, key, tiled, backend="reference")
+    mask[0, 0, 3] = True
+    with pytest.raises(ValueError, match="must not change"):
+        dense_attention(query, key, key, tiled, **options)
+
+
+def test_tiles_of_another_length_are_refused():
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    query = torch.randn(1, 40, 2, 16, device=DEVICE)
+    tiled = tile_mask(query, query, torch.ones(1, 1, 40, 40, dtype=torch.bool, device=DEVICE))
+    other = replace(tiled, attn_mask=tiled.attn_mask.new_ones(1, 1, 70, 70), version=0)
+    query = torch.randn(1, 70, 2, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="its tiles must have shape"):
+        dense_attention(query, query, query, other, backend="triton")
 
 
 def test_masks_without_rows_take_the_interval_engine(monkeypatch):

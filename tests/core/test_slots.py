@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_dmattn import interval_attention, select_visible
+from flash_dmattn import slots as slots_module
 from flash_dmattn.backends import BACKENDS
 from flash_dmattn.slots import decode_step, decode_step_op, make_slots, refresh_victims
 
@@ -171,6 +173,31 @@ def test_engines_keep_the_same_keys(name, small_programs):
         assert torch.equal(*victims)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU: these are the programs that batches of many heads get")
+@pytest.mark.parametrize(("batch", "head_dim"), [(1, 128), (1, 64), (4, 128), (16, 128), (16, 64)])
+@torch.no_grad()
+def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
+    """Full slots of 2048, 32 query heads over 8 kv heads, bfloat16: outputs, kept keys and next victims."""
+    windows = {"num_sink_tokens": 4, "local_window_size": 1536}
+    ours, theirs = (make_slots(batch, 8, 2048, head_dim, torch.bfloat16, DEVICE) for _ in range(2))
+    for state in ours[:3]:
+        state.normal_()
+    ours.positions.copy_(torch.rand(batch, 8, 10000, device=DEVICE).argsort(-1)[..., :2048])
+    ours.lengths.fill_(10000)
+    refresh_victims(ours, **windows)
+    for state, other in zip(ours, theirs, strict=True):
+        other.copy_(state)
+    for _ in range(3):
+        query = torch.randn(batch, 1, 32, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        key, value = torch.randn(2, batch, 1, 8, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        token = (query, key, value, torch.randn(batch, 8, 1, device=DEVICE))
+        out = decode_step(*token, ours, **windows, backend="triton")
+        expected = decode_step(*token, theirs, **windows, backend="reference")
+        torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+        assert all(map(torch.equal, ours, theirs))
+
+
 def test_strided_tokens():
     """As a model's projections give them: heads before the token, cut out of one tensor."""
     case = Case(5, 1, 2)
@@ -259,3 +286,25 @@ def test_the_operator_is_what_the_compiler_expects():
     options = (case.s, case.r, None, 0.3, 0.0, True, "reference")
     call = (query, key, value, importance[:, :, :1], None, *slots, *options)
     torch.library.opcheck(decode_step_op, call, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_operator_is_left_out_where_nobody_would_see_it(monkeypatch):
+    """Its machinery takes longer than launching a kernel. With it or without, the step is the same."""
+    calls, operator = [], slots_module.decode_step_op
+    monkeypatch.setattr(slots_module, "decode_step_op", lambda *inputs: calls.append(inputs) or operator(*inputs))
+    case = CASES["sinks-local"]
+    inputs = draw(case, torch.float32)
+
+    def run():
+        slots = make_slots(2, 2, case.w, case.head_dim, torch.float32, DEVICE)
+        return torch.cat(list(steps(case, slots, *inputs, "reference")), dim=1), slots
+
+    with torch.no_grad():
+        out, slots = run()
+        assert not calls
+        with FlopCounterMode(display=False):
+            assert torch.equal(run()[0], out)
+        assert len(calls) == case.length
+    again, others = run()
+    assert len(calls) == 2 * case.length and torch.equal(again, out)
+    assert all(map(torch.equal, slots, others))

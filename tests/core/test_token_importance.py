@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_dmattn.token_importance import can_fuse, token_importance
+from flash_dmattn.token_importance import can_fuse, token_importance_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -69,4 +69,4 @@ def test_it_is_left_out_where_gradients_or_several_tokens_are_wanted():
 def test_the_operator_is_what_the_compiler_expects(has_bias):
     value, weight, A = (torch.randn(shape, device=DEVICE) for shape in ((2, 2, 1, 8), (3, 16), (3,)))
     call = (value, weight, A.clone() if has_bias else None, A, None)
-    torch.library.opcheck(token_importance, call, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(token_importance_op, call, test_utils=("test_schema", "test_faketensor"))

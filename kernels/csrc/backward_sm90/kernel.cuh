@@ -8,6 +8,7 @@
 #pragma once
 
 #include "consumer.cuh"
+#include "order.cuh"
 #include "producer.cuh"
 #include "wide_consumer.cuh"
 
@@ -20,11 +21,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int stage = 0; stage < Traits::kStages; ++stage) {
-            barrier_init(shared.rows_full(stage), 4);
-            barrier_init(shared.rows_empty(stage), kWarpgroups * 4);
+            // Every thread arrives for itself.
+            barrier_init(shared.rows_full(stage), kWarpgroup);
+            barrier_init(shared.rows_empty(stage), kWarpgroups * kWarpgroup);
         }
         barrier_init(shared.item_full(), 1);
-        barrier_init(shared.keys_empty(), kWarpgroups * 4);
+        barrier_init(shared.keys_empty(), kWarpgroups * (kWarpgroup + Traits::kIsDeterministic));
+        if constexpr (Traits::kIsDeterministic) {
+#pragma unroll
+            for (int i = 0; i < kWarpgroups; ++i) {
+                barrier_init(shared.sums_full(i), kWarpgroup);
+                barrier_init(shared.sums_empty(i), 1);
+                barrier_init(shared.sums_added(i), kWarpgroup + 1);
+            }
+        }
         fence_barrier_init();
     }
     __syncthreads();
@@ -32,6 +42,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
     if (warpgroup == 0) {
         shrink_registers<Traits::kProducerRegs>();
         produce_gradients<Traits>(p, smem);
+    } else if (Traits::kIsDeterministic && warpgroup == 3) {
+        shrink_registers<Traits::kProducerRegs>();
+        const int warp = threadIdx.x / 32 % 4;
+        if (warp < kWarpgroups && threadIdx.x % 32 == 0) keep_order<Traits>(p, smem, warp);
     } else {
         grow_registers<Traits::kConsumerRegs>();
         if constexpr (Traits::kSplitsHeadDim) {
@@ -67,7 +81,9 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
     const int64_t longest_tile = p.tile_size * (p.query_strides[1] + p.group_size * p.query_strides[2]);
     if (lists > INT32_MAX / 2 || items > INT32_MAX - 65536 || longest_tile > INT32_MAX / 2) return cudaErrorInvalidValue;
     const int blocks = lists * key_tiles < num_processors ? int(lists * key_tiles) : num_processors;
-    kernel<<<blocks, Traits::kThreads, Traits::kSharedBytes, stream>>>(BackwardKernelParams(p, Traits::kBlockN));
+    using Ordered = BackwardTraits<Element, kHeadDim, false, true>;
+    const int threads = p.deterministic ? Ordered::kThreads : Traits::kThreads;
+    kernel<<<blocks, threads, Traits::kSharedBytes, stream>>>(BackwardKernelParams(p, Traits::kBlockN));
     return cudaGetLastError();
 }
 

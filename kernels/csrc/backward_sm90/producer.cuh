@@ -100,8 +100,7 @@ __device__ __forceinline__ void produce_gradients(const BackwardKernelParams& p,
     // Copies are ordinary writes: before the tensor cores read them, their writer orders them.
     const auto hand_over = [&] {
         fence_shared_for_tensor_cores();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.rows_full(landing));
+        barrier_arrive(shared.rows_full(landing));
         landing = landing + 1 == Traits::kStages ? 0 : landing + 1;
     };
     for (int keys_phase = 1;; keys_phase ^= 1) {

@@ -56,7 +56,12 @@ struct BackwardTraits : BackwardShape<kHeadDim_> {
     static constexpr bool kHasSoftcap = kHasSoftcap_;
     static constexpr bool kIsDeterministic = kIsDeterministic_;
     static constexpr int kBlockM = kBackwardTileRows;
-    static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroup;
+    // In a fixed order threads of a fourth warpgroup keep it.
+    static constexpr int kThreads = (kWarpgroups + 1 + kIsDeterministic) * kWarpgroup;
+    static constexpr int kConsumerRegs = kIsDeterministic ? Shape::kOrderedConsumerRegs : Shape::kConsumerRegs;
+    // Whether the product for dvalue starts with that for dkey: where registers are short.
+    static constexpr bool kAddsLate = kHasSoftcap || (kIsDeterministic && kHeadDim == 128);
+    static constexpr int kProducerRegs = kIsDeterministic ? 256 - kConsumerRegs : Shape::kProducerRegs;
     static constexpr int kLag = kStages > 2;  // stages that are under way while the producers wait for an older one
 
     // A matrix lies in shared memory as pieces of kRowBytes wide rows, each piece with all its rows. A warpgroup's part
@@ -90,7 +95,7 @@ struct BackwardTraits : BackwardShape<kHeadDim_> {
     static constexpr int kItemOffset = kOffsetsOffset + kBlockM * 8;
     static constexpr int kNumbersOffset = kItemOffset + 48;
     static constexpr int kBarrierOffset = kNumbersOffset + 8;
-    static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 2) * 8;
+    static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 2 + 3 * kWarpgroups) * 8;
 
     static_assert(kKeysPerWarp % kRowsPerCopy == 0 && kRowsPerWarp % kRowsPerCopy == 0 && kKeysPerWarp <= 32);
     static_assert(kTileBytes % 1024 == 0 && kQueryBytes % 1024 == 0 && kWeightBytes % 1024 == 0);
@@ -114,6 +119,11 @@ struct BackwardMemory {
     __device__ uint32_t rows_empty(int stage) const { return barrier(Traits::kStages + stage); }
     __device__ uint32_t item_full() const { return barrier(2 * Traits::kStages); }
     __device__ uint32_t keys_empty() const { return barrier(2 * Traits::kStages + 1); }
+    // In a fixed order, of a warpgroup of consumers: its dquery lies in shared memory or, from registers, is added; the
+    // place may be written again or its turn has come; all of an item is added.
+    __device__ uint32_t sums_full(int warpgroup) const { return barrier(2 * Traits::kStages + 2 + warpgroup); }
+    __device__ uint32_t sums_empty(int warpgroup) const { return barrier(2 * Traits::kStages + 4 + warpgroup); }
+    __device__ uint32_t sums_added(int warpgroup) const { return barrier(2 * Traits::kStages + 6 + warpgroup); }
     __device__ uint32_t barrier(int number) const { return base + Traits::kBarrierOffset + number * 8; }
 };
 

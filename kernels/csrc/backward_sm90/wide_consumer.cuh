@@ -41,8 +41,7 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
     for (int i = 0; i < kColumns / 2; ++i) dkey[i] = dvalue[i] = 0.f;
     const WorkItem& item = *reinterpret_cast<const WorkItem*>(smem + Traits::kItemOffset);
     Ring<Traits::kStages> ring;
-    int half = 0;
-    TileOrder<Traits> order;
+    int half = 0, sums_phase = 0;
 
     for (int phase = 0;; phase ^= 1) {
         barrier_wait(shared.item_full(), phase);
@@ -50,13 +49,8 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
         const ThreadKeys keys(p, item, warp * 16 + lane / 4);
         // In the order of the accumulators, which is undone when the sums are complete.
         float* sums = item.dquery_sums<Traits>(p, item.first_tile) + warpgroup * kBlockM * kColumns + thread * 4;
-        int tile = keep_of_warp(item.first_tile);
-        const auto tell_order = [&] {
-            named_sync(kMeeting + warpgroup, kWarpgroup);
-            if (thread == 0 && order.is_pending) order.tell(p, item.position, warpgroup);
-        };
 
-        for (int tiles = keep_of_warp(item.num_tiles); tiles > 0; --tiles, half ^= 1, ++tile) {
+        for (int tiles = keep_of_warp(item.num_tiles); tiles > 0; --tiles, half ^= 1) {
             const float* facts =
                 reinterpret_cast<const float*>(smem + Traits::kFactsOffset + ring.stage * Traits::kFactBytes) +
                 warpgroup * kMyQueries + lane % 4 * 2;
@@ -69,10 +63,6 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
                     scores, shared.key(), kKeyPieces, shared.query(ring.stage) + my_queries, kQueryPieces);
                 start_products<Traits, kMyQueries>(
                     dweights, shared.value(), kKeyPieces, shared.dout(ring.stage) + my_queries, kQueryPieces);
-                if constexpr (kIsDeterministic) {
-                    tell_order();
-                    if (thread == 0) order.start(p, item, tile);
-                }
                 if constexpr (kHasSoftcap) {
                     wgmma_wait<0>();
                     pin(scores);
@@ -108,8 +98,8 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
             wgmma_wait<1>();
             pin(dquery);
             if constexpr (kIsDeterministic) {
-                if (thread == 0) order.wait(p, item.position, warpgroup);
-                named_sync(kMeeting + warpgroup, kWarpgroup);
+                barrier_wait(shared.sums_empty(warpgroup), sums_phase);
+                sums_phase ^= 1;
             }
 #pragma unroll
             for (int i = 0; i < kColumns / 8; ++i) {
@@ -117,27 +107,29 @@ __device__ __forceinline__ void consume_wide(const BackwardKernelParams& p, char
                     sums + i * kWarpgroup * 4,
                     make_float4(dquery[i * 4], dquery[i * 4 + 1], dquery[i * 4 + 2], dquery[i * 4 + 3]));
             }
+            if constexpr (kIsDeterministic) barrier_arrive(shared.sums_full(warpgroup));
             sums += kBlockM * kHeadDim;
             wgmma_wait<0>();
             pin(dvalue);
             pin(dkey);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(shared.rows_empty(ring.stage));
+            barrier_arrive(shared.rows_empty(ring.stage));
             ring.advance();
         }
 
-        if constexpr (kIsDeterministic) tell_order();
         const EndedItem ended(item);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.keys_empty());
+        barrier_arrive(shared.keys_empty());
         if constexpr (kIsDeterministic) {
             wait_for_earlier_list(p, ended.position, kMeeting + warpgroup);
             if (warpgroup == 1) named_sync(kAdded, 2 * kWarpgroup);
         }
         flush_item<Traits>(p, keys, ended.list_head, warpgroup * kColumns, dkey, dvalue, dbias, lane);
-        if (kIsDeterministic && warpgroup == 0) {
-            __threadfence();
-            named_arrive(kAdded, 2 * kWarpgroup);
+        if constexpr (kIsDeterministic) {
+            if (warpgroup == 0) {
+                __threadfence();
+                named_arrive(kAdded, 2 * kWarpgroup);
+            }
+            barrier_arrive(shared.sums_added(warpgroup));
+            barrier_wait(shared.sums_added(warpgroup), phase);
         }
         finish_item<Traits>(p, ended, kMeeting + warpgroup);
     }

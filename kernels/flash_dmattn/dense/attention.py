@@ -7,6 +7,7 @@ from flash_dmattn.dense.arguments import check_dense
 from flash_dmattn.dense.call import DenseCall
 from flash_dmattn.dense.engines import ENGINES
 from flash_dmattn.dense.ops import dense_attention_op
+from flash_dmattn.dense.tiled_mask import TiledMask, without_expansion
 from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
 from flash_dmattn.visibility import NEVER, Visibility
 
@@ -15,7 +16,7 @@ def dense_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | TiledMask | None = None,
     attn_bias: torch.Tensor | None = None,
     *,
     is_causal: bool = False,
@@ -28,6 +29,7 @@ def dense_attention(
 
     query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D), query's dtype, all finite.
     attn_mask: (1 or B, 1 or Hkv or H, 1 or Sq, 1 or Sk), bool or floating point, zero hides a key; None hides nothing.
+        Or a `TiledMask` of such a tensor.
     attn_bias: of such a shape, floating point, added to the logits; None adds nothing. NaN counts as -inf, +inf as the
         largest float32; a GPU adds 2.3e38 at most.
     is_causal: query i sees no key after i + Sk - Sq.
@@ -39,11 +41,15 @@ def dense_attention(
 
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
     """
+    tiles = None
+    if isinstance(attn_mask, TiledMask):
+        attn_mask.check(is_causal)
+        attn_mask, tiles = attn_mask.attn_mask, attn_mask.tiles
     check_dense(query, key, value, attn_mask, attn_bias, softcap=softcap, backend=backend)
     check_backend_name(backend)
-    attn_mask = _without_expansion(attn_mask)
+    attn_mask = without_expansion(attn_mask)
     if attn_bias is not None and not attn_bias.requires_grad:
-        attn_bias = _without_expansion(attn_bias)
+        attn_bias = without_expansion(attn_bias)
     if query.shape[1] <= key.shape[1] and _is_per_key(attn_mask) and _is_per_key(attn_bias):
         visibility, max_visible = _intervals(query, key, attn_mask, attn_bias, is_causal)
         return attend_intervals(
@@ -64,19 +70,9 @@ def dense_attention(
     softmax_scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     options = (is_causal, softmax_scale, float(softcap), deterministic)
     if differentiates_itself(backend):
-        call = DenseCall(query, key, value, attn_mask, attn_bias, *options)
+        call = DenseCall(query, key, value, attn_mask, attn_bias, *options, tiles)
         return choose_backend(call, backend, ENGINES).attend(call)
-    return dense_attention_op(query, key, value, attn_mask, attn_bias, *options, backend)[:2]
-
-
-def _without_expansion(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns a view with size 1 where the stride is 0."""
-    if tensor is None:
-        return None
-    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+    return dense_attention_op(query, key, value, attn_mask, attn_bias, tiles, *options, backend)[:2]
 
 
 def _is_per_key(tensor: torch.Tensor | None) -> bool:

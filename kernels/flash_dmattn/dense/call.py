@@ -15,6 +15,7 @@ class DenseCall:
     is_causal: query i sees no key after i + Sk - Sq.
     softmax_scale: factor of the dot product. softcap: 0 is off.
     deterministic: equal inputs must give bitwise equal gradients.
+    tiles: what `TiledMask` knows of attn_mask, None when nothing is known.
     """
 
     query: torch.Tensor
@@ -26,6 +27,7 @@ class DenseCall:
     softmax_scale: float
     softcap: float
     deterministic: bool
+    tiles: torch.Tensor | None = None
 
     @property
     def group_size(self) -> int:

@@ -25,21 +25,31 @@ def classify_tiles(call: DenseCall, grain_m: int, grain_n: int) -> torch.Tensor:
     """Returns (Bm, Hm, cdiv(Sq, grain_m), cdiv(Sk, grain_n)) uint8: 0 for an empty tile, 1 a partial, 2 a full one.
 
     Keys beyond Sk are hidden; rows beyond Sq do not count. Bm and Hm are those of the mask, 1 and 1 without one.
+    Raises ValueError when the call brings tiles of another shape.
     """
     mask = call.attn_mask
     seqlen_q, seqlen_k = call.query.shape[1], call.key.shape[1]
     batch, heads = (1, 1) if mask is None else mask.shape[:2]
     shape = (batch, heads, triton.cdiv(seqlen_q, grain_m), triton.cdiv(seqlen_k, grain_n))
+    if call.tiles is not None:
+        if call.tiles.shape != shape:
+            raise ValueError(
+                f"attn_mask must be tiled for a query of this dtype, head dim and length: its tiles must have shape "
+                f"{shape}, got {tuple(call.tiles.shape)}"
+            )
+        return call.tiles
     classes = torch.empty(shape, dtype=torch.uint8, device=call.query.device)
-    span = 4
+    span = 128 // grain_n  # whole cache lines of a mask of bytes
+    words = None if mask is None else _words(mask)
     _classify[(triton.cdiv(shape[3], span), shape[2], batch * heads)](
         classes,
-        *mask_arguments(call),
+        *(mask_arguments(call) if words is None else tensor_arguments(words, call)),
         heads,
         seqlen_q,
         seqlen_k,
         shape[3],
         HAS_MASK=mask is not None,
+        HAS_WORDS=words is not None,
         IS_CAUSAL=call.is_causal,
         GRAIN_M=grain_m,
         GRAIN_N=grain_n,
@@ -103,10 +113,17 @@ def tensor_arguments(tensor: torch.Tensor | None, call: DenseCall) -> tuple:
     return (view, *strides)
 
 
+def _words(mask: torch.Tensor) -> torch.Tensor | None:
+    """Returns a mask of bytes as int32, four keys a word, or None where its layout has no whole words."""
+    strides = (mask.storage_offset(), mask.data_ptr(), *mask.stride()[:3], mask.shape[3])
+    is_whole = mask.dtype == torch.bool and mask.stride(3) == 1 and all(stride % 4 == 0 for stride in strides)
+    return mask.view(torch.uint8).view(torch.int32) if is_whole else None
+
+
 @triton.jit
 def _classify(
     classes_ptr,  # (Bm, Hm, rows, columns) uint8
-    mask_ptr,  # (Bm, Hm, Sq, Sk)
+    mask_ptr,  # (Bm, Hm, Sq, Sk), HAS_WORDS: (Bm, Hm, Sq, Sk / 4) words of four bytes, 0 or 1 each
     mask_batch_stride,
     mask_head_stride,
     mask_row_stride,
@@ -116,24 +133,43 @@ def _classify(
     seqlen_k,
     columns,
     HAS_MASK: tl.constexpr,
+    HAS_WORDS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     GRAIN_M: tl.constexpr,
     GRAIN_N: tl.constexpr,
     SPAN: tl.constexpr,
 ):
     lane = tl.program_id(2)
-    row = tl.program_id(1) * GRAIN_M + tl.arange(0, GRAIN_M)
-    exists = row < seqlen_q
+    first_row, first_column = tl.program_id(1) * GRAIN_M, tl.program_id(0) * SPAN
+    num_rows = tl.minimum(GRAIN_M, seqlen_q - first_row)
     mask_ptr += (lane // heads).to(tl.int64) * mask_batch_stride + (lane % heads).to(tl.int64) * mask_head_stride
-    for column in range(tl.program_id(0) * SPAN, tl.minimum((tl.program_id(0) + 1) * SPAN, columns)):
-        key = column * GRAIN_N + tl.arange(0, GRAIN_N)
-        visible = load_visible(
-            mask_ptr, mask_row_stride, mask_key_stride, row, key, seqlen_q, seqlen_k, HAS_MASK, IS_CAUSAL
-        )
-        any_visible = tl.max(tl.max((visible & exists[:, None]).to(tl.int32), axis=1), axis=0)
-        all_visible = tl.min(tl.min((visible | (row >= seqlen_q)[:, None]).to(tl.int32), axis=1), axis=0)
-        place = (lane.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * columns + column
-        tl.store(classes_ptr + place, (any_visible + all_visible * any_visible).to(tl.uint8))
+    offset = seqlen_k - seqlen_q
+    count = tl.zeros((SPAN,), tl.int32)
+    last_visible = first_row + num_rows - 1 + offset if IS_CAUSAL else seqlen_k
+    if first_column * GRAIN_N <= last_visible:
+        row = first_row + tl.arange(0, GRAIN_M)
+        if HAS_WORDS:
+            word = first_column * (GRAIN_N // 4) + tl.arange(0, SPAN * GRAIN_N // 4)
+            address = mask_ptr + row.to(tl.int64)[:, None] * mask_row_stride + word.to(tl.int64)[None, :]
+            found = tl.load(address, mask=(row < seqlen_q)[:, None] & (word < seqlen_k // 4)[None, :], other=0)
+            if IS_CAUSAL:
+                past = row[:, None] + (offset + 1) - 4 * word[None, :]  # keys of the word that the row may see
+                inside = found & (0x01010101 >> (32 - 8 * tl.minimum(tl.maximum(past, 1), 4)))
+                found = tl.where(past > 0, inside, 0)
+            counters = tl.sum(found, axis=0)  # four counters of 8 bits, below GRAIN_M + 1 each
+            by_word = (counters & 255) + (counters >> 8 & 255) + (counters >> 16 & 255) + (counters >> 24 & 255)
+            count = tl.sum(tl.reshape(by_word, (SPAN, GRAIN_N // 4)), axis=1)
+        else:
+            key = first_column * GRAIN_N + tl.arange(0, SPAN * GRAIN_N)
+            visible = load_visible(
+                mask_ptr, mask_row_stride, mask_key_stride, row, key, seqlen_q, seqlen_k, HAS_MASK, IS_CAUSAL
+            )
+            by_key = tl.sum((visible & (row < seqlen_q)[:, None]).to(tl.int32), axis=0)
+            count = tl.sum(tl.reshape(by_key, (SPAN, GRAIN_N)), axis=1)
+    column = first_column + tl.arange(0, SPAN)
+    place = (lane.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * columns + column
+    found = (count > 0).to(tl.uint8) + (count == num_rows * GRAIN_N).to(tl.uint8)
+    tl.store(classes_ptr + place, found, mask=column < columns)
 
 
 @triton.jit

@@ -3,8 +3,11 @@
 import torch
 
 from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.dense.tiled_mask import TiledMask, tile_mask
 from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import NEVER, Visibility
+
+__all__ = ["TiledMask", "create_mask", "mask_to_visibility", "tile_mask"]
 
 
 @accept_aliases(keep_window_size="window_size")

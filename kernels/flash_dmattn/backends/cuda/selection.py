@@ -38,10 +38,8 @@ class _Parameters(ctypes.Structure):
     ]
 
 
-def reject(importance: torch.Tensor, positions: torch.Tensor | None) -> str | None:
-    """Returns why the library does not select for these tensors, or None."""
-    if positions is not None:
-        return "positions are not supported"
+def reject(importance: torch.Tensor) -> str | None:
+    """Returns why the library does not select by these importances, or None."""
     if importance.dtype not in _TYPES:
         return f"dtype {importance.dtype} is not supported"
     if importance.shape[0] * importance.shape[1] > _MAX_LANES or importance.numel() > NEVER:

@@ -101,11 +101,23 @@ def dkey_config(query: torch.Tensor) -> BlockConfig:
 
 def decode_config(num_heads: int, num_slots: int, query: torch.Tensor) -> DecodeConfig:
     """A sequence alone is spread over the whole GPU; num_heads: of the batch."""
-    block_n = max(16, min(64, 2**14 // _bytes_per_row(query)))
+    return _decode_config(num_heads, num_slots, query.shape[-1], query.element_size(), query.device)
+
+
+@functools.cache
+def _decode_config(
+    num_heads: int, num_slots: int, head_dim: int, element_size: int, device: torch.device
+) -> DecodeConfig:
+    row = max(16, triton.next_power_of_2(head_dim)) * element_size
+    block_n = max(16, min(64, 2**14 // row))
     splits = triton.cdiv(_DECODE_PROGRAMS, num_heads)
     split_size = triton.next_power_of_2(triton.cdiv(num_slots, splits))
     split_size = max(block_n, min(split_size, _MAX_SPLIT))
-    return DecodeConfig(split_size, block_n, 4, 1 if split_size == block_n else 2)
+    if split_size == block_n:
+        return DecodeConfig(split_size, block_n, 4, 1)
+    if row == 128 and split_size >= 512 and _is_large(device):
+        return DecodeConfig(split_size, 128, 4, 3)
+    return DecodeConfig(split_size, block_n, 4, 2)
 
 
 def _bytes_per_row(query: torch.Tensor) -> int:

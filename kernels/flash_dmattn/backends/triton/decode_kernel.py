@@ -5,6 +5,8 @@ that owns the victim of this step also writes the token there. The last program 
 together. The grid depends on shapes alone and no program waits for another, so a CUDA graph can hold the step.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,15 +22,14 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
     """Changes the slots and returns out (B, 1, H, D)."""
     slots = call.slots
     batch, heads, num_slots, head_dim = slots.keys.shape
-    num_heads = call.query.shape[2]
-    group_size = num_heads // heads
+    group_size = call.query.shape[2] // heads
     config = config or decode_config(batch * heads, num_slots, call.query)
-    num_splits = triton.cdiv(num_slots, config.split_size)
+    num_splits, block_s, group_rows, block_d = _sizes(num_slots, config.split_size, group_size, head_dim)
+    num_parts = batch * heads * num_splits
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
-    device, block_d = out.device, max(16, triton.next_power_of_2(head_dim))
-    parts = torch.empty(batch * heads * num_splits * group_size, head_dim, dtype=torch.float32, device=device)
-    sums = torch.empty(*parts.shape[:1], 2, dtype=torch.float32, device=device)
-    worst = torch.empty(batch * heads * num_splits, 2, dtype=torch.int64, device=device)
+    parts = torch.empty(num_parts * group_size, head_dim, dtype=torch.float32, device=out.device)
+    sums = torch.empty(num_parts * group_size, 2, dtype=torch.float32, device=out.device)
+    worst = torch.empty(num_parts, 2, dtype=torch.int64, device=out.device)
     padding_mask = call.padding_mask
     _decode[(batch * heads, num_splits)](
         out,
@@ -56,13 +57,13 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
         GROUP=group_size,
         HEADS_PER_KV=heads // call.key.shape[2],
         HEAD_DIM=head_dim,
-        GROUP_ROWS=triton.next_power_of_2(group_size),
-        BLOCK_G=max(16, triton.next_power_of_2(group_size)),
+        GROUP_ROWS=group_rows,
+        BLOCK_G=max(16, group_rows),
         BLOCK_D=block_d,
         BLOCK_N=config.block_n,
         SPLIT=config.split_size,
         SPLITS=num_splits,
-        BLOCK_S=triton.next_power_of_2(num_splits),
+        BLOCK_S=block_s,
         EVEN=num_slots % config.split_size == 0 and head_dim == block_d,
         HAS_PADDING=padding_mask is not None,
         HAS_BIAS=call.add_importance_bias,
@@ -72,6 +73,14 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
         num_stages=config.num_stages,
     )
     return out
+
+
+@functools.cache
+def _sizes(num_slots: int, split_size: int, group_size: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Programs of a head, and the powers of 2 that hold them, a group's heads and a head."""
+    num_splits = -(-num_slots // split_size)
+    block_s, group_rows, block_d = map(triton.next_power_of_2, (num_splits, group_size, head_dim))
+    return num_splits, block_s, group_rows, max(16, block_d)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """The importance of one token of every batch row: a program per row and head."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,11 +25,16 @@ def run_importance(
         0.0 if max_exponent is None else max_exponent,
         NUM_INPUTS=num_kv_heads * head_dim,
         HEAD_DIM=head_dim,
-        BLOCK=min(1024, triton.next_power_of_2(num_kv_heads * head_dim)),
+        BLOCK=_block(num_kv_heads * head_dim),
         HAS_BIAS=bias is not None,
         HAS_EXP=max_exponent is not None,
     )
     return out
+
+
+@functools.cache
+def _block(num_inputs: int) -> int:
+    return min(1024, triton.next_power_of_2(num_inputs))
 
 
 @triton.jit

@@ -1,0 +1,141 @@
+"""Many two-layer transformers that train side by side on one device, and their optimizer."""
+
+import math
+
+import torch
+from torch.nn.functional import pad, softplus
+
+import flash_dmattn
+from mqar import Run, Task
+
+
+class Models:
+    """R two-layer transformers whose parameters stand one behind another, each (R, ...).
+
+    Pre-norm blocks of attention and a perceptron; rotary positions on half of each head, the other half knows content
+    only. Half of the channels that attention reads hold a share of the token before as well, learned for each channel:
+    a short convolution, as all models of this task have, so that a value knows its key. Importance as in log_zoh,
+    exp(log_a) * softplus(dt), one for all heads: A keeps its sign.
+    """
+
+    def __init__(self, runs: list[Run], task: Task, width: int, num_heads: int, keep_window_size: int, device: str):
+        self.runs, self.task, self.width, self.num_heads = runs, task, width, num_heads
+        self.keep_window_size = keep_window_size
+        self.parameters = {}
+
+        def add(name, *shape, scale):
+            draws = [
+                torch.randn(*shape, generator=torch.Generator().manual_seed(hash_seed(run.seed, name))) for run in runs
+            ]
+            self.parameters[name] = (torch.stack(draws) * scale).to(device).requires_grad_()
+
+        add("embedding", task.vocabulary, width, scale=1.0)
+        for layer in range(2):
+            for name, shape in (
+                ("qkv", (width, 3 * width)),
+                ("out", (width, width)),
+                ("up", (width, 2 * width)),
+                ("down", (2 * width, width)),
+            ):
+                add(f"{layer}.{name}", *shape, scale=shape[0] ** -0.5)
+            add(f"{layer}.dt", width, 1, scale=width**-0.5)
+            shift = torch.full((len(runs), width // 2), 0.5, device=device)
+            self.parameters[f"{layer}.shift"] = shift.requires_grad_()
+            log_a = torch.full((len(runs), 1), math.log(0.3), device=device)
+            self.parameters[f"{layer}.log_a"] = log_a.requires_grad_()
+        add("head", width, task.num_values, scale=width**-0.5)
+        angles = 10000 ** (-torch.arange(width // num_heads // 4, device=device) / (width // num_heads // 4))
+        angles = torch.arange(task.seqlen, device=device)[:, None] * angles
+        self.rotation = angles.cos()[:, None], angles.sin()[:, None]
+        self.advance(1.0)
+
+    def advance(self, progress: float) -> None:
+        """Sets what every model attends to when a share `progress` of its training is done."""
+        options = [run.attention(progress, self.keep_window_size, self.task.seqlen) for run in self.runs]
+        device = self.rotation[0].device
+        if getattr(self, "options", None) == options:
+            return
+        self.options = options
+        distinct = [one for place, one in enumerate(options) if one not in options[:place]]
+        groups = [[place for place, other in enumerate(options) if other == one] for one in distinct]
+        self.groups = [(one, torch.tensor(group, device=device)) for one, group in zip(distinct, groups, strict=True)]
+        self.order = torch.tensor(sum(groups, []), device=device).argsort()
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns (R, B, S, num_values) for tokens (B, S)."""
+        p = self.parameters
+        x = p["embedding"][:, tokens]
+        for layer in range(2):
+            x = self.block(layer, x)
+        return torch.einsum("rbsw,rwv->rbsv", normalize(x), p["head"])
+
+    def block(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        p = self.parameters
+        x = x + self.attend(layer, normalize(x))
+        hidden = torch.einsum("rbsw,rwv->rbsv", normalize(x), p[f"{layer}.up"])
+        return x + torch.einsum("rbsv,rvw->rbsw", hidden.relu().square(), p[f"{layer}.down"])
+
+    def attend(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        p = self.parameters
+        dtype = torch.bfloat16 if x.is_cuda else x.dtype
+        query, key, value = self.project(layer, x)
+        dt = torch.einsum("rbsw,rwo->rbos", value.flatten(-2), p[f"{layer}.dt"])
+        importance = p[f"{layer}.log_a"].exp()[:, None, :, None] * softplus(dt)
+        outs = []
+        for options, places in self.groups:
+            parts = (tensor[places].flatten(0, 1).to(dtype) for tensor in (query, key, value))
+            weights = importance[places].flatten(0, 1).expand(-1, self.num_heads, -1)
+            out = flash_dmattn.dynamic_mask_attention(*parts, weights, **options)
+            outs.append(out.unflatten(0, (len(places), -1)).to(x.dtype))
+        return torch.einsum("rbsw,rwv->rbsv", torch.cat(outs)[self.order].flatten(-2), p[f"{layer}.out"])
+
+    def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns query, key and value (R, B, S, H, D)."""
+        shift = self.parameters[f"{layer}.shift"][:, None, None]
+        shifted, rest = x.chunk(2, dim=-1)
+        x = torch.cat([shifted + shift * pad(shifted[:, :, :-1], (0, 0, 1, 0)), rest], dim=-1)
+        qkv = torch.einsum("rbsw,rwv->rbsv", x, self.parameters[f"{layer}.qkv"])
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return self.rotate(query), self.rotate(key), value
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Turns the first half of each head (R, B, S, H, D) by its position."""
+        cos, sin = self.rotation
+        one, two, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+        return torch.cat([one * cos - two * sin, one * sin + two * cos, rest], dim=-1)
+
+
+class Optimizer:
+    """AdamW with a learning rate for each run, warmed up and decayed along a cosine; decay on matrices only."""
+
+    def __init__(self, models: Models, steps: int, weight_decay: float = 0.05, warmup: float = 0.05):
+        self.parameters = list(models.parameters.values())
+        rates = torch.tensor([run.learning_rate for run in models.runs], device=self.parameters[0].device)
+        self.rates, self.steps, self.weight_decay, self.warmup = rates, steps, weight_decay, warmup
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+        self.step_number = 0
+
+    @torch.no_grad()
+    def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
+        self.step_number += 1
+        t, progress = self.step_number, self.step_number / self.steps
+        scale = min(progress / self.warmup, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        for parameter, gradient, (mean, square) in zip(self.parameters, gradients, self.moments, strict=True):
+            shape = (-1, *[1] * (parameter.dim() - 1))
+            gradient = gradient / norm.clamp(min=1.0).view(shape)
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square(), 0.02)
+            rate = (self.rates * scale).view(shape)
+            update = (mean / (1 - 0.9**t)) / ((square / (1 - 0.98**t)).sqrt() + 1e-8)
+            if parameter.dim() > 2:
+                update = update + self.weight_decay * parameter
+            parameter.sub_(rate * update)
+
+
+def normalize(x: torch.Tensor) -> torch.Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def hash_seed(seed: int, name: str) -> int:
+    return seed * 1_000_003 + sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 1_000_003
