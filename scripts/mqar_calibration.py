@@ -8,8 +8,8 @@ from mqar_models import Models, normalize
 
 MASS_FLOOR = 1e-4
 RIDGE = 0.1
-"""A multiple of the mean variance. The penalty with the best R2 is smaller by far, but leans on directions in which values
-hardly vary, and a few steps of training later its ranking is lost."""
+"""A multiple of the mean variance. The penalty with the best R2 is smaller by far, but leans on directions in which
+values hardly vary, and a few steps of training later its ranking is lost."""
 
 
 @torch.no_grad()
