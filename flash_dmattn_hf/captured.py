@@ -72,6 +72,7 @@ class CapturedForward:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self.model(**tree_unflatten(self._inputs, spec), past_key_values=cache)
         except RuntimeError as error:
+            _end_capture_of_random_numbers()
             raise RuntimeError(
                 f"the forward of {type(self.model).__name__} cannot be captured in a CUDA graph, so "
                 'cache_implementation="static" cannot be used with it; leave cache_implementation out'
@@ -92,6 +93,12 @@ def counted_outside(cache: DynamicMaskCache) -> Iterator[None]:
     finally:
         for layer in cache.mask_layers:
             layer.is_counted_outside = False
+
+
+def _end_capture_of_random_numbers() -> None:
+    """A capture that failed leaves torch's generator waiting for its end, and every later random number would raise."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _is_one_token(inputs: dict[str, Any]) -> bool:

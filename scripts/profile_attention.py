@@ -24,10 +24,10 @@ SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
 RATES = {
     "ms": r"gpu__time_duration\.sum",
     "tensor": r"sm__(inst_executed_pipe|pipe)_tensor\w*\.avg\.pct_of_peak_sustained_(active|elapsed)",
-    "issue": r"sm__inst_issued\.avg\.pct_of_peak_sustained_active",
+    "issue": r"(sm__inst_issued|smsp__issue_active)\.avg\.pct_of_peak_sustained_active",
     "L1": r"l1tex__throughput\.avg\.pct_of_peak_sustained_active",
     "L2": r"lts__throughput\.avg\.pct_of_peak_sustained_elapsed",
-    "DRAM": r"(gpu__dram|dram)__throughput\.avg\.pct_of_peak_sustained_elapsed",
+    "DRAM": r"(gpu__dram|dram_)_throughput\.avg\.pct_of_peak_sustained_elapsed",
 }
 STALL = r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio"
 NUM_STALLS = 4
@@ -103,7 +103,7 @@ def profile(arguments: argparse.Namespace, head_dim: int) -> list[dict[str, str]
 
 def describe(metrics: dict[str, str]) -> str:
     """Returns a kernel's row of the table; "-" where ncu has no such metric."""
-    name = re.sub(r"<.*", "", metrics["Kernel Name"]).split("::")[-1]
+    name = re.sub(r"<.*|^void ", "", metrics["Kernel Name"]).split("::")[-1]
     cells = []
     for rate, pattern in RATES.items():
         found = [number(value) for metric, value in metrics.items() if re.search(pattern + "$", metric)]

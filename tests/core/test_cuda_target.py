@@ -1,5 +1,7 @@
 """Which kernels of the CUDA library a GPU gets, how others or none are asked for, and what a partial build serves."""
 
+import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +118,34 @@ def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch
     assert f"triton backend (cuda: {reason})" in caplog.text
     with pytest.raises(RuntimeError, match=reason):
         choose_backend(call, "cuda")
+
+
+def test_kernels_for_all_architectures_are_told_the_first_row(gpu, monkeypatch, call):
+    """Those for Hopper know it where a call leaves it out; these read it from memory."""
+    gpu("A100")
+    properties = SimpleNamespace(shared_memory_per_block_optin=163 * 1024, multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    shapes = SimpleNamespace(
+        flash_dmattn_forward_tile_rows=lambda *shape: 128, flash_dmattn_mma_backward_tile_rows=lambda *shape: 128
+    )
+    first_rows = []
+
+    def launch(name, parameters, device):
+        assert parameters.entries is None and parameters.query_positions is None
+        first_rows.append(ctypes.cast(parameters.query_start, ctypes.POINTER(ctypes.c_int32))[0])
+
+    for module in (forward_launch, backward_mma_launch):
+        monkeypatch.setattr(module, "load", lambda: shapes)
+        monkeypatch.setattr(module, "launch", launch)
+    last_queries = replace(call, query=call.query[:, -3:].contiguous(), query_start=None)
+    out, lse, stats = forward_launch.run_forward(last_queries, None)
+    backward_mma_launch.run_backward(last_queries, out, stats, out, lse)
+    assert first_rows == [5, 5]
+
+
+def test_a_backward_that_has_not_passed_all_tests_is_asked_for(monkeypatch, call):
+    monkeypatch.delenv(target.ARCHITECTURE_VARIABLE, raising=False)
+    assert target.ARCHITECTURE_VARIABLE in backward_mma_launch.reject_backward(call)
 
 
 def test_a_quarter_of_the_epochs_has_sums_of_dquery_unless_that_is_little_work():
