@@ -124,7 +124,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout, dlse, _):
     out, stats, query, key, value, importance, *rest = ctx.saved_tensors
-    dquery, dkey, dvalue, dimportance = interval_attention_backward_op(
+    run = _FirstDerivative.apply if torch.is_grad_enabled() else interval_attention_backward_op
+    dquery, dkey, dvalue, dimportance = run(
         dout, dlse, out, stats, query, key, value, importance, *rest, *ctx.options
     )
     dimportance = None if importance is None else dimportance
@@ -147,6 +148,22 @@ interval_attention_backward_op = _define(
 torch.library.register_autograd(
     "flash_dmattn::interval_attention", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The operator of the gradients where those of gradients may be asked for (create_graph=True)."""
+
+    @staticmethod
+    def forward(*arguments):
+        return interval_attention_backward_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("dynamic mask attention has no second derivative")
 
 
 class _EagerAttention(torch.autograd.Function):

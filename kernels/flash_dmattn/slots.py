@@ -85,7 +85,7 @@ def decode_step(
         float(softcap),
         add_importance_bias,
     )
-    if can_call_directly(query, key, value, importance, slots.keys):
+    if can_call_directly(query, key, value, importance, padding_mask, *slots):
         return _run(DecodeCall(query, key, value, importance, padding_mask, slots, *options), backend)
     return decode_step_op(query, key, value, importance, padding_mask, *slots, *options, backend)
 

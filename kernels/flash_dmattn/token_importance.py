@@ -35,7 +35,7 @@ def token_importance(
     value: (B, Hkv, 1, D). weight: (Hi, Hkv * D). bias: (Hi,) or None. A: (Hi,).
     max_exponent: where the exponent is clamped before exp; None leaves exp out.
     """
-    run = _run if can_call_directly(value, weight, A) else token_importance_op
+    run = _run if can_call_directly(value, weight, bias, A) else token_importance_op
     return run(value, weight, bias, A, max_exponent)
 
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_dmattn import dynamic_mask_attention, interval_attention, select_visible
 from flash_dmattn.dense.attention import dense_attention
+from flash_dmattn.ops import interval_attention_op, run_attention
 
 from .attention_cases import AttentionCase, documents, padding, window
 
@@ -156,3 +157,41 @@ def test_the_parts_compile_too():
 
     arguments = (query, key, value, importance, positions, starts)
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments), step(*arguments))
+
+
+def make_tensors():
+    query, key, value = (torch.randn(2, 7, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    return [x.requires_grad_() for x in (query, key, value, torch.randn(2, 2, 7, dtype=torch.float64))]
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda query, key, value, bias: dynamic_mask_attention(query, key, value, bias, keep_window_size=3),
+        lambda query, key, value, bias: dense_attention(query, key, value, None, bias[:, :, None] + torch.zeros(7, 1))[
+            0
+        ],
+    ],
+    ids=["interval", "dense"],
+)
+def test_a_second_derivative_is_refused(attend):
+    inputs = make_tensors()
+    first = torch.autograd.grad(attend(*inputs).square().sum(), inputs, create_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(attend(*inputs).square().sum(), inputs)))
+    with pytest.raises(RuntimeError, match="no second derivative|no autograd formula"):
+        torch.autograd.grad(first[0].sum(), inputs)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (1,), (0, 3)], ids=str)
+def test_eager_calls_have_the_gradients_of_the_operator(wanted):
+    inputs = make_tensors()
+    for index, tensor in enumerate(inputs):
+        tensor.requires_grad_(index in wanted)
+    visibility = select_visible(inputs[3].detach(), keep_window_size=3)
+    rest = (*visibility, None, None, 3, 0.3, 0.0, False, "reference")
+    results = []
+    for run in (run_attention, interval_attention_op):
+        out, lse, _ = run(*inputs, *rest)
+        wrt = [inputs[index] for index in wanted]
+        results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), wrt)))
+    assert all(map(torch.equal, *results))

@@ -1,6 +1,7 @@
 """The CUDA engine: forward and backward for Hopper GPUs, and for all others from compute capability 8.0 on.
 
-Where its backward does not serve, the Triton engine's takes over, on the same saved tensors.
+Where its backward does not serve, the Triton engine's takes over, on the same saved tensors; on other GPUs than Hopper
+unless the library's own is asked for (see `backward_mma_launch.reject_backward`).
 """
 
 import functools

@@ -55,7 +55,6 @@ class _Parameters(ctypes.Structure):
 def reject_backward(call: AttentionCall) -> str | None:
     """Returns why this backward does not serve a call that the forward serves, or None."""
     if not os.environ.get(ARCHITECTURE_VARIABLE):
-        # Goes once all of tests/core/test_cuda.py has passed with it: docs/benchmarks/gpu_tests_h100.txt.
         return f"its backward for this GPU has not passed all tests yet; {ARCHITECTURE_VARIABLE} asks for it"
     if call.deterministic:
         return "gradients are added up in no fixed order"

@@ -62,14 +62,16 @@ def run_forward(call: AttentionCall, lists: KeyLists | None) -> tuple[torch.Tens
     lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=out.device)
     stats = torch.empty(2, *lse.shape, dtype=torch.float32, device=out.device)
     target = find_target(out.device)
-    query_start, biases = call.query_start, None if lists is None else lists.biases
+    # The kernels for Hopper know the start and scale the importance themselves where there are no lists.
+    is_plain = lists is None and target.is_for_sm90a
+    query_start = call.first_rows() if call.is_ordered and not is_plain else call.query_start
+    biases = None if lists is None else lists.biases
     if lists is None:
         # The only epoch is as long as the sequence, so that no tile of it is empty.
         lists = KeyLists(None, None, None, None, 0, 1, call.key.shape[1], seqlen_q, tile_size(call))
         biases = call.importance
-        if not target.is_for_sm90a:
-            query_start = call.first_rows()
-            biases = None if biases is None else scale_importance(biases)
+        if not is_plain and biases is not None:
+            biases = scale_importance(biases)
     parameters = _Parameters(
         query=call.query.data_ptr(),
         key=call.key.data_ptr(),

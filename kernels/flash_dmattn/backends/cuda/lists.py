@@ -82,11 +82,12 @@ def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:
     epoch_size = min(max(choose_epoch_size(seqlen_q, max_visible), shortest), _MAX_EPOCH)
     capacity = choose_capacity(call, *intervals, epoch_size)
     lists = allocate_key_lists(call, capacity, epoch_size, tile_size)
+    query_start = call.first_rows() if call.is_ordered else None
     parameters = _Parameters(
         birth=library.pointer(birth),
         death=library.pointer(death),
         importance=library.pointer(call.importance),
-        query_start=library.pointer(call.query_start),
+        query_start=library.pointer(query_start),
         query_positions=library.pointer(call.query_positions),
         entries=library.pointer(lists.entries),
         biases=library.pointer(lists.biases),
