@@ -143,11 +143,6 @@ def test_kernels_for_all_architectures_are_told_the_first_row(gpu, monkeypatch, 
     assert first_rows == [5, 5]
 
 
-def test_a_backward_that_has_not_passed_all_tests_is_asked_for(monkeypatch, call):
-    monkeypatch.delenv(target.ARCHITECTURE_VARIABLE, raising=False)
-    assert target.ARCHITECTURE_VARIABLE in backward_mma_launch.reject_backward(call)
-
-
 def test_a_quarter_of_the_epochs_has_sums_of_dquery_unless_that_is_little_work():
     assert backward_mma_launch.count_epochs(64, 8 * 2112, 132) == 16
     assert backward_mma_launch.count_epochs(64, 2 * 2112, 132) == 32

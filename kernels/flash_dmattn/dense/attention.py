@@ -11,6 +11,8 @@ from flash_dmattn.dense.tiled_mask import TiledMask, without_expansion
 from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
 from flash_dmattn.visibility import NEVER, Visibility
 
+_LONGEST_UNCOUNTED = 16384
+
 
 def dense_attention(
     query: torch.Tensor,
@@ -104,10 +106,21 @@ def _intervals(query, key, attn_mask, attn_bias, is_causal) -> tuple[Visibility 
     if attn_mask is None:
         return Visibility(birth, torch.full_like(birth, NEVER)), max(1, seqlen_k)
     visible = _per_key(attn_mask, batch, heads, seqlen_k) != 0
-    max_visible = None
-    if not torch.compiler.is_compiling() and visible.numel() > 0 and visible.device.type != "meta":
-        max_visible = max(1, int(visible.sum(-1).max()))
-    return Visibility(birth, torch.where(visible, NEVER, birth)), max_visible
+    return Visibility(birth, torch.where(visible, NEVER, birth)), _max_visible(visible)
+
+
+def _max_visible(visible: torch.Tensor) -> int | None:
+    """Returns a bound on how many keys of visible (B, heads, Sk) a row sees, or None where the backend is to count.
+
+    Counting waits for the device, so it is left to sequences whose key lists would take more memory than key and value
+    without it.
+    """
+    seqlen_k = visible.shape[-1]
+    if seqlen_k <= _LONGEST_UNCOUNTED:
+        return max(1, seqlen_k)
+    if torch.compiler.is_compiling() or visible.numel() == 0 or visible.device.type == "meta":
+        return None
+    return max(1, int(visible.sum(-1).max()))
 
 
 def _importance(query, key, attn_mask, attn_bias) -> torch.Tensor | None:

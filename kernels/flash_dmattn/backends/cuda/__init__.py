@@ -1,7 +1,6 @@
 """The CUDA engine: forward and backward for Hopper GPUs, and for all others from compute capability 8.0 on.
 
-Where its backward does not serve, the Triton engine's takes over, on the same saved tensors; on other GPUs than Hopper
-unless the library's own is asked for (see `backward_mma_launch.reject_backward`).
+Where its backward does not serve, the Triton engine's takes over, on the same saved tensors, and the log says why.
 """
 
 import functools
