@@ -175,8 +175,10 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
 
 def make_flex(inputs: list[torch.Tensor], options: dict):
     """Returns a function of no arguments that runs FlexAttention over our intervals."""
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._functorch.config.donated_buffer = False  # the backward is timed again and again after one forward
     query, key, value, importance = inputs
     birth, death = flash_dmattn.select_visible(importance, **options)
     group = query.shape[2] // key.shape[2]
