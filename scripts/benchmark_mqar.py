@@ -14,12 +14,12 @@ import time
 
 import torch
 import yaml
-from torch.nn.functional import cross_entropy
 
 from benchmark_report import environment, header, save_json
 from mqar import SCHEDULES, VARIANTS, Run, Task, make_runs
 from mqar_calibration import calibrate
 from mqar_models import Models, Optimizer
+from mqar_training import Step
 
 
 def main() -> None:
@@ -73,21 +73,17 @@ def train(arguments, runs: list[Run], device: str) -> tuple[list[dict], list[dic
     """Returns a row for every model, its accuracy along the way, and how well the calibrations of conversions fit."""
     task = Task(arguments.seqlen, arguments.num_pairs, *[arguments.num_symbols] * 3)
     models = Models(runs, task, arguments.width, arguments.num_heads, arguments.keep_window_size, device)
-    optimizer = Optimizer(models, arguments.steps)
+    step_of_all = Step(models, Optimizer(models, arguments.steps))
     generator = torch.Generator(device).manual_seed(arguments.seed)
     held_out = torch.Generator(device).manual_seed(arguments.seed + 1)
-    parameters = list(models.parameters.values())
     late, curves, fits = torch.zeros(len(runs), device=device), [], {}
     converted = [place for place, run in enumerate(runs) if run.has_importance and run.schedule == "converted"]
     for step in range(1, arguments.steps + 1):
         if converted and step == (arguments.steps + 1) // 2 + 1:
             fits = calibrate(models, converted, task.sample(arguments.batch_size, generator, mixed=True)[0])
         models.advance((step - 1) / arguments.steps)
-        tokens, targets = task.sample(arguments.batch_size, generator, mixed=True)
-        losses = losses_of(models, tokens, targets)
-        gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
-        optimizer.step(gradients)
-        late = late + losses.detach() if step > arguments.steps - 50 else late
+        losses = step_of_all(*task.sample(arguments.batch_size, generator, mixed=True))
+        late = late + losses if step > arguments.steps - 50 else late
         if step % arguments.log_every == 0 or step == arguments.steps:
             accuracy = evaluate(models, task, arguments.batch_size, 1, held_out)
             curves.append({"step": step, "accuracy": accuracy, "loss": losses.tolist()})
@@ -104,14 +100,6 @@ def train(arguments, runs: list[Run], device: str) -> tuple[list[dict], list[dic
 def by_name(runs: list[Run]) -> dict[str, list[int]]:
     """Returns where the runs of every variant and schedule stand."""
     return {name: [p for p, run in enumerate(runs) if run.name == name] for name in dict.fromkeys(r.name for r in runs)}
-
-
-def losses_of(models: Models, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Returns the mean cross entropy (R,) over what is asked."""
-    logits = models.logits(tokens)
-    flat = targets.flatten().expand(len(logits), -1)
-    losses = cross_entropy(logits.flatten(1, 2).transpose(1, 2), flat, ignore_index=-1, reduction="none")
-    return losses.sum(1) / (targets >= 0).sum()
 
 
 @torch.no_grad()

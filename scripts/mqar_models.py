@@ -8,20 +8,26 @@ from torch.nn.functional import pad, softplus
 import flash_dmattn
 from mqar import Run, Task
 
+SMALL = 0.02
+"""Deviation of what embeddings and dt start with, the `initializer_range` of transformers. What all values have in
+common is then learned before what tells them apart. An importance that begins with an order of tokens evicts some of the
+values for good: what is evicted has no gradient."""
+
 
 class Models:
     """R two-layer transformers whose parameters stand one behind another, each (R, ...).
 
     Pre-norm blocks of attention and a perceptron; rotary positions on half of each head, the other half knows content
     only. Half of the channels that attention reads hold a share of the token before as well, learned for each channel:
-    a short convolution, as all models of this task have, so that a value knows its key. Importance as in log_zoh,
-    exp(log_a) * softplus(dt), one for all heads: A keeps its sign.
+    a short convolution, as all models of this task have, so that a value knows its key. Every head may attend to
+    nothing, whose logit is learned; its value is 0. Importance as in log_zoh, exp(log_a) * softplus(dt), one for all
+    heads: A keeps its sign.
     """
 
     def __init__(self, runs: list[Run], task: Task, width: int, num_heads: int, keep_window_size: int, device: str):
         self.runs, self.task, self.width, self.num_heads = runs, task, width, num_heads
         self.keep_window_size = keep_window_size
-        self.parameters = {}
+        self.parameters, self.stages = {}, {}
 
         def add(name, *shape, scale):
             draws = [
@@ -29,7 +35,7 @@ class Models:
             ]
             self.parameters[name] = (torch.stack(draws) * scale).to(device).requires_grad_()
 
-        add("embedding", task.vocabulary, width, scale=1.0)
+        add("embedding", task.vocabulary, width, scale=SMALL)
         for layer in range(2):
             for name, shape in (
                 ("qkv", (width, 3 * width)),
@@ -38,9 +44,10 @@ class Models:
                 ("down", (2 * width, width)),
             ):
                 add(f"{layer}.{name}", *shape, scale=shape[0] ** -0.5)
-            add(f"{layer}.dt", width, 1, scale=width**-0.5)
+            add(f"{layer}.dt", width, 1, scale=SMALL)
             shift = torch.full((len(runs), width // 2), 0.5, device=device)
             self.parameters[f"{layer}.shift"] = shift.requires_grad_()
+            self.parameters[f"{layer}.nothing"] = torch.zeros(len(runs), num_heads, device=device).requires_grad_()
             log_a = torch.full((len(runs), 1), math.log(0.3), device=device)
             self.parameters[f"{layer}.log_a"] = log_a.requires_grad_()
         add("head", width, task.num_values, scale=width**-0.5)
@@ -52,14 +59,14 @@ class Models:
     def advance(self, progress: float) -> None:
         """Sets what every model attends to when a share `progress` of its training is done."""
         options = [run.attention(progress, self.keep_window_size, self.task.seqlen) for run in self.runs]
-        device = self.rotation[0].device
-        if getattr(self, "options", None) == options:
-            return
-        self.options = options
-        distinct = [one for place, one in enumerate(options) if one not in options[:place]]
-        groups = [[place for place, other in enumerate(options) if other == one] for one in distinct]
-        self.groups = [(one, torch.tensor(group, device=device)) for one, group in zip(distinct, groups, strict=True)]
-        self.order = torch.tensor(sum(groups, []), device=device).argsort()
+        self.stage = str(options)
+        if self.stage not in self.stages:
+            device = self.rotation[0].device
+            distinct = [one for place, one in enumerate(options) if one not in options[:place]]
+            groups = [[place for place, other in enumerate(options) if other == one] for one in distinct]
+            places = [torch.tensor(group, device=device) for group in groups]
+            order = torch.tensor(sum(groups, []), device=device).argsort()
+            self.stages[self.stage] = list(zip(distinct, places, strict=True)), order
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns (R, B, S, num_values) for tokens (B, S)."""
@@ -81,13 +88,16 @@ class Models:
         query, key, value = self.project(layer, x)
         dt = torch.einsum("rbsw,rwo->rbos", value.flatten(-2), p[f"{layer}.dt"])
         importance = p[f"{layer}.log_a"].exp()[:, None, :, None] * softplus(dt)
+        groups, order = self.stages[self.stage]
         outs = []
-        for options, places in self.groups:
+        for options, places in groups:
             parts = (tensor[places].flatten(0, 1).to(dtype) for tensor in (query, key, value))
             weights = importance[places].flatten(0, 1).expand(-1, self.num_heads, -1)
-            out = flash_dmattn.dynamic_mask_attention(*parts, weights, **options)
-            outs.append(out.unflatten(0, (len(places), -1)).to(x.dtype))
-        return torch.einsum("rbsw,rwv->rbsv", torch.cat(outs)[self.order].flatten(-2), p[f"{layer}.out"])
+            out, lse = flash_dmattn.dynamic_mask_attention(*parts, weights, return_lse=True, **options)
+            out, lse = (tensor.unflatten(0, (len(places), -1)) for tensor in (out.to(x.dtype), lse))
+            share = (lse - p[f"{layer}.nothing"][places, None, :, None]).sigmoid()
+            outs.append(out * share.transpose(-1, -2)[..., None])
+        return torch.einsum("rbsw,rwv->rbsv", torch.cat(outs)[order].flatten(-2), p[f"{layer}.out"])
 
     def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns query, key and value (R, B, S, H, D)."""
@@ -106,20 +116,25 @@ class Models:
 
 
 class Optimizer:
-    """AdamW with a learning rate for each run, warmed up and decayed along a cosine; decay on matrices only."""
+    """AdamW with a learning rate for each run, warmed up and decayed along a cosine; decay on matrices only.
+
+    It counts its steps on the device, so that a captured step goes on counting when it is replayed.
+    """
 
     def __init__(self, models: Models, steps: int, weight_decay: float = 0.05, warmup: float = 0.05):
         self.parameters = list(models.parameters.values())
-        rates = torch.tensor([run.learning_rate for run in models.runs], device=self.parameters[0].device)
-        self.rates, self.steps, self.weight_decay, self.warmup = rates, steps, weight_decay, warmup
+        device = self.parameters[0].device
+        self.rates = torch.tensor([run.learning_rate for run in models.runs], device=device)
+        self.steps, self.weight_decay, self.warmup = steps, weight_decay, warmup
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
-        self.step_number = 0
+        self.step_number = torch.zeros((), device=device)
 
     @torch.no_grad()
     def step(self, gradients: tuple[torch.Tensor, ...]) -> None:
         self.step_number += 1
-        t, progress = self.step_number, self.step_number / self.steps
-        scale = min(progress / self.warmup, 0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        progress = self.step_number / self.steps
+        scale = torch.minimum(progress / self.warmup, 0.5 * (1 + (math.pi * progress).cos()) + 0.01)
+        of_mean, of_square = 1 - 0.9**self.step_number, 1 - 0.98**self.step_number
         norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
         for parameter, gradient, (mean, square) in zip(self.parameters, gradients, self.moments, strict=True):
             shape = (-1, *[1] * (parameter.dim() - 1))
@@ -127,7 +142,7 @@ class Optimizer:
             mean.lerp_(gradient, 0.1)
             square.lerp_(gradient.square(), 0.02)
             rate = (self.rates * scale).view(shape)
-            update = (mean / (1 - 0.9**t)) / ((square / (1 - 0.98**t)).sqrt() + 1e-8)
+            update = (mean / of_mean) / ((square / of_square).sqrt() + 1e-8)
             if parameter.dim() > 2:
                 update = update + self.weight_decay * parameter
             parameter.sub_(rate * update)

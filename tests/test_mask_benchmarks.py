@@ -69,10 +69,10 @@ def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import torch
 
-    from benchmark_mqar import losses_of
     from mqar import SCHEDULES, VARIANTS, Task, make_runs
     from mqar_calibration import calibrate
     from mqar_models import Models, Optimizer
+    from mqar_training import losses_of
 
     task = Task(32, 4, 8, 8, 8)
     all_runs = make_runs(VARIANTS, SCHEDULES, 2, [1e-2])
