@@ -10,8 +10,8 @@ from mqar import Run, Task
 
 SMALL = 0.02
 """Deviation of what embeddings and dt start with, the `initializer_range` of transformers. What all values have in
-common is then learned before what tells them apart. An importance that begins with an order of tokens evicts some of the
-values for good: what is evicted has no gradient."""
+common is then learned before what tells them apart. An importance that begins with an order of tokens evicts some of
+the values for good: what is evicted has no gradient."""
 
 
 class Models:
