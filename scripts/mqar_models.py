@@ -1,6 +1,7 @@
 """Many two-layer transformers that train side by side on one device, and their optimizer."""
 
 import math
+from itertools import groupby
 
 import torch
 from torch.nn.functional import pad, softplus
@@ -27,7 +28,7 @@ class Models:
     def __init__(self, runs: list[Run], task: Task, width: int, num_heads: int, keep_window_size: int, device: str):
         self.runs, self.task, self.width, self.num_heads = runs, task, width, num_heads
         self.keep_window_size = keep_window_size
-        self.parameters, self.stages = {}, {}
+        self.parameters = {}
 
         def add(name, *shape, scale):
             draws = [
@@ -59,14 +60,7 @@ class Models:
     def advance(self, progress: float) -> None:
         """Sets what every model attends to when a share `progress` of its training is done."""
         options = [run.attention(progress, self.keep_window_size, self.task.seqlen) for run in self.runs]
-        self.stage = str(options)
-        if self.stage not in self.stages:
-            device = self.rotation[0].device
-            distinct = [one for place, one in enumerate(options) if one not in options[:place]]
-            groups = [[place for place, other in enumerate(options) if other == one] for one in distinct]
-            places = [torch.tensor(group, device=device) for group in groups]
-            order = torch.tensor(sum(groups, []), device=device).argsort()
-            self.stages[self.stage] = list(zip(distinct, places, strict=True)), order
+        self.groups = [(one, len(list(alike))) for one, alike in groupby(options)]
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns (R, B, S, num_values) for tokens (B, S)."""
@@ -88,16 +82,16 @@ class Models:
         query, key, value = self.project(layer, x)
         dt = torch.einsum("rbsw,rwo->rbos", value.flatten(-2), p[f"{layer}.dt"])
         importance = p[f"{layer}.log_a"].exp()[:, None, :, None] * softplus(dt)
-        groups, order = self.stages[self.stage]
-        outs = []
-        for options, places in groups:
-            parts = (tensor[places].flatten(0, 1).to(dtype) for tensor in (query, key, value))
-            weights = importance[places].flatten(0, 1).expand(-1, self.num_heads, -1)
-            out, lse = flash_dmattn.dynamic_mask_attention(*parts, weights, return_lse=True, **options)
-            out, lse = (tensor.unflatten(0, (len(places), -1)) for tensor in (out.to(x.dtype), lse))
-            share = (lse - p[f"{layer}.nothing"][places, None, :, None]).sigmoid()
-            outs.append(out * share.transpose(-1, -2)[..., None])
-        return torch.einsum("rbsw,rwv->rbsv", torch.cat(outs)[order].flatten(-2), p[f"{layer}.out"])
+        tensors = (query.to(dtype), key.to(dtype), value.to(dtype), importance.expand(-1, -1, self.num_heads, -1))
+        places = [count * x.shape[1] for _, count in self.groups]
+        parts = zip(*(tensor.flatten(0, 1).split(places) for tensor in tensors), strict=True)
+        found = [
+            flash_dmattn.dynamic_mask_attention(*part, return_lse=True, **options)
+            for (options, _), part in zip(self.groups, parts, strict=True)
+        ]
+        out, lse = (torch.cat(tensors).unflatten(0, x.shape[:2]) for tensors in zip(*found, strict=True))
+        share = (lse - p[f"{layer}.nothing"][:, None, :, None]).sigmoid().transpose(-1, -2)[..., None]
+        return torch.einsum("rbsw,rwv->rbsv", (out.to(x.dtype) * share).flatten(-2), p[f"{layer}.out"])
 
     def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns query, key and value (R, B, S, H, D)."""

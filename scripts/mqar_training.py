@@ -12,12 +12,12 @@ class Step:
 
     def __init__(self, models: Models, optimizer: Optimizer):
         self.models, self.optimizer = models, optimizer
-        self._stage, self._graph = None, None
+        self._groups, self._graph = None, None
 
     def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Returns the loss (R,) of every model on tokens and targets (B, S) before the step."""
-        if not tokens.is_cuda or self._stage != self.models.stage:
-            self._stage, self._graph = self.models.stage, None
+        if not tokens.is_cuda or self._groups != self.models.groups:
+            self._groups, self._graph = self.models.groups, None
             return self._step(tokens, targets)
         if self._graph is None:
             self._inputs = tokens.clone(), targets.clone()
