@@ -26,6 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file with any of the settings below, which the command line overrides")
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument(
+        "--first-seqlens",
+        type=int,
+        nargs="*",
+        default=[],
+        help="lengths to train on before, each for as many steps, with the same number of tokens and share of keys",
+    )
     parser.add_argument("--num-pairs", type=int, default=32)
     parser.add_argument("--num-symbols", type=int, default=64, help="keys, values and fillers, so many of each")
     parser.add_argument("--width", type=int, default=64)
@@ -53,6 +60,7 @@ def main() -> None:
     arguments.keep_window_size = arguments.keep_window_size or arguments.seqlen // 4
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
     where = environment(device)
     print(header(where))
     start = time.perf_counter()
@@ -71,7 +79,10 @@ def main() -> None:
 
 def train(arguments, runs: list[Run], device: str) -> tuple[list[dict], list[dict], dict[str, list[float]]]:
     """Returns a row for every model, its accuracy along the way, and how well the calibrations of conversions fit."""
-    task = Task(arguments.seqlen, arguments.num_pairs, *[arguments.num_symbols] * 3)
+    symbols = [arguments.num_symbols] * 3
+    task = Task(arguments.seqlen, arguments.num_pairs, *symbols)
+    first = [Task(seqlen, min(arguments.num_pairs, seqlen // 8), *symbols) for seqlen in arguments.first_seqlens]
+    tasks = [*first, task]
     models = Models(runs, task, arguments.width, arguments.num_heads, arguments.keep_window_size, device)
     step_of_all = Step(models, Optimizer(models, arguments.steps))
     generator = torch.Generator(device).manual_seed(arguments.seed)
@@ -79,10 +90,12 @@ def train(arguments, runs: list[Run], device: str) -> tuple[list[dict], list[dic
     late, curves, fits = torch.zeros(len(runs), device=device), [], {}
     converted = [place for place, run in enumerate(runs) if run.has_importance and run.schedule == "converted"]
     for step in range(1, arguments.steps + 1):
+        now = tasks[(step - 1) * len(tasks) // arguments.steps]
+        batch_size = arguments.batch_size * task.seqlen // now.seqlen
         if converted and step == (arguments.steps + 1) // 2 + 1:
-            fits = calibrate(models, converted, task.sample(arguments.batch_size, generator, mixed=True)[0])
-        models.advance((step - 1) / arguments.steps)
-        losses = step_of_all(*task.sample(arguments.batch_size, generator, mixed=True))
+            fits = calibrate(models, converted, now.sample(batch_size, generator, mixed=True)[0])
+        models.advance((step - 1) / arguments.steps, now.seqlen)
+        losses = step_of_all(*now.sample(batch_size, generator, mixed=True))
         late = late + losses if step > arguments.steps - 50 else late
         if step % arguments.log_every == 0 or step == arguments.steps:
             accuracy = evaluate(models, task, arguments.batch_size, 1, held_out)
@@ -105,11 +118,12 @@ def by_name(runs: list[Run]) -> dict[str, list[int]]:
 @torch.no_grad()
 def evaluate(models: Models, task: Task, batch_size: int, batches: int, generator: torch.Generator) -> list[float]:
     """Returns each model's share of right answers under the mask that it ends with."""
-    models.advance(1.0)
+    models.advance(1.0, task.seqlen)
     right, asked = 0, 0
     for _ in range(batches):
         tokens, targets = task.sample(batch_size, generator, mixed=False)
         answers = models.logits(tokens).argmax(-1)
+        targets = targets[:, -answers.shape[2] :]
         right = right + ((answers == targets) & (targets >= 0)).flatten(1).sum(1)
         asked = asked + (targets >= 0).sum()
     return (right / asked).tolist()

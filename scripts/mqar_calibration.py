@@ -19,8 +19,8 @@ def calibrate(models: Models, places: list[int], tokens: torch.Tensor) -> dict[s
     Ridge regression of the log of the mean attention that a key receives from queries beyond the local window on the
     values of its token; every fifth sequence is held out. Returns R2 on those for each layer, a number for each place.
     """
-    models.advance(0.0)  # dense, whatever was evaluated last
-    x, found = models.parameters["embedding"][:, tokens], {}
+    models.advance(0.0, tokens.shape[1])  # dense, whatever was evaluated last
+    x, found = models.embed(tokens), {}
     for layer in range(2):
         query, key, value = models.project(layer, normalize(x))
         found[f"layer {layer}"] = []

@@ -4,7 +4,7 @@ import math
 from itertools import groupby
 
 import torch
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import one_hot, pad, rms_norm, softplus
 
 import flash_dmattn
 from mqar import Run, Task
@@ -20,9 +20,8 @@ class Models:
 
     Pre-norm blocks of attention and a perceptron; rotary positions on half of each head, the other half knows content
     only. Half of the channels that attention reads hold a share of the token before as well, learned for each channel:
-    a short convolution, as all models of this task have, so that a value knows its key. Every head may attend to
-    nothing, whose logit is learned; its value is 0. Importance as in log_zoh, exp(log_a) * softplus(dt), one for all
-    heads: A keeps its sign.
+    a short convolution, as all models of this task have, so that a value knows its key. Importance as in log_zoh,
+    exp(log_a) * softplus(dt), one for all heads: A keeps its sign.
     """
 
     def __init__(self, runs: list[Run], task: Task, width: int, num_heads: int, keep_window_size: int, device: str):
@@ -48,50 +47,59 @@ class Models:
             add(f"{layer}.dt", width, 1, scale=SMALL)
             shift = torch.full((len(runs), width // 2), 0.5, device=device)
             self.parameters[f"{layer}.shift"] = shift.requires_grad_()
-            self.parameters[f"{layer}.nothing"] = torch.zeros(len(runs), num_heads, device=device).requires_grad_()
             log_a = torch.full((len(runs), 1), math.log(0.3), device=device)
             self.parameters[f"{layer}.log_a"] = log_a.requires_grad_()
         add("head", width, task.num_values, scale=width**-0.5)
-        angles = 10000 ** (-torch.arange(width // num_heads // 4, device=device) / (width // num_heads // 4))
-        angles = torch.arange(task.seqlen, device=device)[:, None] * angles
-        self.rotation = angles.cos()[:, None], angles.sin()[:, None]
-        self.advance(1.0)
+        pairs = width // num_heads // 2
+        angles = torch.zeros(task.seqlen, pairs, device=device)
+        speeds = 10000 ** (-torch.arange(pairs // 2, device=device) / (pairs // 2))
+        angles[:, : pairs // 2] = torch.arange(task.seqlen, device=device)[:, None] * speeds
+        self.rotation = torch.polar(torch.ones_like(angles), angles)
+        self.advance(1.0, task.seqlen)
 
-    def advance(self, progress: float) -> None:
-        """Sets what every model attends to when a share `progress` of its training is done."""
-        options = [run.attention(progress, self.keep_window_size, self.task.seqlen) for run in self.runs]
+    def advance(self, progress: float, seqlen: int) -> None:
+        """Sets what every model attends to when a share `progress` of its training is done, on sequences of `seqlen`.
+
+        The same share of all keys, whatever the length.
+        """
+        window = self.keep_window_size * seqlen // self.task.seqlen
+        options = [run.attention(progress, window, seqlen) for run in self.runs]
         self.groups = [(one, len(list(alike))) for one, alike in groupby(options)]
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Returns (R, B, S, num_values) for tokens (B, S)."""
-        p = self.parameters
-        x = p["embedding"][:, tokens]
-        for layer in range(2):
-            x = self.block(layer, x)
-        return torch.einsum("rbsw,rwv->rbsv", normalize(x), p["head"])
+        """Returns (R, B, S // 4, num_values) for the last quarter of tokens (B, S), where values are asked for."""
+        x = self.block(0, self.embed(tokens))
+        x = self.block(1, x, tokens.shape[1] // 4)
+        return torch.einsum("rbsw,rwv->rbsv", normalize(x), self.parameters["head"])
 
-    def block(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns (R, B, S, width). As a product, whose gradient needs no sorting of tokens."""
+        embedding = self.parameters["embedding"]
+        return torch.einsum("bsv,rvw->rbsw", one_hot(tokens, self.task.vocabulary).to(embedding.dtype), embedding)
+
+    def block(self, layer: int, x: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
+        """Returns the last num_rows of x (R, B, S, width), all by default, after this layer."""
         p = self.parameters
-        x = x + self.attend(layer, normalize(x))
+        num_rows = num_rows or x.shape[2]
+        x = x[:, :, -num_rows:] + self.attend(layer, normalize(x), num_rows)
         hidden = torch.einsum("rbsw,rwv->rbsv", normalize(x), p[f"{layer}.up"])
         return x + torch.einsum("rbsv,rvw->rbsw", hidden.relu().square(), p[f"{layer}.down"])
 
-    def attend(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, x: torch.Tensor, num_rows: int) -> torch.Tensor:
         p = self.parameters
         dtype = torch.bfloat16 if x.is_cuda else x.dtype
         query, key, value = self.project(layer, x)
         dt = torch.einsum("rbsw,rwo->rbos", value.flatten(-2), p[f"{layer}.dt"])
         importance = p[f"{layer}.log_a"].exp()[:, None, :, None] * softplus(dt)
-        tensors = (query.to(dtype), key.to(dtype), value.to(dtype), importance.expand(-1, -1, self.num_heads, -1))
-        places = [count * x.shape[1] for _, count in self.groups]
-        parts = zip(*(tensor.flatten(0, 1).split(places) for tensor in tensors), strict=True)
-        found = [
-            flash_dmattn.dynamic_mask_attention(*part, return_lse=True, **options)
-            for (options, _), part in zip(self.groups, parts, strict=True)
+        parts = (query[:, :, -num_rows:].to(dtype), key.to(dtype), value.to(dtype))
+        parts = (*parts, importance.expand(-1, -1, self.num_heads, -1))
+        counts = [count * x.shape[1] for _, count in self.groups]
+        outs = [
+            flash_dmattn.dynamic_mask_attention(*part, **options)
+            for (options, _), *part in zip(self.groups, *(t.flatten(0, 1).split(counts) for t in parts), strict=True)
         ]
-        out, lse = (torch.cat(tensors).unflatten(0, x.shape[:2]) for tensors in zip(*found, strict=True))
-        share = (lse - p[f"{layer}.nothing"][:, None, :, None]).sigmoid().transpose(-1, -2)[..., None]
-        return torch.einsum("rbsw,rwv->rbsv", (out.to(x.dtype) * share).flatten(-2), p[f"{layer}.out"])
+        out = torch.cat(outs).unflatten(0, x.shape[:2]).to(x.dtype)
+        return torch.einsum("rbsw,rwv->rbsv", out.flatten(-2), p[f"{layer}.out"])
 
     def project(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns query, key and value (R, B, S, H, D)."""
@@ -99,14 +107,14 @@ class Models:
         shifted, rest = x.chunk(2, dim=-1)
         x = torch.cat([shifted + shift * pad(shifted[:, :, :-1], (0, 0, 1, 0)), rest], dim=-1)
         qkv = torch.einsum("rbsw,rwv->rbsv", x, self.parameters[f"{layer}.qkv"])
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return self.rotate(query), self.rotate(key), value
+        turned, value = qkv.unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=-3)
+        query, key = self.rotate(turned).unbind(-3)
+        return query, key, value.squeeze(-3)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Turns the first half of each head (R, B, S, H, D) by its position."""
-        cos, sin = self.rotation
-        one, two, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-        return torch.cat([one * cos - two * sin, one * sin + two * cos, rest], dim=-1)
+        """Turns the first half of each head (R, B, S, 2, H, D) by its position."""
+        rotation = self.rotation[: x.shape[2], None, None]
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
 
 class Optimizer:
@@ -143,7 +151,7 @@ class Optimizer:
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    return rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def hash_seed(seed: int, name: str) -> int:

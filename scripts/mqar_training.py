@@ -7,17 +7,18 @@ from mqar_models import Models, Optimizer
 
 
 class Step:
-    """Trains on one batch. On a GPU the second step under every set of masks is captured in a CUDA graph, which the
-    steps after it replay: a step is hundreds of small kernels, and launching them takes longer than running them."""
+    """Trains on one batch. On a GPU the second step of every shape and set of masks is captured in a CUDA graph, which
+    the steps after it replay: hundreds of small kernels take longer to launch than to run."""
 
     def __init__(self, models: Models, optimizer: Optimizer):
         self.models, self.optimizer = models, optimizer
-        self._groups, self._graph = None, None
+        self._kind, self._graph = None, None
 
     def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Returns the loss (R,) of every model on tokens and targets (B, S) before the step."""
-        if not tokens.is_cuda or self._groups != self.models.groups:
-            self._groups, self._graph = self.models.groups, None
+        kind = (tokens.shape, self.models.groups)
+        if not tokens.is_cuda or self._kind != kind:
+            self._kind, self._graph = kind, None
             return self._step(tokens, targets)
         if self._graph is None:
             self._inputs = tokens.clone(), targets.clone()
@@ -38,8 +39,9 @@ class Step:
 
 
 def losses_of(models: Models, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Returns the mean cross entropy (R,) over what is asked."""
+    """Returns the mean cross entropy (R,) over what is asked in tokens and targets (B, S)."""
     logits = models.logits(tokens)
+    targets = targets[:, -logits.shape[2] :]
     flat = targets.flatten().expand(len(logits), -1)
     losses = cross_entropy(logits.flatten(1, 2).transpose(1, 2), flat, ignore_index=-1, reduction="none")
     return losses.sum(1) / (targets >= 0).sum()

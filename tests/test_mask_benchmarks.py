@@ -86,15 +86,15 @@ def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
             if step == 2:
                 places = [place for place, run in enumerate(runs) if run.name == "dma+window converted"]
                 calibrate(models, places, task.sample(8, generator, mixed=True)[0])
-            models.advance(step / 4)
+            models.advance(step / 4, task.seqlen)
             losses = losses_of(models, *task.sample(4, generator, mixed=True))
             optimizer.step(torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True))
         return losses
 
     runs = [run for run in all_runs if run.name == "dma converted"]
     one, other = Models(runs, task, 16, 1, 8, "cpu"), Models(runs, task, 16, 1, 8, "cpu")
-    one.advance(0.0)
-    other.advance(1.0)
+    one.advance(0.0, task.seqlen)
+    other.advance(1.0, task.seqlen)
     tokens, _ = task.sample(8, torch.Generator().manual_seed(4), mixed=True)
     assert calibrate(one, [0, 1], tokens) == calibrate(other, [0, 1], tokens)  # both on dense attention
 
