@@ -4,7 +4,7 @@ import math
 from itertools import groupby
 
 import torch
-from torch.nn.functional import one_hot, pad, rms_norm, softplus
+from torch.nn.functional import pad, rms_norm, softplus
 
 import flash_dmattn
 from mqar import Run, Task
@@ -75,7 +75,8 @@ class Models:
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns (R, B, S, width). As a product, whose gradient needs no sorting of tokens."""
         embedding = self.parameters["embedding"]
-        return torch.einsum("bsv,rvw->rbsw", one_hot(tokens, self.task.vocabulary).to(embedding.dtype), embedding)
+        is_token = tokens[..., None] == torch.arange(self.task.vocabulary, device=tokens.device)
+        return torch.einsum("bsv,rvw->rbsw", is_token.to(embedding.dtype), embedding)
 
     def block(self, layer: int, x: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
         """Returns the last num_rows of x (R, B, S, width), all by default, after this layer."""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -46,7 +48,10 @@ def test_forward_performance(tmp_path):
 
 def test_recall(tmp_path):
     figures, said = run(
-        "benchmark_mqar.py", tmp_path, "--config", str(CONFIGS[0]), *SMALL_MQAR, "--steps", "2", "--seeds", "2"
+        "benchmark_mqar.py",
+        tmp_path,
+        *("--config", str(CONFIGS[0]), *SMALL_MQAR, "--first-seqlens", "16", "--schedules", "scratch", "converted"),
+        *("--steps", "2", "--seeds", "2", "--learning-rates", "1e-3"),
     )
     assert len(CONFIGS) >= 3
     for config in CONFIGS:
@@ -67,8 +72,6 @@ def test_an_engine_that_is_not_there_is_an_error(tmp_path):
 
 def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import torch
-
     from mqar import SCHEDULES, VARIANTS, Task, make_runs
     from mqar_calibration import calibrate
     from mqar_models import Models, Optimizer
@@ -103,3 +106,29 @@ def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
     for name in ("dense", "dma+window", "sinks+window", "sliding-window converted", "dma+window converted"):
         place = names.index(name) + 1
         torch.testing.assert_close(together[place : place + 1], train(all_runs[place : place + 1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: only there steps are captured")
+def test_a_captured_step_trains_as_one_that_is_launched(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from mqar import SCHEDULES, VARIANTS, Task, make_runs
+    from mqar_models import Models, Optimizer
+    from mqar_training import Step
+
+    tasks = [Task(64, 8, 16, 16, 16), Task(128, 16, 16, 16, 16)]
+    runs = make_runs(VARIANTS, SCHEDULES, 1, [1e-3])
+
+    def train(method):
+        models = Models(runs, tasks[1], 64, 1, 32, "cuda")
+        step = Step(models, Optimizer(models, 12))
+        generator, losses = torch.Generator("cuda").manual_seed(3), []
+        for number in range(12):
+            task = tasks[number // 4 % 2]
+            models.advance(number / 12, task.seqlen)
+            losses.append(getattr(step, method)(*task.sample(4, generator, mixed=True)))
+        return torch.stack(losses)
+
+    replayed, launched = train("__call__"), train("_step")
+    assert (replayed[0] != replayed[-1]).all()
+    torch.testing.assert_close(replayed, launched, rtol=1e-2, atol=1e-2)
