@@ -76,7 +76,7 @@ class Models:
         """Returns (R, B, S, width). As a product, whose gradient needs no sorting of tokens."""
         embedding = self.parameters["embedding"]
         is_token = tokens[..., None] == torch.arange(self.task.vocabulary, device=tokens.device)
-        return torch.einsum("bsv,rvw->rbsw", is_token.to(embedding.dtype), embedding)
+        return torch.einsum("bsv,rvw->rbsw", is_token.to(embedding.dtype), embedding).contiguous()
 
     def block(self, layer: int, x: torch.Tensor, num_rows: int | None = None) -> torch.Tensor:
         """Returns the last num_rows of x (R, B, S, width), all by default, after this layer."""
