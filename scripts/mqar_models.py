@@ -22,11 +22,23 @@ class Models:
     only. Half of the channels that attention reads hold a share of the token before as well, learned for each channel:
     a short convolution, as all models of this task have, so that a value knows its key. Importance as in log_zoh,
     exp(log_a) * softplus(dt), one for all heads: A keeps its sign.
+
+    noise: deviation of what is added to each importance where gradients are wanted, the same for all models: a value
+        that is ranked too low is seen now and then, and learned.
     """
 
-    def __init__(self, runs: list[Run], task: Task, width: int, num_heads: int, keep_window_size: int, device: str):
+    def __init__(
+        self,
+        runs: list[Run],
+        task: Task,
+        width: int,
+        num_heads: int,
+        keep_window_size: int,
+        device: str,
+        noise: float = 0.0,
+    ):
         self.runs, self.task, self.width, self.num_heads = runs, task, width, num_heads
-        self.keep_window_size = keep_window_size
+        self.keep_window_size, self.noise = keep_window_size, noise
         self.parameters = {}
 
         def add(name, *shape, scale):
@@ -92,6 +104,8 @@ class Models:
         query, key, value = self.project(layer, x)
         dt = torch.einsum("rbsw,rwo->rbos", value.flatten(-2), p[f"{layer}.dt"])
         importance = p[f"{layer}.log_a"].exp()[:, None, :, None] * softplus(dt)
+        if torch.is_grad_enabled():
+            importance = importance + self.noise * torch.randn_like(importance[:1])
         parts = (query[:, :, -num_rows:].to(dtype), key.to(dtype), value.to(dtype))
         parts = (*parts, importance.expand(-1, -1, self.num_heads, -1))
         counts = [count * x.shape[1] for _, count in self.groups]
