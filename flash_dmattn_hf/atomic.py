@@ -39,6 +39,8 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
+        for file in filter(Path.is_file, partial.rglob("*")):
+            file.chmod(0o666 & ~_umask())  # safetensors' own are for their owner alone
         _sync_tree(partial)
         check_destination(path, overwrite)
         _move(partial, path)

@@ -45,11 +45,12 @@ def dynamic_mask_attention_forward(
     Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
     """
     gate = get_gate(module)
+    pending = None if gate is None else take_pending(gate)
     window = sliding_window_of(module) if gate is None else gate.sliding_window
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
     tag = tag_of(attention_mask)
-    is_cached = gate is not None and gate.pending is not None
-    if not (is_cached and query.shape[2] == 1 and tag is None):  # a static cache reduces the mask of one token
+    is_step = pending is not None and query.shape[2] == 1
+    if not (is_step and tag is None):  # a static cache reduces the mask of one token
         _check_sliding_window(module, window, sliding_window, attention_mask, tag)
     if tag is not None and tag.is_full and attention_mask.shape[1] <= key.shape[2]:
         attention_mask = None
@@ -58,9 +59,9 @@ def dynamic_mask_attention_forward(
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
-        if is_cached:
+        if pending is not None:
             _refuse_documents(documents)
-            return _attend_cached(gate, query, key, value, attention_mask, options), None
+            return _attend_cached(gate, pending, query, key, value, attention_mask, options), None
         _refuse_dropped_keys(gate, key, attention_mask)
         settings = gate.config
         importance = gate(value)
@@ -74,9 +75,10 @@ def dynamic_mask_attention_forward(
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options.update(keep_window_size=max(key.shape[2], 1), add_importance_bias=False)
     options["sliding_window"] = window
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if documents is not None:
-        return _attend_packed(query, key, value, importance, documents, max_length_k, options), None
+        return _attend_packed(query, key, value, importance, documents, options), None
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
     out = dynamic_mask_attention(
         query.transpose(1, 2),
@@ -89,10 +91,17 @@ def dynamic_mask_attention_forward(
     return out, None
 
 
-def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Tensor:
-    """Attends over the survivors and the new tokens, which the cache left with the gate, and lets it evict."""
-    layer, *cached = gate.pending
-    vars(gate)["pending"] = None
+def take_pending(gate: nn.Module) -> tuple | None:
+    """Returns what the cache left with the gate and takes it away, so that a call that is refused leaves nothing."""
+    pending = gate.pending
+    if pending is not None:
+        vars(gate)["pending"] = None  # a module's own __setattr__ takes longer
+    return pending
+
+
+def _attend_cached(gate, pending, query, key, value, attention_mask, options) -> torch.Tensor:
+    """Attends over the survivors and the new tokens, `pending`, which the cache left with the gate; lets it evict."""
+    layer, *cached = pending
     if not torch.compiler.is_compiling():
         for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
             if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:
@@ -113,13 +122,14 @@ def _attend_cached(gate, query, key, value, attention_mask, options) -> torch.Te
         view.visibility,
         query_positions=view.query_positions,
         max_visible=gate.config.keep_window_size,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
     )
     layer.evict()
     return out
 
 
-def _attend_packed(query, key, value, importance, documents, max_seqlen, options) -> torch.Tensor:
+def _attend_packed(query, key, value, importance, documents, options) -> torch.Tensor:
     """Attends within documents: the whole batch becomes one row of documents."""
     batch, _, seqlen, _ = query.shape
 
@@ -132,7 +142,6 @@ def _attend_packed(query, key, value, importance, documents, max_seqlen, options
         one_row(value),
         importance.transpose(0, 1).reshape(1, importance.shape[1], batch * seqlen),
         cu_seqlens=documents,
-        max_seqlen=max_seqlen,
         **options,
     )
     return out.reshape(batch, seqlen, *out.shape[2:])
@@ -157,9 +166,7 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> torch.Te
         return None
     numbers = attention_mask.expand(batch, -1)
     if numbers.shape[1] != key.shape[2] or seqlen_q != key.shape[2]:
-        raise ValueError(
-            f"packed position_ids must cover all {key.shape[2]} keys, got {numbers.shape[1]} positions"
-        )
+        raise ValueError(f"packed position_ids must cover all {key.shape[2]} keys, got {numbers.shape[1]} positions")
     starts = torch.ones_like(numbers, dtype=torch.bool)
     starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     order = starts.flatten().cumsum(0) - 1

@@ -20,6 +20,8 @@ class DynamicMaskCache(DynamicCache):
     """
 
     def __init__(self, model: PreTrainedModel, *, static: bool = False):
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
         super().__init__(config=model.config.get_text_config(decoder=True))
         gates = {gate.layer_idx: gate for _, _, gate in iter_gates(model)}
         if not gates:

@@ -105,6 +105,7 @@ class DynamicMaskCacheLayer(SlotLayer):
     def check_attended(self) -> None:
         """Raises RuntimeError when the attention function never saw the last tokens of `update`."""
         if self._num_new:
+            vars(self.gate)["pending"] = None
             raise RuntimeError(
                 f"the last {self._num_new} tokens of this DynamicMaskCache were never attended to by flash_dmattn: the "
                 "model is not the one the cache was made for, or runs another attention implementation, or its forward "

@@ -72,7 +72,8 @@ class SlotLayer(DynamicLayer):
     def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         for name, state in make_slots(batch, num_heads, self.capacity, head_dim, dtype, device)._asdict().items():
-            torch._dynamo.mark_static_address(state)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(state)
             setattr(self, name, state)
         with torch.inference_mode(False):
             self.row_is_real = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)

@@ -6,7 +6,7 @@ token. What a replay cannot do, counting tokens on the host, is done beside it.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class StepForward:
         cache = inputs.get("past_key_values")
         if not (isinstance(cache, DynamicMaskCache) and cache.takes_captured_steps and _is_one_token(inputs)):
             return self.model(**inputs)
+        _refuse_several_gpus(cache)
         cache.to(inputs["input_ids"].device)
         with counted_outside(cache):
             return self.run(**inputs)
@@ -69,10 +70,11 @@ class CapturedForward:
         self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _capturing(graph, cache.mask_layers[0].keys.device):
                 self._output = self.model(**tree_unflatten(self._inputs, spec), past_key_values=cache)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            _end_capture_of_random_numbers()
             raise RuntimeError(
                 f"the forward of {type(self.model).__name__} cannot be captured in a CUDA graph, so "
                 'cache_implementation="static" cannot be used with it; leave cache_implementation out'
@@ -95,10 +97,35 @@ def counted_outside(cache: DynamicMaskCache) -> Iterator[None]:
             layer.is_counted_outside = False
 
 
-def _end_capture_of_random_numbers() -> None:
-    """A capture that failed leaves torch's generator waiting for its end, and every later random number would raise."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Captures what runs on `device`, whichever is current; what a capture that fails leaves behind is put right.
+
+    torch then stays on the stream of the capture, takes memory for its pool, and keeps the generator of random numbers
+    waiting for its end, so that every later random number would raise.
+    """
+    with torch.cuda.device(device):
+        stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+        options = {"pool": pool, "stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, **options):
+                yield
+        except RuntimeError:
+            torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):  # the pool is no longer filled
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
+
+
+def _refuse_several_gpus(cache: DynamicMaskCache) -> None:
+    gpus = sorted({str(layer.keys.device) for layer in cache.mask_layers} - {"cpu"})
+    if len(gpus) > 1:
+        raise RuntimeError(
+            f'cache_implementation="static" needs all layers on one GPU, got {", ".join(gpus)}: leave '
+            "cache_implementation out"
+        )
 
 
 def _is_one_token(inputs: dict[str, Any]) -> bool:

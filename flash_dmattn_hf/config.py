@@ -54,7 +54,7 @@ class DynamicMaskConfig:
         if (self.num_sink_tokens or 0) + (self.local_window_size or 0) > self.keep_window_size:
             raise ValueError(
                 "num_sink_tokens + local_window_size must not exceed keep_window_size, got "
-                f"{self.num_sink_tokens} + {self.local_window_size} > {self.keep_window_size}"
+                f"{self.num_sink_tokens or 0} + {self.local_window_size or 0} > {self.keep_window_size}"
             )
         for name, choices in _FORMS.items():
             if getattr(self, name) not in choices:
@@ -79,6 +79,21 @@ class DynamicMaskConfig:
         if local is None:
             local = min(3 * size // 4, size - sinks) if dense else 0
         return replace(self, num_sink_tokens=sinks, local_window_size=local)
+
+    def updated(self, values: dict[str, Any]) -> "DynamicMaskConfig":
+        """Returns the config with single values changed, by name.
+
+        Sinks and local window of before may not fit into a smaller keep_window_size: the local window then keeps its
+        share, unless one of them is among the values. Raises ValueError for unknown names and what does not fit.
+        """
+        merged, window = {**self.to_dict(), **values}, values.get("keep_window_size")
+        sinks, local = self.num_sink_tokens or 0, self.local_window_size or 0
+        is_given = "num_sink_tokens" in values or "local_window_size" in values
+        if isinstance(window, int) and 0 < window < sinks + local and not is_given:
+            sinks = min(sinks, window)
+            merged["num_sink_tokens"] = sinks
+            merged["local_window_size"] = min(local * window // self.keep_window_size, window - sinks)
+        return type(self).from_dict(merged)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as values that JSON can hold."""
@@ -108,9 +123,9 @@ def _layer_indices(layers: Any) -> tuple[int, ...]:
 
 @contextmanager
 def dynamic_mask_config(**values: Any) -> Iterator[None]:
-    """Gives the models made inside the block these settings; they replace those of a config's own section.
+    """Gives the models made inside the block these settings; they change those of a config's own section.
 
-    values: fields of `DynamicMaskConfig`. Raises ValueError for an unknown one.
+    values: fields of `DynamicMaskConfig`, as in its `updated`. Raises ValueError for an unknown one.
     """
     DynamicMaskConfig.from_dict({"keep_window_size": DynamicMaskConfig.keep_window_size, **values})
     token = _load_time_values.set({**(_load_time_values.get() or {}), **values})

@@ -93,14 +93,15 @@ class ConversionReport:
 
 def convert_model(
     model: PreTrainedModel,
-    config: DynamicMaskConfig | None = None,
+    config: DynamicMaskConfig | dict[str, Any] | None = None,
     *,
     calibration: Calibration | torch.Tensor | None = None,
 ) -> PreTrainedModel:
     """Gives a dense causal language model dynamic masks, in place, and returns it.
 
-    config: None means the defaults; sizes that are None become those for dense checkpoints (4 sinks, a
-        local window of three quarters). The model is then exactly dense up to keep_window_size tokens.
+    config: settings, or a dict of them; None means the defaults; sizes that are None become those for dense
+        checkpoints (4 sinks, a local window of three quarters). The model is then exactly dense up to
+        keep_window_size tokens.
     calibration: token ids (N,) or (1, N), all of which are read, or a `Calibration`; None leaves A at 0, so
         that beyond the window the model sees its sinks and the newest keys.
 
@@ -109,8 +110,12 @@ def convert_model(
     calibrate; the model is then as it was.
     """
     _refuse_converted(model)
-    config = (DynamicMaskConfig() if config is None else config).resolve(dense=True)
-    if calibration is not None and not isinstance(calibration, Calibration):
+    if not isinstance(config, DynamicMaskConfig):
+        config = DynamicMaskConfig.from_dict({} if config is None else config)
+    config = config.resolve(dense=True)
+    if calibration is not None and not isinstance(calibration, Calibration | torch.Tensor):
+        raise ValueError(f"calibration must be token ids in a tensor, got {type(calibration).__name__}")
+    if isinstance(calibration, torch.Tensor):
         calibration = Calibration(calibration, num_tokens=calibration.numel())
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
     text_config = text_config_of(model)

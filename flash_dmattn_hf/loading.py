@@ -57,6 +57,7 @@ def wrap_post_init(original: Callable) -> Callable:
 
     @wraps(original)
     def post_init(self, *args, **kwargs):
+        self._flash_dmattn_was_prepared = True
         prepare(self)
         return original(self, *args, **kwargs)
 
@@ -120,7 +121,7 @@ def wrap_config_from_dict(original: Callable) -> Callable:
     def from_dict(cls, config_dict, **kwargs):
         section, values = config_dict.get(SECTION), kwargs.get(SECTION)
         if section is not None and values is not None:
-            kwargs[SECTION] = {**section, **_as_dict(values)}
+            kwargs[SECTION] = DynamicMaskConfig.from_dict(section).updated(_as_dict(values)).to_dict()
         return original(cls, config_dict, **kwargs)
 
     return from_dict
@@ -152,6 +153,12 @@ def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[
     """Attaches and initialises the gates of a model that exists already; returns the new ones."""
     if not uses_dynamic_masks(model):
         raise ValueError(f"{type(model).__name__} cannot use flash_dmattn: it never calls the attention interface")
+    was_prepared = getattr(model, "_flash_dmattn_was_prepared", False)
+    if getattr(text_config_of(model), SECTION, None) is not None and not was_prepared:
+        raise ValueError(
+            "this checkpoint was converted to dynamic masks and loaded before flash_dmattn_hf was imported, which left "
+            "its importance out: import flash_dmattn_hf first and load it again"
+        )
     known = {id(gate) for _, _, gate in attach.iter_gates(model)}
     prepare(model, previous=before)
     if not any(True for _ in attach.iter_gates(model)):

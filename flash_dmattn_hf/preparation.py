@@ -34,7 +34,7 @@ def settings_of(model: PreTrainedModel) -> DynamicMaskConfig:
     else:
         base = DynamicMaskConfig.from_dict(section)
     if values := load_time_values():
-        base = DynamicMaskConfig.from_dict({**base.to_dict(), **values})
+        base = base.updated(values)
     return base.resolve(dense=not is_doge)
 
 

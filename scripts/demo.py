@@ -304,7 +304,6 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str, dtype: str
     difference, agreement = compare(model, reference, stretches)
     claims.at_most(f"calibrated: logits differ from dense up to {window} tokens", difference, 0.02)
     claims.at_most("calibrated: share of argmaxes that differ", 1 - agreement, 0.001)
-    shutil.rmtree(output / "dense")
     del reference, model
     step("convert, calibrated")
 

@@ -33,7 +33,7 @@ def main() -> None:
     chunk = torch.arange(5000, 5000 + SEQLEN - 600).expand(2, 3, -1)
     positions = torch.cat([cached, chunk], dim=-1).int()
     select_and_list(torch.randn(2, 3, SEQLEN), keep_window_size=601, positions=positions)
-    print(f"{3 * len(OPTIONS) + 1} selections equal those of the CPU, with their lists")
+    print(f"{3 * len(OPTIONS) + 1} selections equal those of the CPU, and their lists were built")
 
 
 def select_and_list(importance: torch.Tensor, **options) -> None:

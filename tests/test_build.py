@@ -42,6 +42,9 @@ FAKE_NVCC = """\
 #!{python}
 import pathlib, sys
 arguments = sys.argv[1:]
+if "--version" in arguments:
+    print("Cuda compilation tools, release 12.4, V12.4.99")
+    sys.exit()
 if "--list-gpu-code" in arguments:
     print("sm_80\\nsm_86\\nsm_90\\nsm_100")
     sys.exit()
@@ -140,6 +143,20 @@ def test_a_missing_nvcc_is_named(tmp_path):
         find_toolkit({"PATH": str(tmp_path)})
     with pytest.raises(MissingTool, match=f"CUDA_HOME is {tmp_path}"):
         find_toolkit({"CUDA_HOME": str(tmp_path), "PATH": os.environ["PATH"]})
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('print("Cuda compilation tools, release 11.8, V11.8.89")', "is older than CUDA 12.0, which the kernels need"),
+        ('sys.exit("libfoo.so: cannot open")', "nvcc --version failed: libfoo.so: cannot open"),
+    ],
+)
+def test_an_nvcc_that_cannot_serve_is_named(fake, line, words):
+    nvcc = fake / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace('print("Cuda compilation tools, release 12.4, V12.4.99")', line))
+    with pytest.raises(MissingTool, match=words):
+        toolkit_of(fake)
 
 
 def test_architectures_that_nvcc_lacks_are_dropped_and_named(fake, sources, tmp_path, capfd):

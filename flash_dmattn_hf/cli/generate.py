@@ -76,7 +76,8 @@ def report(num_prompt: int, num_new: int, prefill: float, decode: float) -> str:
 def cache_report(cache) -> str:
     """Size of the cache in words."""
     if isinstance(cache, DynamicMaskCache):
-        return f"cache: {cache.nbytes:,} bytes, at most {cache.max_keys} of {cache.get_seq_length()} keys per head"
+        num_tokens = cache.get_seq_length()
+        return f"cache: {cache.nbytes:,} bytes, at most {cache.max_keys} keys per head for {num_tokens} tokens"
     tensors = [state for layer in cache.layers for state in vars(layer).values() if isinstance(state, torch.Tensor)]
     return f"cache: {sum(t.nbytes for t in tensors):,} bytes, all {cache.get_seq_length()} keys (dense model)"
 

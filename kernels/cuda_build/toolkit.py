@@ -1,6 +1,7 @@
 """The tools of a build: nvcc with the architectures it knows, and ninja."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cuda_build.settings import Settings
+
+_OLDEST_RELEASE = 12  # of CUDA: the first with sm_90a
 
 
 class MissingTool(RuntimeError):
@@ -26,7 +29,10 @@ class Toolkit:
 def find_toolkit(environment: Mapping[str, str] = os.environ) -> Toolkit:
     """Looks for nvcc in CUDA_HOME, CUDA_PATH and PATH, and for ninja. Raises `MissingTool`."""
     nvcc = _find_nvcc(environment)
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.", _ask(nvcc, "--version"))
+    if release is None or int(release[1]) < _OLDEST_RELEASE:
+        raise MissingTool(f"{nvcc} is older than CUDA {_OLDEST_RELEASE}.0, which the kernels need")
+    listed = _ask(nvcc, "--list-gpu-code")
     supported = frozenset(line.strip().removeprefix("sm_") for line in listed.splitlines() if line.strip())
     return Toolkit(nvcc, _find_ninja(environment), supported)
 
@@ -35,6 +41,13 @@ def keep_supported(settings: Settings, toolkit: Toolkit) -> tuple[tuple[str, ...
     """Splits the wanted architectures in those that nvcc knows and the others."""
     kept = tuple(name for name in settings.architectures if name in toolkit.supported)
     return kept, tuple(name for name in settings.architectures if name not in toolkit.supported)
+
+
+def _ask(nvcc: Path, option: str) -> str:
+    asked = subprocess.run([nvcc, option], capture_output=True, text=True)
+    if asked.returncode != 0:
+        raise MissingTool(f"{nvcc} {option} failed: {(asked.stderr or asked.stdout).strip()}")
+    return asked.stdout
 
 
 def _find_nvcc(environment: Mapping[str, str]) -> Path:

@@ -135,10 +135,23 @@ def check_attention(
             raise ValueError(f"importance must be floating point, got {importance.dtype}")
         if importance.device != query.device:
             raise ValueError(f"importance must be on query's device {query.device}, got {importance.device}")
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
+    check_softcap(softcap)
     if not isinstance(backend, str):
         raise ValueError(f"backend must be a name, got {backend!r}")
+
+
+def check_softcap(softcap: float) -> None:
+    """Raises ValueError unless softcap is 0 or a positive number."""
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be 0 (off) or positive and finite, got {softcap}")
+
+
+def check_count(name: str, number: int | None, smallest: int) -> None:
+    """Raises ValueError unless `number` is None or an integer from `smallest` on."""
+    if number is None:
+        return
+    if isinstance(number, bool) or not isinstance(number, int | torch.SymInt) or number < smallest:
+        raise ValueError(f"{name} must be None or an integer of at least {smallest}, got {number!r}")
 
 
 def check_visibility(
@@ -173,6 +186,11 @@ def check_query_rows(
         _check_like("query_positions", query_positions, (batch, seqlen_q), query.device)
         if query_positions.dtype != torch.int32:
             raise ValueError(f"query_positions must be int32, got {query_positions.dtype}")
+    if query_start is not None and not isinstance(query_start, torch.Tensor):
+        if isinstance(query_start, bool) or not isinstance(query_start, int | torch.SymInt):
+            raise ValueError(f"query_start must be an int or int32, got {query_start!r}")
+        if not -(2**31) <= query_start < 2**31:
+            raise ValueError(f"query_start must be an int of 32 bits, got {query_start}")
     if isinstance(query_start, torch.Tensor):
         _check_like("query_start", query_start, (batch,), query.device)
         if query_start.dtype != torch.int32:

@@ -8,7 +8,7 @@ from flash_dmattn.call import AttentionCall
 from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
 from flash_dmattn.ops import run_attention
 from flash_dmattn.selection import select_visible
-from flash_dmattn.visibility import Visibility
+from flash_dmattn.visibility import NEVER, Visibility
 
 
 def interval_attention(
@@ -43,7 +43,7 @@ def interval_attention(
     query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing.
     softmax_scale: None: D ** -0.5.
     softcap: logits are softcap * tanh(logits / softcap) before the bias; 0 is off.
-    add_importance_bias: when False the importance is not added and its gradient is exactly zero.
+    add_importance_bias: when False the importance is not added and has no gradient.
     max_visible: n consecutive rows see no more than max_visible + n keys altogether (the w of a causal selection), a
         promise that saves a GPU engine from counting them; None: it counts.
     deterministic: equal inputs give bitwise equal gradients.
@@ -59,8 +59,7 @@ def interval_attention(
     if visibility is not None:
         arguments.check_visibility(visibility, query, key, importance)
     arguments.check_query_rows(query_start, query_positions, query)
-    if max_visible is not None and max_visible < 1:
-        raise ValueError(f"max_visible must be None or at least 1, got {max_visible}")
+    arguments.check_count("max_visible", max_visible, 1)
     check_backend_name(backend)
     if query_positions is None and query_start is None:
         query_start = key.shape[1] - query.shape[1]
@@ -112,7 +111,7 @@ def dynamic_mask_attention(
     padding_mask: (B, Sk) bool, True for real tokens. Padding is visible to nobody, takes no place in any window,
         and its query rows give out 0, lse -inf and no gradient, whatever stands in them.
     cu_seqlens: (num_docs + 1,) int32, document boundaries of a packed batch: B = 1, Sq = Sk.
-    max_seqlen: the longest document, a hint that saves an engine from computing it.
+    max_seqlen: the longest document; accepted because callers have it, no engine needs it.
 
     Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
 
@@ -121,6 +120,7 @@ def dynamic_mask_attention(
     if importance is None:
         raise ValueError("importance must be a tensor, got None")
     arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
+    arguments.check_count("max_seqlen", max_seqlen, 0)
     check_backend_name(backend)
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     if cu_seqlens is not None and seqlen_q != seqlen_k:
@@ -153,7 +153,7 @@ def dynamic_mask_attention(
         seqlen_k - seqlen_q,
         query_positions,
         # Not causal, a packed document shows its w keys at once: rows can see the end of one and all of the next.
-        keep_window_size if is_causal else 2 * keep_window_size,
+        min(keep_window_size if is_causal else 2 * keep_window_size, NEVER),
         softmax_scale,
         softcap,
         deterministic,

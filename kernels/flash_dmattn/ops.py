@@ -125,9 +125,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout, dlse, _):
     out, stats, query, key, value, importance, *rest = ctx.saved_tensors
     run = _FirstDerivative.apply if torch.is_grad_enabled() else interval_attention_backward_op
-    dquery, dkey, dvalue, dimportance = run(
-        dout, dlse, out, stats, query, key, value, importance, *rest, *ctx.options
-    )
+    dquery, dkey, dvalue, dimportance = run(dout, dlse, out, stats, query, key, value, importance, *rest, *ctx.options)
     dimportance = None if importance is None else dimportance
     return dquery, dkey, dvalue, dimportance, *(None,) * 9
 
@@ -142,9 +140,7 @@ def _define(name: str, function: Callable, fake: Callable) -> torch._ops.OpOverl
 
 
 interval_attention_op = _define("interval_attention", _attention, fake_attention)
-interval_attention_backward_op = _define(
-    "interval_attention_backward", _attention_backward, _fake_attention_backward
-)
+interval_attention_backward_op = _define("interval_attention_backward", _attention_backward, _fake_attention_backward)
 torch.library.register_autograd(
     "flash_dmattn::interval_attention", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
@@ -165,6 +161,15 @@ class _FirstDerivative(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError("dynamic mask attention has no second derivative")
 
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        def run(number):
+            parts = (a if dim is None else a.select(dim, number) for a, dim in zip(arguments, in_dims, strict=True))
+            return _FirstDerivative.apply(*parts)
+
+        each = zip(*map(run, range(info.batch_size)), strict=True)
+        return tuple(map(torch.stack, each)), (0, 0, 0, 0)
+
 
 class _EagerAttention(torch.autograd.Function):
     """The operator with its gradient, past the autograd of torch.library, which reads the schema for 0.2 ms a call."""
@@ -175,6 +180,20 @@ class _EagerAttention(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        """Attends once, with what is mapped over as more rows of the batch."""
+
+        def as_batch(tensor, dim):
+            if not isinstance(tensor, torch.Tensor):
+                return tensor
+            mapped = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return mapped.flatten(0, 1)
+
+        out, lse, stats = run_attention(*map(as_batch, arguments, in_dims))
+        size = (info.batch_size, -1)
+        return (out.unflatten(0, size), lse.unflatten(0, size), stats.unflatten(1, size)), (0, 0, 1)
 
 
 def run_attention(query, key, value, importance, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,20 +5,21 @@ from functools import cached_property
 import torch
 
 from flash_dmattn import arguments
+from flash_dmattn.dense.arguments import check_kind
 from flash_dmattn.visibility import Visibility
 
 
 class PackedSequences:
     """B sequences, of queries and of keys, and where each row of them belongs."""
 
-    def __init__(self, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    def __init__(self, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softcap):
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, torch.Tensor) or tensor.dim() != 3:
                 got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
                 raise ValueError(f"{name} must have shape (total, heads, D), got {got}")
         arguments.check_attention(
-            query[None], key[None], value[None], None, softcap=0, backend="auto", allow_longer_query=True
+            query[None], key[None], value[None], None, softcap=softcap, backend="auto", allow_longer_query=True
         )
         for name, bounds, rows in (("cu_seqlens_q", cu_seqlens_q, query), ("cu_seqlens_k", cu_seqlens_k, key)):
             arguments.check_cu_seqlens(bounds, 1, rows.device, name)
@@ -40,6 +41,7 @@ class PackedSequences:
         num_heads, num_kv_heads = self.query.shape[1], self.key.shape[1]
         if tensor is None:
             return None
+        check_kind(name, tensor, self.query)
         heads, columns = (1, num_kv_heads, num_heads), (1, self.max_seqlen_k)
         if tensor.dim() == 3:
             sizes = ((self.query.shape[0],), heads, columns)
@@ -136,6 +138,7 @@ class PackedSequences:
 
 
 def _longest(name: str, given: int | None, bounds: torch.Tensor) -> int:
+    arguments.check_count(name, given, 0)
     if given is None or bounds.device.type == "cpu":
         longest = int((bounds[1:] - bounds[:-1]).max())
         if given is not None and given < longest:

@@ -67,8 +67,8 @@ def select_visible(
     )
     birth, death = _select_visible_op(
         importance.detach(),
-        keep_window_size,
-        num_sink_tokens,
+        min(keep_window_size, NEVER),
+        min(num_sink_tokens, NEVER),
         min(local_window_size, NEVER),
         None if sliding_window is None else min(sliding_window, NEVER),
         is_causal,

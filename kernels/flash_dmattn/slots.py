@@ -148,11 +148,22 @@ def _check(query, key, value, importance, slots, padding_mask, softcap) -> None:
     batch, num_heads, _, head_dim = slots.keys.shape
     if query.shape[1] != 1 or key.shape[1] != 1:
         raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
-    for name, tensor in (("keys", slots.keys), ("values", slots.values)):
-        if tensor.shape != slots.keys.shape or tensor.dtype != query.dtype or tensor.device != query.device:
+    precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+    expected = {
+        "keys": (query.dtype, 4),
+        "values": (query.dtype, 4),
+        "importance": (precision, 3),
+        "positions": (torch.int32, 3),
+        "victims": (torch.int32, 2),
+        "lengths": (torch.int32, 2),
+        "arrivals": (torch.int32, 2),
+    }
+    for (name, (dtype, num_dims)), tensor in zip(expected.items(), slots, strict=True):
+        shape = slots.keys.shape[:num_dims]
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != query.device:
             raise ValueError(
-                f"slots.{name} must have query's dtype {query.dtype} and device {query.device} and the shape "
-                f"{tuple(slots.keys.shape)}, got {tensor.dtype} on {tensor.device}, {tuple(tensor.shape)}"
+                f"slots.{name} must be {dtype} on query's device {query.device} with the shape {tuple(shape)}, "
+                f"got {tensor.dtype} on {tensor.device}, {tuple(tensor.shape)}"
             )
     if (batch, num_heads, head_dim) != (query.shape[0], importance.shape[1], query.shape[3]):
         raise ValueError(

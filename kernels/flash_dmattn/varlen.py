@@ -48,10 +48,10 @@ def flash_dmattn_varlen_func(
     check_dropout(dropout_p)
     if block_table is not None:
         raise ValueError("block_table must be None, got a tensor: gather the pages into key and value first")
-    packed = PackedSequences(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    is_causal, softcap, deterministic = bool(is_causal), softcap or 0.0, bool(deterministic)
+    packed = PackedSequences(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softcap)
     attn_mask = packed.by_sequence("attn_mask", attn_mask)
     attn_bias = packed.by_sequence("attn_bias", attn_bias)
-    is_causal, softcap, deterministic = bool(is_causal), softcap or 0.0, bool(deterministic)
     if all(tensor is None or tensor.shape[2] == 1 for tensor in (attn_mask, attn_bias)):
         visibility, rows = packed.intervals(attn_mask, attn_bias, is_causal)
         out, lse = attend_intervals(

@@ -155,6 +155,9 @@ CASES = [
     ("importance-device", "attend", attention(importance=zeros(*LANES, device="meta")), "importance"),
     ("backend-unknown", "attend", attention(backend="fast"), "backend"),
     ("softcap-negative", "attend", attention(softcap=-1.0), "softcap"),
+    ("softcap-nan", "attend", attention(softcap=float("nan")), "softcap"),
+    ("softcap-infinite", "attend", attention(softcap=float("inf")), "softcap"),
+    ("max-seqlen-half", "attend", attention(max_seqlen=7.5), "max_seqlen"),
     ("interval-backend-unknown", "intervals", intervals(backend="fast"), "backend"),
     (
         "visibility-shape",
@@ -175,6 +178,9 @@ CASES = [
         "visibility|birth",
     ),
     ("start-shape", "intervals", intervals(query_start=int32(0, 1, 2)), "query_start"),
+    ("start-half", "intervals", intervals(query_start=1.5), "query_start"),
+    ("start-64-bits", "intervals", intervals(query_start=2**31), "query_start"),
+    ("max-visible-half", "intervals", intervals(max_visible=2.5), "max_visible"),
     ("start-float", "intervals", intervals(query_start=torch.zeros(BATCH)), "query_start"),
     ("query_positions-shape", "intervals", intervals(query_positions=int32(0, 1)), "query_positions"),
     (

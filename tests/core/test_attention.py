@@ -91,6 +91,33 @@ def test_knowing_how_many_keys_a_query_sees_changes_nothing():
     torch.testing.assert_close(interval_attention(*arguments, max_visible=6), interval_attention(*arguments))
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_window_beyond_all_integers_shows_everything(is_causal):
+    query, key, value = torch.randn(3, 1, 12, 2, 8)
+    importance = torch.randn(1, 2, 12)
+    all_of_them, wide = (
+        dynamic_mask_attention(query, key, value, importance, keep_window_size=size, is_causal=is_causal)
+        for size in (12, 2**64)
+    )
+    torch.testing.assert_close(wide, all_of_them)
+
+
+def test_autocast_leaves_the_logits_in_full_precision():
+    """A constant added to all importances changes nothing, unless logits are rounded."""
+    tensors = [x.bfloat16().requires_grad_() for x in (torch.randn(1, 40, 4, 8), *torch.randn(2, 1, 40, 2, 8))]
+    importance, dout = torch.randn(1, 2, 40), torch.randn(1, 40, 4, 8)
+
+    def results(shift):
+        out = dynamic_mask_attention(*tensors, importance + shift, keep_window_size=9)
+        return out, *torch.autograd.grad(out, tensors, dout.to(out.dtype))
+
+    expected = results(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results(1000)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+
+
 def test_a_query_that_sees_nothing_gets_zero():
     query, key, value = torch.randn(3, 1, 4, 2, 8)
     nothing = Visibility(*torch.full((2, 1, 2, 4), 2, dtype=torch.int32))

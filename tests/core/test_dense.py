@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_dmattn.dense import attention
 from flash_dmattn.dense.attention import dense_attention
 from flash_dmattn.utils.mask import tile_mask
 
@@ -185,3 +186,17 @@ def test_masks_without_rows_take_the_interval_engine(monkeypatch):
                 assert out.isfinite().all()
     with pytest.raises(AssertionError, match="dense op"):
         dense_attention(query, key, key, mask.expand(1, 2, 40, 60).clone())
+
+
+@pytest.mark.parametrize("mask", ["some", "none"])
+def test_visible_keys_of_long_masks_are_counted(mask, monkeypatch):
+    monkeypatch.setattr(attention, "_LONGEST_UNCOUNTED", 8)
+    visible = torch.zeros(2, 2, 1, 30, dtype=torch.bool)
+    if mask == "some":
+        visible[0, 1, :, ::4] = True
+    assert attention._max_visible(visible[:, :, 0]) == (8 if mask == "some" else 1)
+    query, key, value = torch.randn(2, 30, 4, 16), *torch.randn(2, 2, 30, 2, 16)
+    counted = dense_attention(query, key, value, visible, is_causal=True)
+    written = dense_attention(query, key, value, visible.expand(2, 2, 30, 30), is_causal=True)
+    for ours, theirs in zip(counted, written, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -195,3 +195,22 @@ def test_eager_calls_have_the_gradients_of_the_operator(wanted):
         wrt = [inputs[index] for index in wanted]
         results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), wrt)))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_it_maps_over_a_batch_with_and_without_gradients():
+    query, key, importance = torch.randn(3, 2, 20, 4, 8), torch.randn(2, 20, 3, 2, 8), torch.randn(2, 2, 20)
+
+    def attend(query, key):
+        return dynamic_mask_attention(query, key, key, importance, keep_window_size=5)
+
+    def loss(query, key):
+        return attend(query, key).square().sum()
+
+    out = torch.vmap(attend, in_dims=(0, 2))(query, key)
+    dquery = torch.vmap(torch.func.grad(loss), in_dims=(0, 2))(query, key)
+    for number in range(3):
+        one = query[number].clone().requires_grad_()
+        expected = attend(one, key[:, :, number])
+        torch.testing.assert_close(out[number], expected)
+        torch.testing.assert_close(dquery[number], torch.autograd.grad(expected.square().sum(), one)[0])

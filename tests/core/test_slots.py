@@ -224,6 +224,11 @@ def arguments(**changes):
     return {**token, **changes}
 
 
+def fewer_importances():
+    slots = make_slots(2, 2, 5, 8, torch.float32, "cpu")
+    return slots._replace(importance=slots.importance[:, :, :4])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -238,7 +243,8 @@ def arguments(**changes):
             "query and key must hold one token, got 2 and 2",
         ),
         ({"slots": make_slots(3, 2, 5, 8, torch.float32, "cpu")}, r"slots must have .* \(2, 2, 8\), got \(3, 2, 8\)"),
-        ({"slots": make_slots(2, 2, 5, 8, torch.bfloat16, "cpu")}, "slots.keys must have query's dtype torch.float32"),
+        ({"slots": make_slots(2, 2, 5, 8, torch.bfloat16, "cpu")}, "slots.keys must be torch.float32 on"),
+        ({"slots": fewer_importances()}, r"slots.importance must be .* the shape \(2, 2, 5\), got .* \(2, 2, 4\)"),
         ({"importance": torch.zeros(2, 4, 1)}, r"slots must have .* \(2, 4, 8\), got \(2, 2, 8\)"),
         ({"padding_mask": torch.ones(2, 2, dtype=torch.bool)}, r"padding_mask must be bool of shape \(2, 1\)"),
         ({"padding_mask": torch.ones(2, 1)}, "padding_mask must be bool .* got torch.float32"),

@@ -89,6 +89,12 @@ def test_packed_variants_and_lengths_that_are_looked_up():
         ({"attn_mask": torch.ones(1, 1, 3, 12)}, r"attn_mask must have shape \(1, 1 or 2, 1 or 12, 1 or 12\)"),
         ({"query": torch.zeros(1, 12, 2, 16)}, r"query must have shape \(total, heads, D\)"),
         ({"dropout_p": 0.5}, "dropout_p must be 0"),
+        ({"softcap": -5.0}, "softcap must be 0 .off. or positive"),
+        ({"max_seqlen_q": 12.9}, "max_seqlen_q must be None or an integer"),
+        ({"attn_mask": [1]}, "attn_mask must be a tensor, got list"),
+        ({"attn_mask": torch.ones(1, 1, 1, 12, dtype=torch.int32)}, "attn_mask must be bool or floating point"),
+        ({"attn_mask": torch.ones(1, 1, 1, 12, requires_grad=True)}, "attn_mask must not require a gradient"),
+        ({"attn_bias": torch.ones(1, 1, 1, 12, dtype=torch.bool)}, "attn_bias must be floating point"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

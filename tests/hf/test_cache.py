@@ -36,6 +36,11 @@ def test_it_is_a_dynamic_cache_with_a_layer_per_layer(model):
     assert past.is_initialized and past.is_sliding == [False, False]
 
 
+def test_it_is_made_for_a_model(model):
+    with pytest.raises(ValueError, match="model must be a model of transformers, got LlamaConfig"):
+        DynamicMaskCache(model.config)
+
+
 def test_layers_without_a_gate_keep_their_own_cache():
     """A sliding window of at most keep_window_size needs no dynamic mask."""
     past = DynamicMaskCache(make_model("qwen2-sliding-below-w"))

@@ -65,6 +65,15 @@ def test_report(calibration):
     assert json.loads(json.dumps(report.to_dict()))["parameters_added"] == 34
 
 
+def test_settings_may_be_a_dict():
+    model = convert_model(tiny_model("llama"), {"keep_window_size": 8})
+    assert model.config.flash_dmattn["keep_window_size"] == 8
+    with pytest.raises(ValueError, match="must be a dict, got int"):
+        convert_model(tiny_model("llama"), 8)
+    with pytest.raises(ValueError, match="calibration must be token ids in a tensor, got str"):
+        convert_model(tiny_model("llama"), calibration="some text")
+
+
 def test_default_sizes_are_those_for_dense_checkpoints():
     model = convert_model(tiny_model("llama"))
     gate = next(iter_gates(model))[2]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import CompileConfig
 
 from flash_dmattn_hf import DynamicMaskCache, captured
@@ -97,11 +98,48 @@ def test_a_cache_waits_on_the_cpu_between_captured_steps(away):
 def test_a_forward_that_waits_for_the_gpu_cannot_be_captured():
     model, prompt = make_model(), padded_prompt()
     model.model.norm.register_forward_hook(lambda module, args, out: out * float(out.isfinite().all()))
+    stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="the forward of LlamaForCausalLM cannot be captured in a CUDA graph"):
         model.generate(**prompt, max_new_tokens=5, cache_implementation="static")
+    assert torch.cuda.current_stream() == stream
     torch.cuda.synchronize()
     assert torch.rand(9, device="cuda").isfinite().all()
     assert model.generate(**prompt, max_new_tokens=5).shape[1] == 155
+
+
+def test_a_capture_that_lacks_memory_says_so():
+    model, prompt = make_model(), padded_prompt()
+
+    def fail(module, args, out):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("no memory is left")
+
+    hook = model.model.norm.register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        model.generate(**prompt, max_new_tokens=5, cache_implementation="static")
+    hook.remove()
+    eager = model.generate(**prompt, max_new_tokens=5)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=5, cache_implementation="static"), eager)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: one that is current, and another one")
+def test_a_model_on_a_gpu_that_is_not_current_is_captured_there():
+    model = make_model().to("cuda:1")
+    prompt = {name: x.to("cuda:1") if isinstance(x, torch.Tensor) else x for name, x in padded_prompt().items()}
+    assert torch.cuda.current_device() == 0
+    eager = model.generate(**prompt, max_new_tokens=60)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=60, cache_implementation="static"), eager)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: a layer on each")
+def test_a_model_spread_over_gpus_cannot_be_captured():
+    model, prompt = make_model(), padded_prompt()
+    expected = model.generate(**prompt, max_new_tokens=5)
+    first = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), 0)
+    spread = dispatch_model(model, {**first, **dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), 1)})
+    assert torch.equal(spread.generate(**prompt, max_new_tokens=5), expected)
+    with pytest.raises(RuntimeError, match="needs all layers on one GPU, got cuda:0, cuda:1"):
+        spread.generate(**prompt, max_new_tokens=5, cache_implementation="static")
 
 
 @torch.no_grad()

@@ -175,6 +175,34 @@ def test_load_time_values_override_single_fields_of_a_converted_checkpoint(conve
     assert gates_of(model)[0].A.abs().max() > 0
 
 
+def test_a_smaller_window_shrinks_the_local_one_of_a_converted_checkpoint(converted):
+    settings = gates_of(load(converted, flash_dmattn={"keep_window_size": 4}))[0].config
+    assert (settings.keep_window_size, settings.num_sink_tokens, settings.local_window_size) == (4, 2, 1)
+    with dynamic_mask_config(keep_window_size=4):
+        settings = gates_of(load(converted))[0].config
+    assert (settings.keep_window_size, settings.num_sink_tokens, settings.local_window_size) == (4, 2, 1)
+    with pytest.raises(ValueError, match=r"must not exceed keep_window_size, got 2 \+ 3 > 4"):
+        load(converted, flash_dmattn={"keep_window_size": 4, "local_window_size": 3})
+
+
+def test_a_converted_checkpoint_that_was_loaded_without_us_has_to_be_loaded_again(converted):
+    code = f"""
+import warnings
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(converted)!r})
+assert model.config._attn_implementation == "sdpa"
+import flash_dmattn_hf
+try:
+    model.set_attn_implementation("flash_dmattn")
+except ValueError as error:
+    print(error)
+assert model.config._attn_implementation == "sdpa"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "loaded before flash_dmattn_hf was imported" in done.stdout
+
+
 def test_from_config_and_direct_constructors_initialise_the_gates():
     config = tiny_config("llama")
     for make in (

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 
-from flash_dmattn_hf import DynamicMaskConfig, dynamic_mask_config, iter_gates
+from flash_dmattn_hf import DynamicMaskCache, DynamicMaskConfig, attention, dynamic_mask_config, iter_gates
 from flash_dmattn_hf.attach import attach, detach
 
 from .test_masks import make
@@ -116,6 +116,43 @@ def test_set_attn_implementation_on_a_refused_model():
 def test_output_attentions_is_refused():
     with pytest.raises(ValueError, match="output_attentions|eager"):
         make()(tokens(), output_attentions=True)
+
+
+def test_a_refused_call_leaves_nothing_behind():
+    model = make()
+    expected = model(tokens(), use_cache=False).logits
+    cache = DynamicMaskCache(model)
+    with pytest.raises(ValueError, match="output_attentions|eager"):
+        model(tokens(), past_key_values=cache, output_attentions=True)
+    assert torch.equal(model(tokens(), use_cache=False).logits, expected)
+
+
+def test_tokens_that_were_never_attended_to_leave_nothing_behind():
+    model = make()
+    expected, cache = model(tokens(), use_cache=False).logits, DynamicMaskCache(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="never attended to by flash_dmattn"):
+        model(tokens(), past_key_values=cache)
+    model.set_attn_implementation("flash_dmattn")
+    assert torch.equal(model(tokens(), use_cache=False).logits, expected)
+
+
+def test_deterministic_algorithms_are_passed_on(monkeypatch):
+    given, attend = [], attention.dynamic_mask_attention
+
+    def record(*tensors, **options):
+        given.append(options["deterministic"])
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(attention, "dynamic_mask_attention", record)
+    model = make()
+    model(tokens(), use_cache=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model(tokens(), use_cache=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert given == [False] * (len(given) // 2) + [True] * (len(given) // 2) and given
 
 
 @pytest.mark.parametrize("model_type, field", [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")])

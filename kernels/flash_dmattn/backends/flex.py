@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.call import AttentionCall
 from flash_dmattn.dense.call import DenseCall
 
@@ -39,6 +40,7 @@ def reject(call: AttentionCall | DenseCall) -> str | None:
     return None
 
 
+@in_full_precision
 def attend(call: AttentionCall | DenseCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out (B, Sq, H, D) and lse (B, H, Sq) float32, differentiable by torch."""
     if isinstance(call, DenseCall):

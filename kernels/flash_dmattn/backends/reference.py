@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.backends.reference_decode import decode  # noqa: F401
 from flash_dmattn.call import AttentionCall
 from flash_dmattn.decode_call import DecodeCall
@@ -35,6 +36,7 @@ def reject_decoding(call: DecodeCall) -> str | None:
     return None
 
 
+@in_full_precision
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does; lse and stats in float32 or float64."""
     batch, seqlen_q, num_heads, head_dim = call.query.shape
@@ -52,6 +54,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return out, lse, stats
 
 
+@in_full_precision
 def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -2,11 +2,13 @@
 
 import torch
 
+from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.decode import find_victim
 from flash_dmattn.decode_call import DecodeCall
 from flash_dmattn.importance import comparable
 
 
+@in_full_precision
 def decode(call: DecodeCall) -> torch.Tensor:
     """Changes the slots and returns out (B, 1, H, D); float64 for float64, else computed in float32."""
     slots = call.slots

@@ -23,15 +23,20 @@ def check_dense(
     for name, tensor in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
         if tensor is None:
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_kind(name, tensor, query)
         if tensor.dim() != 4 or any(size not in allowed for size, allowed in zip(tensor.shape, sizes, strict=True)):
             wanted = ", ".join(" or ".join(map(str, dict.fromkeys(allowed))) for allowed in sizes)
             raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point() and (name == "attn_bias" or tensor.dtype != torch.bool):
-            kinds = "floating point" if name == "attn_bias" else "bool or floating point (0 hides)"
-            raise ValueError(f"{name} must be {kinds}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
-    if attn_mask is not None and attn_mask.requires_grad:
+
+
+def check_kind(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+    """Raises ValueError unless `tensor` has a dtype that the argument `name` takes and is on query's device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point() and (name == "attn_bias" or tensor.dtype != torch.bool):
+        kinds = "floating point" if name == "attn_bias" else "bool or floating point (0 hides)"
+        raise ValueError(f"{name} must be {kinds}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    if name == "attn_mask" and tensor.requires_grad:
         raise ValueError("attn_mask must not require a gradient: there is none; use attn_bias")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.dense.call import DenseCall
 
 _MAX_LOGITS = 2**22  # logits that are alive at once, over batch and heads
@@ -25,6 +26,7 @@ def reject(call: DenseCall) -> str | None:
     return None
 
 
+@in_full_precision
 def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does; lse and stats in float32 or float64."""
     batch, seqlen_q, num_heads, _ = call.query.shape
@@ -41,6 +43,7 @@ def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return out, lse, stats
 
 
+@in_full_precision
 def backward(
     call: DenseCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor, needs_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
