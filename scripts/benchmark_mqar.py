@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--keep-window-size", type=int, help="default: seqlen / 4")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--importance-noise", type=float, default=0.1, help="deviation, while training")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
@@ -84,10 +83,8 @@ def train(arguments, runs: list[Run], device: str) -> tuple[list[dict], list[dic
     task = Task(arguments.seqlen, arguments.num_pairs, *symbols)
     first = [Task(seqlen, min(arguments.num_pairs, seqlen // 8), *symbols) for seqlen in arguments.first_seqlens]
     tasks = [*first, task]
-    shape = (arguments.width, arguments.num_heads, arguments.keep_window_size)
-    models = Models(runs, task, *shape, device, arguments.importance_noise)
+    models = Models(runs, task, arguments.width, arguments.num_heads, arguments.keep_window_size, device)
     step_of_all = Step(models, Optimizer(models, arguments.steps))
-    torch.manual_seed(arguments.seed)
     generator = torch.Generator(device).manual_seed(arguments.seed)
     held_out = torch.Generator(device).manual_seed(arguments.seed + 1)
     late, curves, fits = torch.zeros(len(runs), device=device), [], {}

@@ -14,6 +14,10 @@ SMALL = 0.02
 common is then learned before what tells them apart. An importance that begins with an order of tokens evicts some of
 the values for good: what is evicted has no gradient."""
 
+INITIAL_A = 1.0
+"""Large enough for the importance to learn as fast as queries and keys do. Where those are faster, they hide fillers
+from attention, and no gradient is left that would rank fillers below values."""
+
 
 class Models:
     """R two-layer transformers whose parameters stand one behind another, each (R, ...).
@@ -22,23 +26,11 @@ class Models:
     only. Half of the channels that attention reads hold a share of the token before as well, learned for each channel:
     a short convolution, as all models of this task have, so that a value knows its key. Importance as in log_zoh,
     exp(log_a) * softplus(dt), one for all heads: A keeps its sign.
-
-    noise: deviation of what is added to each importance where gradients are wanted, the same for all models: a value
-        that is ranked too low is seen now and then, and learned.
     """
 
-    def __init__(
-        self,
-        runs: list[Run],
-        task: Task,
-        width: int,
-        num_heads: int,
-        keep_window_size: int,
-        device: str,
-        noise: float = 0.0,
-    ):
+    def __init__(self, runs: list[Run], task: Task, width: int, num_heads: int, keep_window_size: int, device: str):
         self.runs, self.task, self.width, self.num_heads = runs, task, width, num_heads
-        self.keep_window_size, self.noise = keep_window_size, noise
+        self.keep_window_size = keep_window_size
         self.parameters = {}
 
         def add(name, *shape, scale):
@@ -59,7 +51,7 @@ class Models:
             add(f"{layer}.dt", width, 1, scale=SMALL)
             shift = torch.full((len(runs), width // 2), 0.5, device=device)
             self.parameters[f"{layer}.shift"] = shift.requires_grad_()
-            log_a = torch.full((len(runs), 1), math.log(0.3), device=device)
+            log_a = torch.full((len(runs), 1), math.log(INITIAL_A), device=device)
             self.parameters[f"{layer}.log_a"] = log_a.requires_grad_()
         add("head", width, task.num_values, scale=width**-0.5)
         pairs = width // num_heads // 2
@@ -104,8 +96,6 @@ class Models:
         query, key, value = self.project(layer, x)
         dt = torch.einsum("rbsw,rwo->rbos", value.flatten(-2), p[f"{layer}.dt"])
         importance = p[f"{layer}.log_a"].exp()[:, None, :, None] * softplus(dt)
-        if torch.is_grad_enabled():
-            importance = importance + self.noise * torch.randn_like(importance[:1])
         parts = (query[:, :, -num_rows:].to(dtype), key.to(dtype), value.to(dtype))
         parts = (*parts, importance.expand(-1, -1, self.num_heads, -1))
         counts = [count * x.shape[1] for _, count in self.groups]

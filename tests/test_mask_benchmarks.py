@@ -81,8 +81,7 @@ def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
     all_runs = make_runs(VARIANTS, SCHEDULES, 2, [1e-2])
 
     def train(runs):
-        torch.manual_seed(5)
-        models = Models(runs, task, 16, 1, 8, "cpu", noise=0.1)
+        models = Models(runs, task, 16, 1, 8, "cpu")
         optimizer = Optimizer(models, 4)
         generator = torch.Generator().manual_seed(3)
         parameters = list(models.parameters.values())
