@@ -1,11 +1,14 @@
 """DynamicMaskCache: a DynamicCache of constant size that forgets nothing that is still needed."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flash_dmattn_hf.attach import iter_gates
 from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache_state import load_state_of_layer, state_of_layer
 
 
 class DynamicMaskCache(DynamicCache):
@@ -115,6 +118,24 @@ class DynamicMaskCache(DynamicCache):
                     if isinstance(state, torch.Tensor):
                         setattr(layer, name, state.to(device))
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns copies of what the cache holds, for `torch.save`: its size does not depend on the number of tokens.
+
+        Raises RuntimeError for tokens that can still be undone, TypeError for layers that are not keys and values.
+        """
+        return {"layers": [state_of_layer(layer) for layer in self.layers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from the state of a cache of such a model, on the device of that state.
+
+        Raises ValueError when the layers are others, or have other windows.
+        """
+        if len(state["layers"]) != len(self.layers):
+            raise ValueError(f"state must have {len(self.layers)} layers, got {len(state['layers'])}")
+        self._last_updated = None
+        for layer, saved in zip(self.layers, state["layers"], strict=True):
+            load_state_of_layer(layer, saved)
 
     def stop_past_recording(self) -> None:
         """Undoes `activate_past_recording` for the layers of constant size."""

@@ -55,7 +55,7 @@ class DynamicMaskCacheLayer(SlotLayer):
             "num_sink_tokens": config.num_sink_tokens,
             "local_window_size": config.local_window_size,
         }
-        self._windows = {"keep_window_size": config.keep_window_size, **self._competition}
+        self.windows = {"keep_window_size": config.keep_window_size, **self._competition}
         self._sliding_window = gate.sliding_window
         self.record_past = self.is_counted_outside = False
 
@@ -164,7 +164,7 @@ class DynamicMaskCacheLayer(SlotLayer):
         self._count_rows(padding_mask)
         key, value, importance, positions = self._tail.behind(self.slots, num_kept)
         visibility = select_visible(
-            importance, positions=positions, sliding_window=self._sliding_window, **self._windows
+            importance, positions=positions, sliding_window=self._sliding_window, **self.windows
         )
         return CacheView(key, value, importance, visibility, query_positions)
 
@@ -206,12 +206,12 @@ class DynamicMaskCacheLayer(SlotLayer):
         if not len(self._tail):
             return
         num_kept = self.num_kept
-        if self.num_keys <= cache_capacity(self.capacity, self._windows["local_window_size"]):
+        if self.num_keys <= cache_capacity(self.capacity, self.windows["local_window_size"]):
             start, rows = num_kept, self._tail.rows
         else:
             self._num_undoable = 0
             start, rows = 0, dict(zip(ROWS, self._tail.behind(self.slots, num_kept), strict=True))
-            kept = select_survivors(rows["importance"], rows["positions"], self.lengths[:, 0], **self._windows)
+            kept = select_survivors(rows["importance"], rows["positions"], self.lengths[:, 0], **self.windows)
             rows = {name: _gather(states, kept) for name, states in rows.items()}
             self.positions.fill_(-1)
         for name, states in rows.items():

@@ -64,7 +64,7 @@ class RecordedLayer(DynamicMaskCacheLayer):
     def one_pass(self, importances: torch.Tensor, is_real: torch.Tensor) -> Iterator[torch.Tensor]:
         """Keys that one pass over all importances shows: yields (S, B, Hc, N) bool for the steps, some at a time."""
         birth, death = select_visible(
-            importances, padding_mask=is_real, sliding_window=self._sliding_window, **self._windows
+            importances, padding_mask=is_real, sliding_window=self._sliding_window, **self.windows
         )
         for steps in torch.arange(int(self.num_steps), device=birth.device).split(STEPS_AT_ONCE):
             t = self._now(steps)

@@ -65,7 +65,7 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
 
     def _expected(self, size):
         visibility = select_visible(
-            self.history, padding_mask=self.real, sliding_window=self._sliding_window, **self._windows
+            self.history, padding_mask=self.real, sliding_window=self._sliding_window, **self.windows
         )
         birth, death = (bound.unsqueeze(2) for bound in visibility)
         t = torch.arange(self.num_rows - size, self.num_rows, device=birth.device).view(1, 1, -1, 1)
@@ -77,10 +77,10 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
     def evict(self):
         super().evict()
         if not self.record_past:
-            assert self.num_keys <= self._windows["keep_window_size"]
+            assert self.num_keys <= self.windows["keep_window_size"]
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
         if self.history is not None:
             self.history, self.real = self.history[:, :, : self.num_rows], self.real[:, : self.num_rows]
-            assert self.num_keys <= self._windows["keep_window_size"]
+            assert self.num_keys <= self.windows["keep_window_size"]

@@ -161,6 +161,34 @@ def test_cropping_what_is_gone_is_an_error(model):
         past.crop(-1)
 
 
+@pytest.mark.parametrize("kind", ["llama-sinks-local", "llama-query-heads", "qwen2-sliding-below-w"])
+def test_a_saved_cache_goes_on_where_it_was(kind, tmp_path):
+    model = make_model(kind)
+    (ids, _), cache = make_prompt(batch=2, length=70), DynamicMaskCache(model)
+    with torch.no_grad():
+        model(ids[:, :50], past_key_values=cache)
+        torch.save(cache.state_dict(), tmp_path / "cache.pt")
+        expected = model(ids[:, 50:], past_key_values=cache).logits
+        other = DynamicMaskCache(model)
+        model(ids[:1, :9], past_key_values=other)  # another batch size, to be forgotten
+        other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
+        assert other.get_seq_length() == 50
+        assert torch.equal(model(ids[:, 50:], past_key_values=other).logits, expected)
+
+
+def test_a_state_that_does_not_fit_is_refused(model):
+    cache = DynamicMaskCache(model)
+    state = cache.state_dict()
+    state["layers"][0]["windows"] = {**state["layers"][0]["windows"], "keep_window_size": 3}
+    with pytest.raises(ValueError, match="state must be of a layer with the windows .*'keep_window_size': 3"):
+        cache.load_state_dict(state)
+    with pytest.raises(ValueError, match="state must have 2 layers, got 1"):
+        cache.load_state_dict({"layers": state["layers"][:1]})
+    cache.activate_past_recording()
+    with pytest.raises(RuntimeError, match="can still be undone cannot be saved"):
+        cache.state_dict()
+
+
 def test_it_moves_to_a_device_and_back(model):
     past, (ids, _) = filled(model), make_prompt(length=PROMPT + 1)
     past.to("cpu")

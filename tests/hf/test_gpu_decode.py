@@ -132,14 +132,19 @@ def test_a_model_on_a_gpu_that_is_not_current_is_captured_there():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: a layer on each")
-def test_a_model_spread_over_gpus_cannot_be_captured():
+def test_a_model_spread_over_gpus_runs_without_a_graph():
     model, prompt = make_model(), padded_prompt()
     expected = model.generate(**prompt, max_new_tokens=5)
     first = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), 0)
     spread = dispatch_model(model, {**first, **dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), 1)})
     assert torch.equal(spread.generate(**prompt, max_new_tokens=5), expected)
-    with pytest.raises(RuntimeError, match="needs all layers on one GPU, got cuda:0, cuda:1"):
-        spread.generate(**prompt, max_new_tokens=5, cache_implementation="static")
+    assert torch.equal(spread.generate(**prompt, max_new_tokens=5, cache_implementation="static"), expected)
+    cache = DynamicMaskCache(spread, static=True)
+    step = {"input_ids": prompt["inputs"][:, :1], "position_ids": torch.full((3, 1), 150), "past_key_values": cache}
+    with torch.no_grad():
+        spread(prompt["inputs"], past_key_values=cache)
+        with pytest.raises(RuntimeError, match="needs all layers on one GPU, got cuda:0, cuda:1"):
+            captured.StepForward(spread, captured.CapturedForward(spread))(**step)
 
 
 @torch.no_grad()

@@ -1,0 +1,53 @@
+"""The contents of a DynamicMaskCache as tensors and numbers, to be saved and continued from elsewhere."""
+
+from typing import Any
+
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache_slots import STATE
+
+_NUMBERS = ("num_rows", "cumulative_length")
+"""What layers count, each those that it has."""
+
+
+def state_of_layer(layer: Any) -> dict[str, Any]:
+    """Returns copies of a layer's tensors, its counts and, of a constant-size layer, its windows.
+
+    Raises RuntimeError for tokens that were never attended to or can still be undone, TypeError for other layers.
+    """
+    state = {name: getattr(layer, name) for name in _NUMBERS if hasattr(layer, name)}
+    if isinstance(layer, DynamicMaskCacheLayer):
+        layer.check_attended()
+        if layer.record_past:
+            raise RuntimeError("tokens that can still be undone cannot be saved: call stop_past_recording() first")
+        names = STATE
+        state["windows"] = dict(layer.windows)
+    elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        names = ("keys", "values")
+    else:
+        raise TypeError(f"a cache with a {type(layer).__name__} cannot be saved: only keys and values can")
+    tensors = {name: getattr(layer, name).detach().clone() for name in names} if layer.is_initialized else {}
+    return {**state, "tensors": tensors}
+
+
+def load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
+    """Gives a layer of the same kind and windows copies of what `state_of_layer` returned, on the device of those.
+
+    Raises ValueError for another kind of layer or other windows.
+    """
+    windows = dict(layer.windows) if isinstance(layer, DynamicMaskCacheLayer) else None
+    if state.get("windows") != windows:
+        raise ValueError(f"state must be of a layer with the windows {windows}, got {state.get('windows')}")
+    layer.reset()
+    tensors = state["tensors"]
+    if tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+    for name, tensor in tensors.items():
+        if windows is None:
+            setattr(layer, name, tensor.clone())
+        else:
+            getattr(layer, name).copy_(tensor)
+    for name in _NUMBERS:
+        if name in state:
+            setattr(layer, name, state[name])
