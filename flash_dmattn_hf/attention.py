@@ -33,8 +33,6 @@ def dynamic_mask_attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
@@ -45,7 +43,7 @@ def dynamic_mask_attention_forward(
     Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
     """
     gate = get_gate(module)
-    pending = None if gate is None else take_pending(gate)
+    pending = None if gate is None else _take_pending(gate)
     window = sliding_window_of(module) if gate is None else gate.sliding_window
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
     tag = tag_of(attention_mask)
@@ -91,7 +89,7 @@ def dynamic_mask_attention_forward(
     return out, None
 
 
-def take_pending(gate: nn.Module) -> tuple | None:
+def _take_pending(gate: nn.Module) -> tuple | None:
     """Returns what the cache left with the gate and takes it away, so that a call that is refused leaves nothing."""
     pending = gate.pending
     if pending is not None:

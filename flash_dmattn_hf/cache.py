@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from flash_dmattn_hf.attach import iter_gates
 from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
-from flash_dmattn_hf.cache_state import load_state_of_layer, state_of_layer
+from flash_dmattn_hf.cache_state import check_state_of_layer, load_state_of_layer, state_of_layer
 
 
 class DynamicMaskCache(DynamicCache):
@@ -129,12 +129,15 @@ class DynamicMaskCache(DynamicCache):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from the state of a cache of such a model, on the device of that state.
 
-        Raises ValueError when the layers are others, or have other windows.
+        Raises ValueError when the layers are others, or have other windows; the cache is then as it was.
         """
         if len(state["layers"]) != len(self.layers):
             raise ValueError(f"state must have {len(self.layers)} layers, got {len(state['layers'])}")
+        pairs = list(zip(self.layers, state["layers"], strict=True))
+        for layer, saved in pairs:
+            check_state_of_layer(layer, saved)
         self._last_updated = None
-        for layer, saved in zip(self.layers, state["layers"], strict=True):
+        for layer, saved in pairs:
             load_state_of_layer(layer, saved)
 
     def stop_past_recording(self) -> None:

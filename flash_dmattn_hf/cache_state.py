@@ -31,23 +31,24 @@ def state_of_layer(layer: Any) -> dict[str, Any]:
     return {**state, "tensors": tensors}
 
 
-def load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
-    """Gives a layer of the same kind and windows copies of what `state_of_layer` returned, on the device of those.
-
-    Raises ValueError for another kind of layer or other windows.
-    """
+def check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
+    """Raises ValueError for the state of another kind of layer or one of other windows."""
     windows = dict(layer.windows) if isinstance(layer, DynamicMaskCacheLayer) else None
     if state.get("windows") != windows:
         raise ValueError(f"state must be of a layer with the windows {windows}, got {state.get('windows')}")
+
+
+def load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
+    """Gives a layer of the same kind and windows copies of what `state_of_layer` returned, on the device of those."""
     layer.reset()
     tensors = state["tensors"]
     if tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
     for name, tensor in tensors.items():
-        if windows is None:
-            setattr(layer, name, tensor.clone())
-        else:
+        if isinstance(layer, DynamicMaskCacheLayer):
             getattr(layer, name).copy_(tensor)
+        else:
+            setattr(layer, name, tensor.clone())
     for name in _NUMBERS:
         if name in state:
             setattr(layer, name, state[name])

@@ -153,13 +153,13 @@ def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[
     """Attaches and initialises the gates of a model that exists already; returns the new ones."""
     if not uses_dynamic_masks(model):
         raise ValueError(f"{type(model).__name__} cannot use flash_dmattn: it never calls the attention interface")
-    was_prepared = getattr(model, "_flash_dmattn_was_prepared", False)
+    known = {id(gate) for _, _, gate in attach.iter_gates(model)}
+    was_prepared = known or getattr(model, "_flash_dmattn_was_prepared", False)
     if getattr(text_config_of(model), SECTION, None) is not None and not was_prepared:
         raise ValueError(
             "this checkpoint was converted to dynamic masks and loaded before flash_dmattn_hf was imported, which left "
             "its importance out: import flash_dmattn_hf first and load it again"
         )
-    known = {id(gate) for _, _, gate in attach.iter_gates(model)}
     prepare(model, previous=before)
     if not any(True for _ in attach.iter_gates(model)):
         raise ValueError(model._flash_dmattn_refusal)

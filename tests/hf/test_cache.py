@@ -177,11 +177,15 @@ def test_a_saved_cache_goes_on_where_it_was(kind, tmp_path):
 
 
 def test_a_state_that_does_not_fit_is_refused(model):
-    cache = DynamicMaskCache(model)
+    cache = filled(model)
     state = cache.state_dict()
-    state["layers"][0]["windows"] = {**state["layers"][0]["windows"], "keep_window_size": 3}
+    state["layers"][1]["windows"] = {**state["layers"][1]["windows"], "keep_window_size": 3}
     with pytest.raises(ValueError, match="state must be of a layer with the windows .*'keep_window_size': 3"):
+        DynamicMaskCache(model).load_state_dict(state)
+    before = cache.layers[0].positions.clone()
+    with pytest.raises(ValueError, match="state must be of a layer"):
         cache.load_state_dict(state)
+    assert torch.equal(cache.layers[0].positions, before) and cache.get_seq_length() == PROMPT
     with pytest.raises(ValueError, match="state must have 2 layers, got 1"):
         cache.load_state_dict({"layers": state["layers"][:1]})
     cache.activate_past_recording()
