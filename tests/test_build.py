@@ -399,17 +399,21 @@ def test_allowed_spills_can_be_read():
     assert find_spill_regressions([], ALLOWED_SPILLS.read_text()) == []
 
 
-def test_a_real_library_is_compiled_and_loads(tmp_path):
+def test_a_real_library_is_compiled_and_loads_and_says_what_it_lacks(tmp_path, monkeypatch):
     try:
         toolkit = find_toolkit()
     except MissingTool as error:
         pytest.skip(str(error))
     sources = tmp_path / "csrc"
-    sources.mkdir()
-    for name in ("library.cu", "api.h"):
-        shutil.copy(SOURCES / name, sources)
-    build = build_library(Settings(architectures=("80", "90")), toolkit, tmp_path / "out", sources)
+    shutil.copytree(SOURCES, sources, ignore=shutil.ignore_patterns("selection.cu", "lists.cu", "instance.cu"))
+    settings = Settings(architectures=("80", "90"), **ONE_VARIANT)
+    build = build_library(settings, toolkit, tmp_path / "out", sources)
     loaded = library._open(build.library)
     assert loaded.flash_dmattn_abi_version() == library.ABI_VERSION
+    monkeypatch.setattr(library, "load", lambda: loaded)
+    assert library.architectures.__wrapped__() == ("80", "90") and library.head_dims.__wrapped__() == (128,)
+    for is_for_sm90a in (0, 1):
+        assert loaded.flash_dmattn_forward_tile_rows(128, 1, is_for_sm90a) == 0, "no instance was compiled"
+    assert loaded.flash_dmattn_sm80_backward_tile_rows(128, 1, 2**20) == 0
     needed = subprocess.run(["readelf", "-d", build.library], capture_output=True, text=True, check=True).stdout
     assert "cudart" not in needed and "torch" not in needed and "python" not in needed

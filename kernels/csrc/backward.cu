@@ -85,7 +85,7 @@ extern "C" int flash_dmattn_sm90_backward(const flash_dmattn_sm90_backward_param
     cudaError_t error = cudaErrorNoKernelImageForDevice;
     with_variant(params->head_dim, params->is_bfloat16, [&](auto variant) {
         using Element = typename decltype(variant)::Element;
-        const Sm90Launch launch = sm90::launch_backward<Element, decltype(variant)::kHeadDim>;
+        const Sm90Launch launch = if_linked(sm90::launch_backward<Element, decltype(variant)::kHeadDim>);
         if (launch != nullptr) error = run<Element>(*params, launch, static_cast<cudaStream_t>(stream));
     });
     return error;
@@ -96,7 +96,7 @@ extern "C" int flash_dmattn_sm80_backward_tile_rows(int head_dim, int is_bfloat1
     with_variant(head_dim, is_bfloat16, [&](auto variant) {
         constexpr int kHeadDim = decltype(variant)::kHeadDim;
         using Shapes = sm80::BackwardShapes<kHeadDim>;
-        const Sm80Launch launch = sm80::launch_backward<typename decltype(variant)::Element, kHeadDim>;
+        const Sm80Launch launch = if_linked(sm80::launch_backward<typename decltype(variant)::Element, kHeadDim>);
         const int small = Shapes::Small::shared_bytes(kHeadDim);
         const int needed = small > 0 ? small : Shapes::Large::shared_bytes(kHeadDim);
         if (launch != nullptr && needed <= shared_bytes) rows = sm80::kBackwardTileRows;
@@ -108,7 +108,7 @@ extern "C" int flash_dmattn_sm80_backward(const flash_dmattn_sm80_backward_param
     cudaError_t error = cudaErrorNoKernelImageForDevice;
     with_variant(params->head_dim, params->is_bfloat16, [&](auto variant) {
         using Element = typename decltype(variant)::Element;
-        const Sm80Launch launch = sm80::launch_backward<Element, decltype(variant)::kHeadDim>;
+        const Sm80Launch launch = if_linked(sm80::launch_backward<Element, decltype(variant)::kHeadDim>);
         if (launch != nullptr) error = run<Element>(*params, launch, static_cast<cudaStream_t>(stream));
     });
     return error;

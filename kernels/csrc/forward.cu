@@ -18,9 +18,9 @@ Kernel find_kernel(int head_dim, bool is_bfloat16, bool is_for_sm90a) {
         using Element = typename decltype(variant)::Element;
         constexpr int kHeadDim = decltype(variant)::kHeadDim;
         if (is_for_sm90a) {
-            kernel = {sm90::launch_forward<Element, kHeadDim>, sm90::ForwardShape<kHeadDim>::kBlockM};
+            kernel = {if_linked(sm90::launch_forward<Element, kHeadDim>), sm90::ForwardShape<kHeadDim>::kBlockM};
         } else {
-            kernel = {sm80::launch_forward<Element, kHeadDim>, sm80::kForwardTileRows};
+            kernel = {if_linked(sm80::launch_forward<Element, kHeadDim>), sm80::kForwardTileRows};
         }
     });
     return kernel;

@@ -34,4 +34,12 @@ void with_variant(int head_dim, bool is_bfloat16, Use use) {
     }
 }
 
+// Returns a function that is declared weak, or null when it was not linked. GCC takes the address of a template's
+// instance for non-null, weak or not, so it must not see where the pointer comes from.
+template <typename Function>
+Function* if_linked(Function* function) {
+    Function* volatile hidden = function;
+    return hidden;
+}
+
 }  // namespace flash_dmattn
