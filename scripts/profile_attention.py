@@ -103,7 +103,7 @@ def profile(arguments: argparse.Namespace, head_dim: int) -> list[dict[str, str]
 
 def describe(metrics: dict[str, str]) -> str:
     """Returns a kernel's row of the table; "-" where ncu has no such metric."""
-    name = re.sub(r"<.*|^void ", "", metrics["Kernel Name"]).split("::")[-1]
+    name = re.sub(r"<.*|^void |flash_dmattn::", "", metrics["Kernel Name"])
     cells = []
     for rate, pattern in RATES.items():
         found = [number(value) for metric, value in metrics.items() if re.search(pattern + "$", metric)]

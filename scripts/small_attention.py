@@ -10,20 +10,21 @@ import os
 import torch
 
 import flash_dmattn
+from flash_dmattn.backends.cuda import library
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
-ARCHITECTURES = {"own": "", "80": "80", "120": "120"}  # the GPU's own kernels, those for all GPUs in their two shapes
+ARCHITECTURES = {"own": "", "80": "80", "120": "120"}  # the GPU's own kernels, the sm80 kernels in their two shapes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
+    parser.add_argument("--head-dims", nargs="+", type=int, help="by default those that the library was built for")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--forward-only", action="store_true")
     arguments = parser.parse_args()
-    choices = arguments.architectures, arguments.dtypes, arguments.head_dims, (0.0, 5.0), (100, 1000)
+    head_dims = arguments.head_dims or library.head_dims()
+    choices = arguments.architectures, arguments.dtypes, head_dims, (0.0, 5.0), (100, 1000)
     cases = list(itertools.product(*choices))
     for case in cases:
         run(*case, gradients=not arguments.forward_only)

@@ -1,7 +1,6 @@
 """The build of the CUDA library: its settings, what it does without tools, what is rebuilt, and what wheels hold."""
 
 import ctypes
-import importlib
 import importlib.metadata
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.cuda import library, lists, parameters, selection
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
@@ -25,7 +24,7 @@ from cuda_build.resources import (  # noqa: E402
     format_table,
     parse_compiler_output,
 )
-from cuda_build.settings import ARCHITECTURES, Settings, read_settings  # noqa: E402
+from cuda_build.settings import ARCHITECTURES, HEAD_DIMS, Settings, read_settings  # noqa: E402
 from cuda_build.setuptools_command import plan_build  # noqa: E402
 from cuda_build.toolkit import MissingTool, Toolkit, find_toolkit, keep_supported  # noqa: E402
 from cuda_build.units import SOURCES, list_units  # noqa: E402
@@ -37,6 +36,8 @@ VARIABLES = (
     "CUDA_HOME",
     "CUDA_PATH",
 )
+
+ONE_VARIANT = {"head_dims": ("128",), "dtypes": ("bf16",)}
 
 FAKE_NVCC = """\
 #!{python}
@@ -74,19 +75,25 @@ def fake(tmp_path):
     return home
 
 
-def calls(fake: Path) -> list[str]:
-    """The sources, or the library, that the fake compiler made since it was last asked."""
+def commands(fake: Path) -> dict[str, str]:
+    """The arguments that the fake compiler was given since it was last asked, by the name of what it made."""
     log = fake.parent / "calls.txt"
-    names = [re.search(r"-o (\S+)", line)[1] for line in log.read_text().splitlines()]
+    lines = log.read_text().splitlines()
     log.write_text("")
-    return sorted(Path(name).name for name in names)
+    return {Path(re.search(r"-o (\S+)", line)[1]).name: line for line in lines}
+
+
+def calls(fake: Path) -> list[str]:
+    """The objects, or the library, that the fake compiler made since it was last asked."""
+    return sorted(commands(fake))
 
 
 @pytest.fixture
 def sources(tmp_path):
     folder = tmp_path / "csrc"
-    (folder / "forward_sm90").mkdir(parents=True)
-    for name in ("library", "selection", "forward_sm90/d64_bf16", "forward_sm90/d128_bf16", "forward_sm90/d128_fp16"):
+    for kernel in ("sm80/backward", "sm90/forward"):
+        (folder / kernel).mkdir(parents=True)
+    for name in ("library", "selection", "sm80/backward/instance", "sm90/forward/instance"):
         (folder / f"{name}.cu").write_text("// a source")
     (folder / "api.h").write_text("// a header")
     return folder
@@ -170,40 +177,56 @@ def test_architectures_that_nvcc_lacks_are_dropped_and_named(fake, sources, tmp_
 
 
 def test_code_for_hopper_goes_to_sm_90a_alone(fake, sources, tmp_path):
-    build_library(Settings(), toolkit_of(fake), tmp_path / "out", sources)
-    lines = [line for line in (fake.parent / "calls.txt").read_text().splitlines() if "-c " in line]
-    codes = {Path(re.search(r"-c (\S+)", line)[1]).stem: re.findall(r"code=(\w+)", line) for line in lines}
-    assert codes["selection"] == ["sm_80", "sm_90a", "sm_100"]
-    assert codes["d128_bf16"] == ["sm_90a"]
-    units = list_units(Settings(), ("80", "100"), sources)
-    assert [unit.name for unit in units] == ["library", "selection"]
+    build_library(Settings(**ONE_VARIANT), toolkit_of(fake), tmp_path / "out", sources)
+    codes = {name: re.findall(r"code=(\w+)", line) for name, line in commands(fake).items()}
+    assert codes["selection.o"] == codes["sm80_backward_d128_bf16.o"] == ["sm_80", "sm_90a", "sm_100"]
+    assert codes["sm90_forward_d128_bf16.o"] == ["sm_90a"]
+    units = list_units(Settings(**ONE_VARIANT), ("80", "100"), sources)
+    assert [unit.name for unit in units] == ["library", "selection", "sm80_backward_d128_bf16"]
+
+
+def test_an_instance_is_told_its_head_dim_and_dtype(fake, sources, tmp_path):
+    settings = Settings(head_dims=("64", "128"), dtypes=("fp16",))
+    build_library(settings, toolkit_of(fake), tmp_path / "out", sources)
+    definitions = {name: re.findall(r"-D(\S+)", line) for name, line in commands(fake).items()}
+    assert definitions["sm90_forward_d64_fp16.o"] == ["HEAD_DIM=64", "DTYPE=__half"]
+    assert definitions["sm80_backward_d128_fp16.o"] == ["HEAD_DIM=128", "DTYPE=__half"]
+    assert definitions["selection.o"] == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_kernels_of_every_head_dim(architecture):
     names = {unit.name for unit in list_units(Settings(), (architecture,))}
-    kernels = ["forward_mma", "backward_mma"] + ["forward_sm90", "backward_sm90"] * (architecture == "90")
-    wanted = {f"{kernel}.d{d}_{t}" for kernel in kernels for d in Settings().head_dims for t in Settings().dtypes}
-    assert {name for name in names if "." in name} == wanted
+    kernels = ["sm80_forward", "sm80_backward"] + ["sm90_forward", "sm90_backward"] * (architecture == "90")
+    wanted = {f"{kernel}_d{d}_{t}" for kernel in kernels for d in HEAD_DIMS for t in Settings().dtypes}
+    assert {name for name in names if name.startswith("sm")} == wanted
+
+
+def test_the_library_finds_the_kernels_of_every_head_dim_that_is_built():
+    cases = re.findall(r"case (\d+): return use\(Variant<Element, (\d+)>", (SOURCES / "common/variants.h").read_text())
+    assert cases == [(head_dim, head_dim) for head_dim in HEAD_DIMS]
 
 
 def test_variants_can_be_chosen(sources):
-    settings = Settings(head_dims=("128",), dtypes=("bf16",))
-    names = [unit.name for unit in list_units(settings, ("90",), sources)]
-    assert names == ["forward_sm90.d128_bf16", "library", "selection"]
+    names = [unit.name for unit in list_units(Settings(**ONE_VARIANT), ("90",), sources)]
+    assert names == ["library", "selection", "sm80_backward_d128_bf16", "sm90_forward_d128_bf16"]
 
 
 def test_only_what_changed_is_compiled_again(fake, sources, tmp_path):
-    def build():
-        build_library(Settings(), toolkit_of(fake), tmp_path / "out", sources)
+    def build(**variants):
+        build_library(Settings(**variants), toolkit_of(fake), tmp_path / "out", sources)
         return calls(fake)
 
-    assert len(build()) == 6
-    assert build() == []
+    assert len(build(head_dims=("128",))) == 7
+    assert build(head_dims=("128",)) == []
     (sources / "selection.cu").write_text("// another source")
-    assert build() == [LIBRARY_NAME, "selection.o"]
+    assert build(head_dims=("128",)) == [LIBRARY_NAME, "selection.o"]
     (sources / "api.h").write_text("// another header")
-    assert build() == [LIBRARY_NAME, "library.o", "selection.o"]
+    assert build(head_dims=("128",)) == [LIBRARY_NAME, "library.o", "selection.o"]
+    (sources / "sm90/forward/instance.cu").write_text("// another source")
+    assert build(**ONE_VARIANT) == [LIBRARY_NAME, "sm90_forward_d128_bf16.o"]
+    instances = ["sm80_backward_d64_bf16.o", "sm90_forward_d64_bf16.o"]
+    assert build(head_dims=("64",), dtypes=("bf16",)) == [LIBRARY_NAME, "library.o", *instances]
 
 
 def test_folders_may_have_names_that_a_shell_takes_apart(fake, sources, tmp_path, monkeypatch):
@@ -256,7 +279,7 @@ def test_a_wheel_with_the_library_is_for_one_platform_and_every_python(fake, tmp
         names = archive.namelist()
         assert archive.read(f"flash_dmattn/{LIBRARY_NAME}") == b"fake"
     assert not [name for name in names if name.endswith((".cu", ".h", ".o")) or "cuda_build" in name]
-    assert re.search(r"\d+ CUDA sources for sm_80, sm_90, sm_100 with \S+/nvcc", done.stdout + done.stderr)
+    assert re.search(r"\d+ compilations for sm_80, sm_90, sm_100 with \S+/nvcc", done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize("reason", ["no nvcc", "skip"])
@@ -294,26 +317,28 @@ def test_the_package_and_its_sources_agree_on_the_version():
 
 
 @pytest.mark.parametrize(
-    ("module", "header"),
+    ("mirror", "header", "struct"),
     [
-        ("selection", "selection.h"),
-        ("lists", "lists.h"),
-        ("forward_launch", "forward.h"),
-        ("backward_launch", "backward.h"),
-        ("backward_mma_launch", "backward_mma.h"),
+        (selection._Parameters, "selection.h", "flash_dmattn_select_params"),
+        (lists._Parameters, "lists.h", "flash_dmattn_lists_params"),
+        (parameters.ForwardParameters, "params.h", "flash_dmattn_forward_params"),
+        (parameters.Sm90BackwardParameters, "params.h", "flash_dmattn_sm90_backward_params"),
+        (parameters.Sm80BackwardParameters, "params.h", "flash_dmattn_sm80_backward_params"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_parameters_are_laid_out_as_the_header_says(module, header):
+def test_parameters_are_laid_out_as_the_header_says(mirror, header, struct):
     types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
-    (body,) = re.findall(r"struct \w+_params \{\n(.*?)\n\};", (SOURCES / header).read_text(), re.DOTALL)
+    text = re.sub(r"//.*", "", (SOURCES / header).read_text())
+    (body,) = re.findall(rf"struct {struct} \{{(.*?)\}};", text, re.DOTALL)
     expected = []
-    for line in body.splitlines():
-        match = re.fullmatch(r"\s*(?:const )?(\w+)(\*?) (\w+)(?:\[(\d)\])?;(?:\s*//.*)?", line)
-        kind, star, name, count = match.groups()
-        field = ctypes.c_void_p if star else types[kind]
-        expected.append((name, field * int(count) if count else field))
-    parameters = importlib.import_module(f"flash_dmattn.backends.cuda.{module}")._Parameters
-    assert list(parameters._fields_) == expected
+    for declaration in body.split(";")[:-1]:
+        kind, declared = re.fullmatch(r"\s*(?:const )?(\w+)\b(.*)", declaration, re.DOTALL).groups()
+        for declarator in declared.split(","):
+            star, name, count = re.fullmatch(r"\s*(\*?)\s*(\w+)(?:\[(\d)\])?", declarator).groups()
+            field = ctypes.c_void_p if star else types[kind]
+            expected.append((name, field * int(count) if count else field))
+    assert list(mirror._fields_) == expected
 
 
 def shared_library(folder: Path, code: str) -> Path:
@@ -374,17 +399,21 @@ def test_allowed_spills_can_be_read():
     assert find_spill_regressions([], ALLOWED_SPILLS.read_text()) == []
 
 
-def test_a_real_library_is_compiled_and_loads(tmp_path):
+def test_a_real_library_is_compiled_and_loads_and_says_what_it_lacks(tmp_path, monkeypatch):
     try:
         toolkit = find_toolkit()
     except MissingTool as error:
         pytest.skip(str(error))
     sources = tmp_path / "csrc"
-    sources.mkdir()
-    for name in ("library.cu", "api.h"):
-        shutil.copy(SOURCES / name, sources)
-    build = build_library(Settings(architectures=("80", "90")), toolkit, tmp_path / "out", sources)
+    shutil.copytree(SOURCES, sources, ignore=shutil.ignore_patterns("selection.cu", "lists.cu", "instance.cu"))
+    settings = Settings(architectures=("80", "90"), **ONE_VARIANT)
+    build = build_library(settings, toolkit, tmp_path / "out", sources)
     loaded = library._open(build.library)
     assert loaded.flash_dmattn_abi_version() == library.ABI_VERSION
+    monkeypatch.setattr(library, "load", lambda: loaded)
+    assert library.architectures.__wrapped__() == ("80", "90") and library.head_dims.__wrapped__() == (128,)
+    for is_for_sm90a in (0, 1):
+        assert loaded.flash_dmattn_forward_tile_rows(128, 1, is_for_sm90a) == 0, "no instance was compiled"
+    assert loaded.flash_dmattn_sm80_backward_tile_rows(128, 1, 2**20) == 0
     needed = subprocess.run(["readelf", "-d", build.library], capture_output=True, text=True, check=True).stdout
     assert "cudart" not in needed and "torch" not in needed and "python" not in needed

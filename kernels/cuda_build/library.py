@@ -57,14 +57,14 @@ def build_library(
         raise RuntimeError(f"{toolkit.nvcc} knows none of the wanted architectures {_names(dropped)}")
     units = list_units(settings, architectures, sources)
     print(
-        f"flash_dmattn: {len(units)} CUDA sources for {_names(architectures)} with {toolkit.nvcc}, "
+        f"flash_dmattn: {len(units)} compilations for {_names(architectures)} with {toolkit.nvcc}, "
         f"{settings.max_jobs} at a time",
         file=sys.stderr,
         flush=True,
     )
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(units, toolkit, settings, architectures))
+    (folder / "build.ninja").write_text(ninja_file(units, toolkit, settings))
     command = [str(toolkit.ninja), "-C", str(folder), "-j", str(settings.max_jobs), LIBRARY_NAME if link else "objects"]
     if subprocess.run(command, stdout=sys.stderr).returncode != 0:
         raise RuntimeError(
@@ -73,10 +73,9 @@ def build_library(
     return Build(folder / LIBRARY_NAME, folder, units, architectures)
 
 
-def ninja_file(units: list[Unit], toolkit: Toolkit, settings: Settings, architectures: tuple[str, ...]) -> str:
+def ninja_file(units: list[Unit], toolkit: Toolkit, settings: Settings) -> str:
     """Returns the text of build.ninja, whose targets lie in its own folder."""
     threads = f" --threads {settings.nvcc_threads}" if settings.nvcc_threads > 1 else ""
-    define = f"-DFLASH_DMATTN_ARCHITECTURES='\"{' '.join(architectures)}\"'"
     lines = [
         f"nvcc = {_escape(shlex.quote(str(toolkit.nvcc)))}",
         f"exports = {_escape(shlex.quote(str(EXPORTS)))}",
@@ -85,8 +84,7 @@ def ninja_file(units: list[Unit], toolkit: Toolkit, settings: Settings, architec
     ]
     for unit in units:
         options = [*map(_code_option, unit.architectures)]
-        if unit.name == "library":
-            options.append(define)
+        options += [_escape(shlex.quote(f"-D{define}")) for define in unit.defines]
         lines += [f"build {unit.name}.o: compile {_escape(unit.source)}", f"  options = {' '.join(options)}"]
     objects = " ".join(f"{unit.name}.o" for unit in units)
     lines += [f"build {LIBRARY_NAME}: link {objects} | {_escape(EXPORTS)}", f"build objects: phony {objects}", ""]

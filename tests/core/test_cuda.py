@@ -3,29 +3,34 @@
 import logging
 import os
 import random
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import flash_dmattn
-from flash_dmattn.backends.cuda import backward_mma_launch, library
+from flash_dmattn.backends.cuda import library, sm80_backward_launch
 from flash_dmattn.backends.cuda.target import ARCHITECTURE_VARIABLE, find_target
 from flash_dmattn.dispatch import explain_backends
 
 from .kernel_cases import CASES, DEVICE, GPU_CASES, Case, check, make_inputs, options, run
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels"))
+from cuda_build import settings  # noqa: E402
+
 WHY_NOT = explain_backends()["cuda"] or library.why_not_on(torch.device("cuda", 0))
 on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA engine: {WHY_NOT}")]
 pytestmark = on_the_gpu
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
+HEAD_DIMS = tuple(map(int, settings.HEAD_DIMS))
 MOST_NEEDED = {256: 148480}  # bytes of shared memory, where the backward has no shape for less
 
 
 @pytest.fixture(params=("", "80", "120"), ids=("own", "sm80", "sm120"), autouse=True)
 def architecture(request, monkeypatch):
-    """The kernels for the GPU itself, and those for all, in their shapes for much and for little shared memory."""
+    """The kernels for the GPU itself, and the sm80 kernels in their shapes for much and for little shared memory."""
     monkeypatch.setenv(ARCHITECTURE_VARIABLE, request.param)
 
 
@@ -144,7 +149,7 @@ def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
 @pytest.mark.parametrize("architecture", ["80", "120"], ids=["sm80", "sm120"], indirect=True)
 @pytest.mark.parametrize("window", [300, 5000], ids=["listed", "dense"])
 def test_a_few_epochs_at_a_time_give_the_same_gradients(window, seed, monkeypatch):
-    monkeypatch.setattr(backward_mma_launch, "_KEYS_OF_PROCESSOR", 1)
+    monkeypatch.setattr(sm80_backward_launch, "_KEYS_OF_PROCESSOR", 1)
     forbid_triton(monkeypatch)
     case = Case("rounds", batch=2, seqlen_q=3000, seqlen_k=3000, num_heads=6, num_kv_heads=2, importance_heads=2)
     case = replace(case, head_dim=128, dtype=torch.bfloat16, options=options(keep_window_size=window))

@@ -1,6 +1,6 @@
-"""The CUDA engine: forward and backward for Hopper GPUs, and for all others from compute capability 8.0 on.
+"""The CUDA backend: forward and backward for Hopper GPUs, and for all others from compute capability 8.0 on.
 
-Where its backward does not serve, the Triton engine's takes over, on the same saved tensors, and the log says why.
+Where its backward does not serve, the Triton backend's takes over, on the same saved tensors, and the log says why.
 """
 
 import functools
@@ -16,7 +16,6 @@ from flash_dmattn.call import AttentionCall
 
 logger = logging.getLogger("flash_dmattn")
 
-_HEAD_DIMS = (64, 96, 128, 192, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_GROUP_SIZE = 16
 
@@ -40,8 +39,8 @@ def reject(call: AttentionCall) -> str | None:
     if call.query.dtype not in _DTYPES:
         return f"dtype {call.query.dtype} is not supported (float16 and bfloat16 are)"
     head_dim = call.query.shape[-1]
-    if head_dim not in _HEAD_DIMS:
-        return f"head dim {head_dim} is not one of {_HEAD_DIMS}"
+    if head_dim not in library.head_dims():
+        return f"head dim {head_dim} is not one of {library.head_dims()}, for which the CUDA library was built"
     if tile_rows(call) == 0:
         return f"the CUDA library was built without the forward for head dim {head_dim} and {call.query.dtype}"
     group_size = call.query.shape[2] // call.num_interval_heads
@@ -72,15 +71,15 @@ def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
-    from flash_dmattn.backends.cuda import backward_launch, backward_mma_launch
+    from flash_dmattn.backends.cuda import sm80_backward_launch, sm90_backward_launch
 
     is_for_sm90a = target.find_target(call.query.device).is_for_sm90a
-    engine = backward_launch if is_for_sm90a else backward_mma_launch
-    reason = engine.reject_backward(call)
+    kernels = sm90_backward_launch if is_for_sm90a else sm80_backward_launch
+    reason = kernels.reject_backward(call)
     if reason is not None:
         _announce_triton(reason)
         return triton.backward(call, out, stats, dout, dlse)
-    return engine.run_backward(call, out, stats, dout, dlse)
+    return kernels.run_backward(call, out, stats, dout, dlse)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 
 from flash_dmattn.backends.gpu import why_no_gpu
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""
 
 DISABLING_VARIABLE = "FLASH_DMATTN_DISABLE_CUDA"
@@ -77,6 +77,14 @@ def architectures() -> tuple[str, ...]:
     ask = load().flash_dmattn_architectures
     ask.restype = ctypes.c_char_p
     return tuple(ask().decode().split())
+
+
+@functools.cache
+def head_dims() -> tuple[int, ...]:
+    """Returns the head dims that the library was compiled for, such as (64, 128)."""
+    ask = load().flash_dmattn_head_dims
+    ask.restype = ctypes.c_char_p
+    return tuple(map(int, ask().decode().split()))
 
 
 def launch(name: str, parameters: ctypes.Structure, device: torch.device) -> None:

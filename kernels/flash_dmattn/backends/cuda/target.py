@@ -15,8 +15,8 @@ _HOPPER = (9, 0)
 
 @dataclass(frozen=True)
 class Target:
-    """is_for_sm90a: the kernels for that alone, otherwise those for all architectures. shared_bytes: of shared memory
-    that a block may have."""
+    """is_for_sm90a: the sm90 kernels, otherwise the sm80 kernels, which run on every architecture from sm_80 on.
+    shared_bytes: of shared memory that a block may have."""
 
     is_for_sm90a: bool
     shared_bytes: int

@@ -1,4 +1,0 @@
-#include "kernel.cuh"
-
-template cudaError_t flash_dmattn::launch_mma_backward<__half, 96>(
-    const MmaBackwardParams&, EpochRange, cudaStream_t);

@@ -1,3 +1,0 @@
-#include "kernel.cuh"
-
-template cudaError_t flash_dmattn::launch_mma_forward<__half, 96>(const ForwardParams&, cudaStream_t);

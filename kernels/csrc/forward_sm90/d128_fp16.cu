@@ -1,3 +1,0 @@
-#include "kernel.cuh"
-
-template cudaError_t flash_dmattn::launch_forward<__half, 128>(const ForwardParams&, cudaStream_t);

@@ -1,3 +1,0 @@
-#include "kernel.cuh"
-
-template cudaError_t flash_dmattn::launch_forward<__nv_bfloat16, 64>(const ForwardParams&, cudaStream_t);

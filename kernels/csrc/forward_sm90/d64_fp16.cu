@@ -1,3 +1,0 @@
-#include "kernel.cuh"
-
-template cudaError_t flash_dmattn::launch_forward<__half, 64>(const ForwardParams&, cudaStream_t);
