@@ -5,7 +5,7 @@ import logging
 import os
 
 from flash_dmattn.backends import BACKENDS
-from flash_dmattn.decode_call import DecodeCall
+from flash_dmattn.calls import DecodeCall
 
 logger = logging.getLogger("flash_dmattn")
 

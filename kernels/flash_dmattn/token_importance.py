@@ -3,7 +3,7 @@
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.direct import can_call_directly
+from flash_dmattn.ops import can_call_directly
 
 
 def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:

@@ -3,7 +3,8 @@
 import torch
 
 from flash_dmattn.aliases import accept_aliases
-from flash_dmattn.attention import attend_intervals
+from flash_dmattn.attention import attend
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dense.attention import dense_attention
 from flash_dmattn.interface import check_dropout, unpack
 from flash_dmattn.packed_sequences import PackedSequences
@@ -54,22 +55,21 @@ def flash_dmattn_varlen_func(
     attn_bias = packed.by_sequence("attn_bias", attn_bias)
     if all(tensor is None or tensor.shape[2] == 1 for tensor in (attn_mask, attn_bias)):
         visibility, rows = packed.intervals(attn_mask, attn_bias, is_causal)
-        out, lse = attend_intervals(
+        call = AttentionCall.prepare(
             query[None],
             key[None],
             value[None],
             packed.importance(attn_mask, attn_bias),
             visibility,
-            0 if packed.is_square else None,
-            None if packed.is_square else rows[None],
+            query_start=0 if packed.is_square else None,
+            query_positions=None if packed.is_square else rows[None],
             # Not causal, a sequence shows its keys at once: rows can see the end of one and all of the next.
-            max(1, packed.max_seqlen_k * (1 if is_causal else 2)),
-            scale,
-            softcap,
-            deterministic,
-            True,
-            "auto",
+            max_visible=max(1, packed.max_seqlen_k * (1 if is_causal else 2)),
+            softmax_scale=scale,
+            softcap=softcap,
+            deterministic=deterministic,
         )
+        out, lse = attend(call, "auto")
         out, lse = out[0], lse[0]
     else:
         padded, padded_lse = dense_attention(

@@ -9,7 +9,7 @@ import torch
 
 from flash_dmattn.backends import cuda
 from flash_dmattn.backends.cuda import backward_mma_launch, forward_launch, library, lists, target
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import choose_backend, explain_backends
 
 GPUS = {
@@ -91,8 +91,7 @@ def test_the_library_can_be_switched_off(monkeypatch):
 @pytest.fixture
 def call():
     query = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
-    start = torch.zeros(1, dtype=torch.int32)
-    return AttentionCall(query, query, query, None, None, None, start, None, None, 1.0, 0.0, False)
+    return AttentionCall.prepare(query, query, query, None, None, query_start=torch.zeros(1, dtype=torch.int32))
 
 
 def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch, call, caplog):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn.visibility import NEVER
 
 LARGEST_BIAS = 2.3e38

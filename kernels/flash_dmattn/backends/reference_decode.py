@@ -3,8 +3,8 @@
 import torch
 
 from flash_dmattn.backends.full_precision import in_full_precision
+from flash_dmattn.calls import DecodeCall
 from flash_dmattn.decode import find_victim
-from flash_dmattn.decode_call import DecodeCall
 from flash_dmattn.importance import comparable
 
 

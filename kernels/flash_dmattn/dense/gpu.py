@@ -6,7 +6,7 @@ import logging
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.calls import DenseCall
 
 logger = logging.getLogger("flash_dmattn")
 

@@ -12,7 +12,7 @@ from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library, lists, target
 from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 logger = logging.getLogger("flash_dmattn")
 

@@ -12,7 +12,7 @@ import torch
 from flash_dmattn.backends.cuda.library import launch, load, pointer
 from flash_dmattn.backends.cuda.lists import build_key_lists
 from flash_dmattn.backends.key_lists import KeyLists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _UNLISTED_EPOCH_TILES = 32
 _SMALLEST_KEY_TILE = 64

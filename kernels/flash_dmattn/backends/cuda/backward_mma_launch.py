@@ -13,7 +13,7 @@ from flash_dmattn.backends.cuda.library import launch, load, pointer
 from flash_dmattn.backends.cuda.lists import build_key_lists
 from flash_dmattn.backends.cuda.target import find_target
 from flash_dmattn.backends.key_lists import KeyLists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _ROUNDS = 4
 _KEYS_OF_PROCESSOR = 1024  # eight tiles of keys

@@ -7,7 +7,7 @@ import torch
 from flash_dmattn.backends.cuda.library import launch, load, pointer
 from flash_dmattn.backends.cuda.target import find_target
 from flash_dmattn.backends.key_lists import KeyLists, scale_importance
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 
 class _Parameters(ctypes.Structure):

@@ -16,7 +16,7 @@ from flash_dmattn.backends.key_lists import (
     is_listed,
     whole_sequence,
 )
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _MAX_EPOCH = 2048
 _MAX_LANES = 65535

@@ -10,8 +10,7 @@ import torch
 
 from flash_dmattn.backends.gpu import why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
-from flash_dmattn.call import AttentionCall
-from flash_dmattn.decode_call import DecodeCall
+from flash_dmattn.calls import AttentionCall, DecodeCall
 
 MAX_LANES = 65535
 """Programs of a launch in its second and third dimension: one for every batch row and head."""

@@ -8,7 +8,7 @@ import triton
 from flash_dmattn.backends.cuda import lists as cuda_lists
 from flash_dmattn.backends.key_lists import KeyLists, is_listed
 from flash_dmattn.backends.triton.lists import build_key_lists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 
 class Launch:
