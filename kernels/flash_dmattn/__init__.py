@@ -6,7 +6,7 @@ attends over such intervals. `flash_dmattn_func` and its kin take any mask and a
 """
 
 from flash_dmattn.attention import dynamic_mask_attention, interval_attention
-from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.device import why_no_gpu
 from flash_dmattn.dispatch import explain_backends, get_available_backends
 from flash_dmattn.interface import (
     flash_dmattn_func,

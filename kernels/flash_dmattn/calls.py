@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from flash_dmattn.importance import comparable
 from flash_dmattn.operators import OperatorCall
+from flash_dmattn.ranking import comparable
 from flash_dmattn.visibility import NEVER, Visibility
 
 

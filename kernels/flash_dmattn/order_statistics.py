@@ -8,6 +8,7 @@ time: log2(N) passes over the data answer a query for every element, without a l
 import torch
 
 from flash_dmattn.backends import triton
+from flash_dmattn.backends.device import MAX_LANES
 
 
 def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k: int) -> torch.Tensor:
@@ -18,7 +19,7 @@ def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torc
         meaningless (but in [0, 2 * N)).
     Returns (R, M) int64.
     """
-    fits = low.shape == sequence.shape and sequence.shape[0] <= triton.MAX_LANES
+    fits = low.shape == sequence.shape and sequence.shape[0] <= MAX_LANES
     if sequence.device.type == "cuda" and fits and triton.why_unavailable() is None:
         from flash_dmattn.backends.triton import order_statistics
 

@@ -10,8 +10,8 @@ import torch
 from flash_dmattn import arguments
 from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.backends.cuda import selection as cuda_selection
-from flash_dmattn.importance import comparable
 from flash_dmattn.order_statistics import kth_smallest_in_ranges
+from flash_dmattn.ranking import comparable
 from flash_dmattn.visibility import NEVER, Visibility
 
 

@@ -9,8 +9,8 @@ import torch
 
 from flash_dmattn.arguments import check_attention, check_windows
 from flash_dmattn.calls import DecodeCall, Slots
-from flash_dmattn.decode import find_victim
 from flash_dmattn.dispatch import choose_decoder
+from flash_dmattn.eviction import find_victim
 from flash_dmattn.operators import signature
 from flash_dmattn.ops import can_call_directly
 

@@ -6,6 +6,7 @@ import logging
 import torch
 
 from flash_dmattn.backends import triton
+from flash_dmattn.backends.device import reject_lanes, reject_layout
 from flash_dmattn.calls import DenseCall
 
 logger = logging.getLogger("flash_dmattn")
@@ -20,19 +21,13 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: DenseCall) -> str | None:
-    reason = triton.reject_query(call.query)
+    reason = triton.reject_query(call.query) or reject_lanes(call.query.shape[0] * call.query.shape[2])
     if reason is not None:
         return reason
-    lanes = call.query.shape[0] * call.query.shape[2]
-    if lanes > triton.MAX_LANES:
-        return f"{lanes} (batch, head) pairs are above {triton.MAX_LANES}"
     for name, tensor in (("attn_mask", call.attn_mask), ("attn_bias", call.attn_bias)):
         if tensor is not None and tensor.dtype not in (*triton.DTYPES, torch.bool):
             return f"{name} of dtype {tensor.dtype} is not supported (float16, bfloat16 and float32 are)"
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        if tensor.stride(-1) != 1:
-            return f"{name} is not contiguous in the head dim"
-    return None
+    return reject_layout(call)
 
 
 def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

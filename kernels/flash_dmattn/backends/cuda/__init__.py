@@ -10,7 +10,7 @@ import torch
 
 from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library, lists, target
-from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.device import why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.calls import AttentionCall
 

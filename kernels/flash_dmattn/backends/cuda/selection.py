@@ -6,10 +6,10 @@ import functools
 import torch
 
 from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.device import MAX_LANES
 from flash_dmattn.visibility import NEVER
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MAX_LANES = 65535
 
 _POINTERS = ("importance", "padding_mask", "cu_seqlens", "birth", "death", "workspace")
 _SIZES = (
@@ -42,7 +42,7 @@ def reject(importance: torch.Tensor) -> str | None:
     """Returns why the library does not select by these importances, or None."""
     if importance.dtype not in _TYPES:
         return f"dtype {importance.dtype} is not supported"
-    if importance.shape[0] * importance.shape[1] > _MAX_LANES or importance.numel() > NEVER:
+    if importance.shape[0] * importance.shape[1] > MAX_LANES or importance.numel() > NEVER:
         return f"{tuple(importance.shape)} are too many keys"
     return library.why_not_on(importance.device)
 

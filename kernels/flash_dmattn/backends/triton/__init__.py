@@ -8,12 +8,9 @@ import os
 
 import torch
 
-from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.device import reject_lanes, reject_layout, why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.calls import AttentionCall, DecodeCall
-
-MAX_LANES = 65535
-"""Programs of a launch in its second and third dimension: one for every batch row and head."""
 
 _MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,19 +41,13 @@ def reject_query(query: torch.Tensor) -> str | None:
 
 
 def reject(call: AttentionCall) -> str | None:
-    reason = reject_query(call.query)
+    reason = reject_query(call.query) or reject_lanes(call.query.shape[0] * call.num_interval_heads)
     if reason is not None:
         return reason
-    lanes = call.query.shape[0] * call.num_interval_heads
-    if lanes > MAX_LANES:
-        return f"{lanes} (batch, head) pairs are above {MAX_LANES}"
     group_size = call.query.shape[2] // call.num_interval_heads
     if group_size > 32:
         return f"{group_size} query heads per interval head are above 32"
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        if tensor.stride(-1) != 1:
-            return f"{name} is not contiguous in the head dim"
-    return None
+    return reject_layout(call)
 
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
