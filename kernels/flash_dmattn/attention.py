@@ -5,7 +5,7 @@ import torch
 from flash_dmattn import arguments
 from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.calls import AttentionCall
-from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
+from flash_dmattn.dispatch import ATTENTION, check_backend_name, choose, differentiates_itself
 from flash_dmattn.ops import run_attention
 from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import NEVER, Visibility
@@ -36,7 +36,7 @@ def interval_attention(
     query: (B, Sq, H, D), float16, bfloat16, float32 or float64.
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
     importance: (B, Hi, Sk) floating point, Hi = Hkv or H, added to the logits in float32 (NaN as -inf, +inf as the
-        largest float32; a key of -inf weighs 0), or None for no bias. GPU engines add 2.3e38 at most, and a key below
+        largest float32; a key of -inf weighs 0), or None for no bias. GPU backends add 2.3e38 at most, and a key below
         -2.3e38 weighs 0.
     visibility: birth and death, int32 (B, Hi, Sk); or None: every key from its own row on, as in dense attention.
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
@@ -45,7 +45,7 @@ def interval_attention(
     softcap: logits are softcap * tanh(logits / softcap) before the bias; 0 is off.
     add_importance_bias: when False the importance is not added and has no gradient.
     max_visible: n consecutive rows see no more than max_visible + n keys altogether (the w of a causal selection), a
-        promise that saves a GPU engine from counting them; None: it counts.
+        promise that saves a GPU backend from counting them; None: it counts.
     deterministic: equal inputs give bitwise equal gradients.
     return_lse: also return the natural-log sum of exp of each query's logits.
     backend: "auto" or one of `get_available_backends()`.
@@ -111,7 +111,7 @@ def dynamic_mask_attention(
     padding_mask: (B, Sk) bool, True for real tokens. Padding is visible to nobody, takes no place in any window,
         and its query rows give out 0, lse -inf and no gradient, whatever stands in them.
     cu_seqlens: (num_docs + 1,) int32, document boundaries of a packed batch: B = 1, Sq = Sk.
-    max_seqlen: the longest document; accepted because callers have it, no engine needs it.
+    max_seqlen: the longest document; accepted because callers have it, no backend needs it.
 
     Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
 
@@ -165,5 +165,5 @@ def dynamic_mask_attention(
 def attend(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a call on the backend of that name, differentiably. Returns out (B, Sq, H, D) and lse (B, H, Sq)."""
     if differentiates_itself(backend):
-        return choose_backend(call, backend).attend(call)
+        return choose(ATTENTION, call, backend).attend(call)
     return run_attention(call, backend)

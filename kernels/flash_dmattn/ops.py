@@ -1,10 +1,12 @@
 """Attention over intervals as a torch operator with its own backward, and when a call can do without the operator."""
 
+from collections.abc import Callable
+
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flash_dmattn.calls import AttentionCall
-from flash_dmattn.dispatch import choose_backend
+from flash_dmattn.dispatch import ATTENTION, choose, choose_backward
 from flash_dmattn.operators import (
     define_gradient,
     define_operator,
@@ -47,7 +49,7 @@ def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     call, backend = AttentionCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):  # a kernel runs on the current device, whatever its tensors are on
-        return choose_backend(call, backend).forward(call)
+        return choose(ATTENTION, call, backend).forward(call)
 
 
 def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tensor, ...]:
@@ -57,7 +59,7 @@ def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tenso
     """
     call, backend = AttentionCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):
-        gradients = choose_backend(call, backend).backward(call, out, stats, dout, dlse)
+        gradients = choose_backward(call, backend).backward(call, out, stats, dout, dlse)
         if call.importance is not None:
             dquery, dkey, dvalue, dimportance, *others = gradients
             gradients = dquery, dkey, dvalue, torch.where(call.importance < torch.inf, dimportance, 0), *others
@@ -74,12 +76,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout, dlse, _):
     out, stats, *tensors = ctx.saved_tensors
-    run = _attention_backward if can_call_directly(dout, dlse, out, *tensors) else _backward_operator
-    return spread_gradients(ctx, AttentionCall, run(dout, dlse, out, stats, *tensors, *ctx.options))
-
-
-def _backward_operator(*arguments) -> tuple[torch.Tensor, ...]:
-    return first_derivative(interval_attention_backward_op, *arguments)
+    arguments = (dout, dlse, out, stats, *tensors, *ctx.options)
+    if can_call_directly(dout, dlse, out, *tensors):
+        gradients = _call_directly(_attention_backward, arguments)
+    else:
+        gradients = first_derivative(interval_attention_backward_op, *arguments)
+    return spread_gradients(ctx, AttentionCall, gradients)
 
 
 interval_attention_op = define_operator("interval_attention", AttentionCall, _attention, fake_attention, num_outputs=3)
@@ -126,5 +128,11 @@ def _run(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _without_gradient(arguments: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    is_direct = can_call_directly(*arguments[: AttentionCall.num_tensors])
-    return _attention(*arguments) if is_direct else interval_attention_op(*arguments)
+    if can_call_directly(*arguments[: AttentionCall.num_tensors]):
+        return _call_directly(_attention, arguments)
+    return interval_attention_op(*arguments)
+
+
+def _call_directly(function: Callable, arguments: tuple) -> tuple[torch.Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():  # as inside the operator, where every step costs less
+        return function(*arguments)

@@ -9,7 +9,7 @@ import torch
 
 from flash_dmattn.arguments import check_attention, check_windows
 from flash_dmattn.calls import DecodeCall, Slots
-from flash_dmattn.dispatch import choose_decoder
+from flash_dmattn.dispatch import DECODING, choose
 from flash_dmattn.eviction import find_victim
 from flash_dmattn.operators import signature
 from flash_dmattn.ops import can_call_directly
@@ -99,7 +99,7 @@ def decode_step(
 
 def _run(call: DecodeCall, backend: str) -> torch.Tensor:
     with torch.cuda.device_of(call.query):
-        return choose_decoder(call, backend).decode(call)
+        return choose(DECODING, call, backend).decode(call)
 
 
 def _decode_step(*arguments) -> torch.Tensor:

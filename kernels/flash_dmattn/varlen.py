@@ -36,7 +36,7 @@ def flash_dmattn_varlen_func(
     attn_mask, attn_bias: as in `flash_dmattn_func` for the sequences filled up at the end, (1 or B, 1 or Hkv or H,
         1 or max_seqlen_q, 1 or max_seqlen_k); or (total_q, 1 or Hkv or H, max_seqlen_k), a row a query. Where they
         have a query dimension, query, key and value are copied into padded batches, with a mask of padding beside the
-        caller's; where not, the interval engine takes O(N).
+        caller's; where not, attention over intervals takes O(N).
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where the sequences start and end; cu_seqlens_k: None: cu_seqlens_q.
     max_seqlen_q, max_seqlen_k: at least the longest sequence; None: it is looked up.
     is_causal: the last query of a sequence sees all its keys, the one before it one less, and so on.

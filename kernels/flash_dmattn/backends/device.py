@@ -1,11 +1,14 @@
 """What every kernel asks of a GPU and of tensors on it, in words."""
 
+import functools
+
 import torch
 
 MAX_LANES = 65535
 """Programs of a launch in its second and third dimension: one for every batch row and head."""
 
 
+@functools.cache
 def why_no_gpu() -> str | None:
     """Returns why no CUDA GPU can be used here, or None."""
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Key lists: which keys a run of queries has to look at, in O(N (1 + w / E)) integers. Two engines build them.
+"""Key lists: which keys a run of queries has to look at, in O(N (1 + w / E)) integers. Two backends build them.
 
 Queries are cut into epochs of E rows. The list of an epoch holds first the keys that are alive at its first row, the
 earliest to die first, then those born later in it, the earliest born first. Of such a list a query tile needs one

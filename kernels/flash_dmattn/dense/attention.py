@@ -1,14 +1,13 @@
-"""Attention under a mask and a bias: what depends on the key alone goes to the interval engine, the rest is dense."""
+"""Attention under a mask and a bias: over intervals where both depend on the key alone, dense otherwise."""
 
 import torch
 
 from flash_dmattn.attention import attend
 from flash_dmattn.calls import AttentionCall, DenseCall
 from flash_dmattn.dense.arguments import check_dense
-from flash_dmattn.dense.engines import ENGINES
 from flash_dmattn.dense.ops import dense_attention_op
 from flash_dmattn.dense.tiled_mask import TiledMask, without_expansion
-from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
+from flash_dmattn.dispatch import DENSE_ATTENTION, check_backend_name, choose, differentiates_itself
 from flash_dmattn.visibility import NEVER, Visibility
 
 _LONGEST_UNCOUNTED = 16384
@@ -36,7 +35,7 @@ def dense_attention(
         largest float32; a GPU adds 2.3e38 at most.
     is_causal: query i sees no key after i + Sk - Sq.
 
-    A mask and a bias without a query dimension, up to Sq = Sk, take O(N) memory and the interval engine's time.
+    A mask and a bias without a query dimension, up to Sq = Sk, take O(N) memory and the time of attention over intervals.
 
     Returns out (B, Sq, H, D) and lse (B, H, Sq). A query that sees no key gets out 0, lse -inf and no gradient. The
     gradient of attn_bias is summed over what is broadcast.
@@ -80,7 +79,7 @@ def dense_attention(
         deterministic=deterministic,
     )
     if differentiates_itself(backend):
-        return choose_backend(call, backend, ENGINES).attend(call)
+        return choose(DENSE_ATTENTION, call, backend).attend(call)
     return dense_attention_op(*call.flatten(), backend)[:2]
 
 

@@ -1,7 +1,4 @@
-"""The GPU engine: kernels in Triton; with TRITON_INTERPRET=1 they run on a CPU, slowly, for tests."""
-
-import functools
-import logging
+"""The Triton backend: kernels in Triton; with TRITON_INTERPRET=1 they run on a CPU, slowly, for tests."""
 
 import torch
 
@@ -9,11 +6,9 @@ from flash_dmattn.backends import triton
 from flash_dmattn.backends.device import reject_lanes, reject_layout
 from flash_dmattn.calls import DenseCall
 
-logger = logging.getLogger("flash_dmattn")
 
-
-def is_automatic(call: DenseCall) -> bool:
-    return call.query.device.type == "cuda"
+def is_automatic(device: torch.device) -> bool:
+    return triton.is_automatic(device)
 
 
 def why_unavailable() -> str | None:
@@ -34,7 +29,6 @@ def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
     from flash_dmattn.dense.forward_kernels import run_forward
 
-    _say_what_serves()
     return triton.empty_forward(call.query) if call.is_empty else run_forward(call)
 
 
@@ -49,8 +43,3 @@ def backward(
     tensors = (call.query, call.key, call.value, *((call.attn_bias,) if needs_dbias else ()))
     gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
     return *gradients[:3], gradients[3] if needs_dbias else None
-
-
-@functools.cache
-def _say_what_serves() -> None:
-    logger.info("flash_dmattn serves masks and biases by query with kernels written in Triton")

@@ -3,8 +3,7 @@
 import torch
 
 from flash_dmattn.calls import DenseCall
-from flash_dmattn.dense.engines import ENGINES
-from flash_dmattn.dispatch import choose_backend
+from flash_dmattn.dispatch import DENSE_ATTENTION, choose
 from flash_dmattn.operators import (
     define_gradient,
     define_operator,
@@ -20,15 +19,15 @@ def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq) as `interval_attention_op`."""
     call, backend = DenseCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):
-        return choose_backend(call, backend, ENGINES).forward(call)
+        return choose(DENSE_ATTENTION, call, backend).forward(call)
 
 
 def _attention_backward(dout, dlse, out, stats, needs_dbias, *arguments) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of query, key, value and attn_bias; the last is empty unless it is needed."""
     call, backend = DenseCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):
-        engine = choose_backend(call, backend, ENGINES)
-        dquery, dkey, dvalue, dbias = engine.backward(call, out, stats, dout, dlse, needs_dbias)
+        run = choose(DENSE_ATTENTION, call, backend).backward
+        dquery, dkey, dvalue, dbias = run(call, out, stats, dout, dlse, needs_dbias)
     return dquery, dkey, dvalue, stats.new_empty(0) if dbias is None else dbias
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from flash_dmattn.calls import DenseCall
-from flash_dmattn.dense import gpu
 from flash_dmattn.dense.arguments import check_dense
+from flash_dmattn.dispatch import DENSE_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class TiledMask:
     """What `tile_mask` returns, to be given as attn_mask.
 
     tiles: (1 or B, 1 or Hkv or H, row tiles, key tiles) uint8: 0 for a tile in which nobody sees anything, 2 where
-        everybody sees everything, 1 otherwise; None where no engine asks for them.
+        everybody sees everything, 1 otherwise; None where no backend asks for them.
     version: of attn_mask when it was read, None where torch keeps none.
     """
 
@@ -56,7 +56,7 @@ def tile_mask(query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor, *
         deterministic=False,
     )
     tiles = None
-    if gpu.why_unavailable() is None and gpu.reject(call) is None and not call.is_empty:
+    if DENSE_ATTENTION.why_not("triton", call) is None and not call.is_empty:
         from flash_dmattn.dense.configs import grains
         from flash_dmattn.dense.tiles import classify_tiles
 

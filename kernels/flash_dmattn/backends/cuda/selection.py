@@ -38,8 +38,10 @@ class _Parameters(ctypes.Structure):
     ]
 
 
-def reject(importance: torch.Tensor) -> str | None:
+def reject(importance: torch.Tensor, positions: torch.Tensor | None = None) -> str | None:
     """Returns why the library does not select by these importances, or None."""
+    if positions is not None:
+        return "the keys have positions of their own"
     if importance.dtype not in _TYPES:
         return f"dtype {importance.dtype} is not supported"
     if importance.shape[0] * importance.shape[1] > MAX_LANES or importance.numel() > NEVER:
