@@ -35,7 +35,8 @@ def dense_attention(
         largest float32; a GPU adds 2.3e38 at most.
     is_causal: query i sees no key after i + Sk - Sq.
 
-    A mask and a bias without a query dimension, up to Sq = Sk, take O(N) memory and the time of attention over intervals.
+    A mask and a bias without a query dimension, up to Sq = Sk, take the O(N) memory and the time of attention over
+    intervals.
 
     Returns out (B, Sq, H, D) and lse (B, H, Sq). A query that sees no key gets out 0, lse -inf and no gradient. The
     gradient of attn_bias is summed over what is broadcast.
