@@ -7,7 +7,7 @@ import torch
 
 from flash_dmattn import select_visible
 from flash_dmattn.backends.cuda import library, lists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 SEQLEN = 1500
 OPTIONS = (
@@ -38,17 +38,18 @@ def main() -> None:
 
 def select_and_list(importance: torch.Tensor, **options) -> None:
     moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    birth, death = select_visible(importance.cuda(), **moved)
+    visibility = select_visible(importance.cuda(), **moved)
     expected = select_visible(importance, **options)
-    if not all(torch.equal(*pair) for pair in zip((birth.cpu(), death.cpu()), expected, strict=True)):
+    if not all(torch.equal(got.cpu(), bound) for got, bound in zip(visibility, expected, strict=True)):
         raise RuntimeError(f"another selection than on the CPU: {options}")
     batch, heads, seqlen = importance.shape
     query, key = (torch.empty(batch, seqlen, heads, 8, device="cuda") for _ in range(2))
-    start = torch.zeros(batch, dtype=torch.int32, device="cuda")
     for max_visible in (None, options["keep_window_size"]):
         if options.get("is_causal", True) or max_visible is None:
-            visibility = importance.cuda(), birth, death, start, None, max_visible
-            lists.build_key_lists(AttentionCall(query, key, key, *visibility, 1.0, 0.0, False), tile_size=32)
+            call = AttentionCall.prepare(
+                query, key, key, importance.cuda(), visibility, query_start=0, max_visible=max_visible
+            )
+            lists.build_key_lists(call, tile_size=32)
     torch.cuda.synchronize()
 
 

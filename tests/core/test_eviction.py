@@ -7,7 +7,7 @@ import torch
 from conftest import SEED
 
 from flash_dmattn import select_visible
-from flash_dmattn.decode import cache_capacity, decode_visibility, find_victim, select_survivors
+from flash_dmattn.eviction import cache_capacity, find_victim, select_survivors
 
 
 def draw(number):
@@ -32,8 +32,8 @@ def test_one_token_at_a_time_equals_the_general_selection(number):
     for t in range(importance.shape[2]):
         kept = torch.cat([kept, torch.full((2, 3, 1), t)], dim=2)
         strengths, positions = importance.gather(2, kept), kept.int()
-        now, after = torch.full((2,), t, dtype=torch.int32), torch.full((2,), t + 1, dtype=torch.int32)
-        step = decode_visibility(strengths, positions, now, sliding_window=sliding_window, **windows)
+        after = torch.full((2,), t + 1, dtype=torch.int32)
+        step = select_visible(strengths, positions=positions, sliding_window=sliding_window, **windows)
         seen = torch.zeros_like(importance, dtype=torch.bool)
         seen.scatter_(2, kept, (step.birth <= t) & (t < step.death))
         assert torch.equal(seen, (whole.birth <= t) & (t < whole.death)), t
@@ -46,27 +46,18 @@ def test_one_token_at_a_time_equals_the_general_selection(number):
         kept = kept.gather(2, survivors)
 
 
-def test_empty_slots_are_invisible_and_go_first():
+def test_empty_slots_go_first():
     importance = torch.tensor([[[5.0, 1.0, 9.0, 2.0]]])
     positions = torch.tensor([[[0, 1, -1, 2]]], dtype=torch.int32)
-    at = torch.tensor([2], dtype=torch.int32)
-    step = decode_visibility(importance, positions, at, keep_window_size=3)
-    assert ((step.birth <= 2) & (2 < step.death)).tolist() == [[[True, True, False, True]]]
-    assert find_victim(importance, positions, at + 1).tolist() == [[2]]
-    assert select_survivors(importance, positions, at + 1, keep_window_size=3).tolist() == [[[0, 3, 1]]]
+    after = torch.tensor([3], dtype=torch.int32)
+    assert find_victim(importance, positions, after).tolist() == [[2]]
+    assert select_survivors(importance, positions, after, keep_window_size=3).tolist() == [[[0, 3, 1]]]
 
 
-def test_a_padded_query_sees_nothing():
-    positions = torch.tensor([[[0, 1, -1]]], dtype=torch.int32)
-    at = torch.tensor([-1], dtype=torch.int32)
-    step = decode_visibility(torch.zeros(1, 1, 3), positions, at, keep_window_size=3, local_window_size=2)
-    assert not ((step.birth <= -1) & (-1 < step.death)).any()
+def test_the_documented_name_of_the_module_stays():
+    from flash_dmattn import decode, eviction
 
-
-def test_more_keys_than_one_token_can_leave_are_an_error():
-    positions = torch.arange(6, dtype=torch.int32).view(1, 1, 6)
-    with pytest.raises(ValueError, match=r"importance must have at most keep_window_size \+ 1 = 5 keys, got 6"):
-        decode_visibility(torch.zeros(1, 1, 6), positions, torch.tensor([5]), keep_window_size=4)
+    assert all(getattr(decode, name) is getattr(eviction, name) for name in decode.__all__)
 
 
 def test_windows_that_do_not_fit_are_an_error():
