@@ -14,6 +14,7 @@ from flash_dmattn import Visibility, select_visible
 from flash_dmattn.decode import cache_capacity, select_survivors
 from flash_dmattn.importance import comparable
 from flash_dmattn.slots import decode_step, refresh_victims
+from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.slots import SlotLayer
 from flash_dmattn_hf.cache.tail import ROWS, Tail
 
@@ -75,19 +76,18 @@ class DynamicMaskCacheLayer(SlotLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes T tokens and hands this layer to the attention function, by way of the gate.
+        """Takes T tokens and offers them to the attention function.
 
         key_states, value_states: (B, Hkv, T, D). Returns them as they are: what the tokens see is decided when they
         attend. Raises ValueError for another batch size than before, RuntimeError when the tokens before these were
         never attended to by flash_dmattn.
         """
-        gate = self.gate
         self.check_attended()
         if not self.is_counted_outside:
             self._make_room(key_states, value_states)
-        self._new = (key_states.to(self.dtype), value_states, gate(value_states))
+        self._new = (key_states.to(self.dtype), value_states, self.gate(value_states))
         self._num_new = key_states.shape[2]
-        vars(gate)["pending"] = (self, key_states, value_states)  # a module's own __setattr__ takes longer
+        hand_over.offer(self, key_states, value_states)
         return key_states, value_states
 
     def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -105,7 +105,7 @@ class DynamicMaskCacheLayer(SlotLayer):
     def check_attended(self) -> None:
         """Raises RuntimeError when the attention function never saw the last tokens of `update`."""
         if self._num_new:
-            vars(self.gate)["pending"] = None
+            hand_over.withdraw()
             raise RuntimeError(
                 f"the last {self._num_new} tokens of this DynamicMaskCache were never attended to by flash_dmattn: the "
                 "model is not the one the cache was made for, or runs another attention implementation, or its forward "

@@ -25,7 +25,6 @@ class DogeGate:
         self.head_dim = shape.head_dim
         self.group_size = shape.num_heads // shape.num_kv_heads
         self.sliding_window = shape.sliding_window
-        self.pending = None
         self.was_called = False
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:

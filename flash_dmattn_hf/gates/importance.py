@@ -86,7 +86,6 @@ class ImportanceGate(nn.Module):
         self.num_importance_heads = num_heads if config.importance_heads == "query" else num_kv_heads
         self.sliding_window = sliding_window
         self.initializer_range = initializer_range
-        self.pending = None
         self.was_called = False
         self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
         self.dt_proj = ValueProjection(num_kv_heads * head_dim, self.num_importance_heads, config.dt_proj_bias)

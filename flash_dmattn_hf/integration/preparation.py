@@ -122,5 +122,6 @@ def submodels(model: nn.Module) -> list[PreTrainedModel]:
 
 def remove_hook(hooks: dict, function: Callable) -> None:
     """Takes a function out of a module's dict of hooks."""
-    for key in [key for key, hook in hooks.items() if hook is function]:
-        del hooks[key]
+    for key, hook in list(hooks.items()):  # other threads may run the model, and take it out as well
+        if hook is function:
+            hooks.pop(key, None)

@@ -11,6 +11,7 @@ from conftest import SEED
 
 from flash_dmattn import NEVER, Visibility
 from flash_dmattn.decode import find_victim
+from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.layer import CacheView, DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
 
@@ -23,7 +24,7 @@ class ReadingGate:
     """A gate whose importances are written in the values, one channel per query head of the group."""
 
     def __init__(self, config, sliding_window=None):
-        self.config, self.sliding_window, self.pending = config, sliding_window, None
+        self.config, self.sliding_window, self.layer_idx = config, sliding_window, 0
         self.group_size = GROUP_SIZE if config.importance_heads == "query" else 1
         self.num_importance_heads = NUM_KV_HEADS * self.group_size
         self.num_calls = 0
@@ -85,10 +86,8 @@ def tokens(case, start, end):
 
 def process(layer, case, start, end, *, mask=True):
     """One forward of rows start..end without the model; returns what the new tokens saw, as a view."""
-    layer.update(*tokens(case, start, end))
-    pending_layer, *_ = layer.gate.pending
-    assert pending_layer is layer
-    layer.gate.pending = None
+    key, value = layer.update(*tokens(case, start, end))
+    assert hand_over.take(layer.gate, key, value) is layer
     padding_mask = case.padding_mask[:, start:end] if mask else None
     if layer.takes_step:
         return step(layer, padding_mask)
