@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 SECTION = "flash_dmattn"
 """The attribute of a model config that holds the settings as a dict."""
@@ -14,6 +14,15 @@ _FORMS = {"importance": ("zoh", "log_zoh"), "importance_heads": ("kv", "query")}
 _SWITCHES = ("add_importance_bias", "dt_proj_bias")
 
 _load_time_values: ContextVar[dict[str, Any] | None] = ContextVar("flash_dmattn_load_time_values", default=None)
+
+
+class Windows(NamedTuple):
+    """Which keys of one layer stay visible: the arguments of `flash_dmattn.select_visible` of these names."""
+
+    keep_window_size: int
+    num_sink_tokens: int
+    local_window_size: int
+    sliding_window: int | None
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def required_tokens(gate, stretch_length: int) -> int:
     """Tokens, in whole stretches, whose usable keys are SAMPLES_PER_FEATURE for each feature of this gate."""
     usable = int(usable_keys(gate, stretch_length).sum())
     if usable == 0:
-        reach = gate.config.num_sink_tokens + gate.config.local_window_size + MIN_FAR_QUERIES
+        reach = gate.windows.num_sink_tokens + gate.windows.local_window_size + MIN_FAR_QUERIES
         raise ValueError(
             f"stretch_length must exceed num_sink_tokens + local_window_size + {MIN_FAR_QUERIES} = {reach} "
             f"for calibration, got {stretch_length}; a smaller local_window_size would do as well"
@@ -117,14 +117,14 @@ def required_tokens(gate, stretch_length: int) -> int:
 
 def usable_keys(gate, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(T,) bool: keys of a sequence of `length` that compete and that enough far queries see."""
-    count = far_queries(length, gate.config.local_window_size, gate.sliding_window, device)
+    count = far_queries(length, gate.windows.local_window_size, gate.windows.sliding_window, device)
     usable = count >= max(MIN_FAR_QUERIES, int(count.max()) // 4)
-    usable[: gate.config.num_sink_tokens] = False
+    usable[: gate.windows.num_sink_tokens] = False
     return usable
 
 
 def default_stretch_length(gates, longest: int | None) -> int:
-    length = max(2048, *(2 * gate.config.local_window_size for gate in gates))
+    length = max(2048, *(2 * gate.windows.local_window_size for gate in gates))
     return length if longest is None else min(length, longest)
 
 
@@ -155,13 +155,13 @@ class _Collector:
             query[0],
             key[0],
             value[0],
-            distance=gate.config.local_window_size,
+            distance=gate.windows.local_window_size,
             softmax_scale=softmax_scale,
             softcap=softcap,
-            sliding_window=gate.sliding_window,
+            sliding_window=gate.windows.sliding_window,
         )
         length = value.shape[2]
-        count = far_queries(length, gate.config.local_window_size, gate.sliding_window, value.device)
+        count = far_queries(length, gate.windows.local_window_size, gate.windows.sliding_window, value.device)
         mean_mass = mass.view(gate.num_importance_heads, -1, length).mean(1) / count.clamp(min=1)
         log_mass = (mean_mass + MASS_FLOOR).log().T  # (T, Hi)
         tokens = _concat_heads(value)
@@ -194,7 +194,7 @@ class _Ranges:
             distance=query.shape[2],
             softmax_scale=softmax_scale,
             softcap=softcap,
-            sliding_window=self.gates[module].sliding_window,
+            sliding_window=self.gates[module].windows.sliding_window,
         )
         return out[None]
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.gates.importance import compute_importance
+from flash_dmattn_hf.gates.importance import Gate, compute_importance
 
 
-class DogeGate:
-    """The protocol of `ImportanceGate` for a DogeAttention; it owns no parameters and reads the module's."""
+class DogeGate(Gate):
+    """The gate of a DogeAttention; it owns no parameters and reads the module's."""
 
     def __init__(self, module: nn.Module, shape: Any, config: DynamicMaskConfig) -> None:
         if config.importance_heads != "kv":
@@ -20,12 +20,9 @@ class DogeGate:
         self.module = module
         self.config = config
         self.layer_idx = module.layer_idx
-        self.num_heads = shape.num_heads
         self.num_kv_heads = self.num_importance_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
-        self.group_size = shape.num_heads // shape.num_kv_heads
         self.sliding_window = shape.sliding_window
-        self.was_called = False
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         """value: (B, Hkv, S, D). Returns the importance (B, Hkv, S) in float32, float64 for float64 values."""

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import initialization
 
 from flash_dmattn.token_importance import can_fuse, token_importance
-from flash_dmattn_hf.config import DynamicMaskConfig
+from flash_dmattn_hf.config import DynamicMaskConfig, Windows
 
 ZOH_MAX_EXPONENT = 80.0
 """Largest exponent of the "zoh" form: exp(80) is still finite in float32."""
@@ -54,7 +54,33 @@ def _is_plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-class ImportanceGate(nn.Module):
+class Gate:
+    """What every gate says about its layer to the attention function, the cache and the conversion.
+
+    config: resolved settings. layer_idx: index of the layer, as the cache counts.
+    num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
+    sliding_window: the layer's own window in tokens, None for full attention.
+    was_called: whether the attention function has ever been called for this layer.
+    """
+
+    config: DynamicMaskConfig
+    layer_idx: int
+    num_kv_heads: int
+    num_importance_heads: int
+    head_dim: int
+    sliding_window: int | None
+    was_called = False
+
+    @property
+    def windows(self) -> Windows:
+        """The windows of this layer, which everything reads here."""
+        config = self.config
+        return Windows(
+            config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window
+        )
+
+
+class ImportanceGate(Gate, nn.Module):
     """Computes the importance of keys and carries the settings that attention and cache need.
 
     Parameters: `A` (Hi,), `dt_proj.weight` (Hi, Hkv * D) and, if configured, `dt_proj.bias` (Hi,).
@@ -79,14 +105,11 @@ class ImportanceGate(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.group_size = num_heads // num_kv_heads
         self.num_importance_heads = num_heads if config.importance_heads == "query" else num_kv_heads
         self.sliding_window = sliding_window
         self.initializer_range = initializer_range
-        self.was_called = False
         self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
         self.dt_proj = ValueProjection(num_kv_heads * head_dim, self.num_importance_heads, config.dt_proj_bias)
 
@@ -118,8 +141,8 @@ class ImportanceGate(nn.Module):
             initialization.zeros_(self.dt_proj.bias)
 
     def extra_repr(self) -> str:
-        config = self.config
+        keep, sinks, local, sliding = self.windows
         return (
-            f"importance={config.importance}, heads={self.num_importance_heads}, w={config.keep_window_size}, "
-            f"s={config.num_sink_tokens}, r={config.local_window_size}, sliding_window={self.sliding_window}"
+            f"importance={self.config.importance}, heads={self.num_importance_heads}, w={keep}, s={sinks}, r={local}, "
+            f"sliding_window={sliding}"
         )

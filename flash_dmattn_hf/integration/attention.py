@@ -7,6 +7,7 @@ from torch import nn
 
 from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.attach import get_gate
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
 from flash_dmattn_hf.integration.masks import tag_of
@@ -45,12 +46,15 @@ def dynamic_mask_attention_forward(
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
-    window = sliding_window_of(module) if gate is None else gate.sliding_window
+    if gate is None:
+        windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
+    else:
+        windows = gate.windows
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
     tag = tag_of(attention_mask)
     is_step = cache_layer is not None and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
-        _check_sliding_window(module, window, sliding_window, attention_mask, tag)
+        _check_sliding_window(module, windows.sliding_window, sliding_window, attention_mask, tag)
     if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
@@ -62,19 +66,12 @@ def dynamic_mask_attention_forward(
             _refuse_documents(documents)
             return _attend_cached(gate, cache_layer, query, attention_mask, options), None
         _refuse_missing_keys(gate, query, key, attention_mask)
-        settings = gate.config
         importance = gate(value)
-        options.update(
-            keep_window_size=settings.keep_window_size,
-            num_sink_tokens=settings.num_sink_tokens,
-            local_window_size=settings.local_window_size,
-            add_importance_bias=settings.add_importance_bias,
-        )
+        options["add_importance_bias"] = gate.config.add_importance_bias
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
-        options.update(keep_window_size=max(key.shape[2], 1), add_importance_bias=False)
-    options["sliding_window"] = window
-    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        options["add_importance_bias"] = False
+    options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if documents is not None:
         return _attend_packed(query, key, value, importance, documents, options), None
@@ -104,7 +101,7 @@ def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
         view.importance,
         view.visibility,
         query_positions=view.query_positions,
-        max_visible=gate.config.keep_window_size,
+        max_visible=layer.windows.keep_window_size,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
     )

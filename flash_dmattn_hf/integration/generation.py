@@ -155,7 +155,7 @@ def check_cache(model: PreTrainedModel, cache) -> None:
         )
     for _, _, gate in iter_gates(model):
         if gate.layer_idx < len(cache.layers) and _truncates(
-            cache.layers[gate.layer_idx], gate.config.keep_window_size
+            cache.layers[gate.layer_idx], gate.windows.keep_window_size
         ):
             raise ValueError(
                 f"past_key_values must keep all keys of layer {gate.layer_idx}, got a DynamicCache that drops those "

@@ -14,13 +14,14 @@ from flash_dmattn.decode import find_victim
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.layer import CacheView, DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
+from flash_dmattn_hf.gates.importance import Gate
 
 from .cache_definition import positions_of, sees, survives
 
 NUM_KV_HEADS, GROUP_SIZE = 2, 2
 
 
-class ReadingGate:
+class ReadingGate(Gate):
     """A gate whose importances are written in the values, one channel per query head of the group."""
 
     def __init__(self, config, sliding_window=None):
@@ -104,8 +105,8 @@ def step(layer, padding_mask):
     real = layer.lengths[:, :1] > before
     query_positions = torch.where(real, before, -1)
     visible = (layer.positions >= 0) & (query_positions[:, None] >= 0)
-    if layer._sliding_window is not None:
-        visible = visible & (query_positions[:, None] - layer.positions < layer._sliding_window)
+    if layer.windows.sliding_window is not None:
+        visible = visible & (query_positions[:, None] - layer.positions < layer.windows.sliding_window)
     visibility = Visibility(layer.positions.clone(), torch.where(visible, NEVER, layer.positions))
     return CacheView(layer.keys.clone(), layer.values, layer.importance.clone(), visibility, query_positions)
 
@@ -425,6 +426,18 @@ def test_another_batch_size_is_an_error():
     process(layer, case, 0, 5)
     with pytest.raises(ValueError, match="key_states must have the cache's batch size 2, got 3"):
         layer.update(*tokens(other, 5, 6))
+
+
+def test_other_windows_are_taken_by_an_empty_layer_only():
+    case, small = simple_case(w=8), simple_case(w=5)
+    layer = make_layer(case)
+    process(layer, case, 0, 9)
+    layer.gate.config = small.config
+    with pytest.raises(ValueError, match=r"windows of layer 0 must be .*keep_window_size=8.*got .*keep_window_size=5"):
+        layer.update(*tokens(case, 9, 10))
+    layer.reset()
+    view = process(layer, small, 0, 12)
+    assert torch.equal(shown(view, 30), expected_visible(small, 0, 12)) and layer.num_keys == 5
 
 
 def test_sizes_are_those_of_the_window():

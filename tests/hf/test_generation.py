@@ -138,7 +138,7 @@ def test_assisted_decoding(model, assistant, request):
     past = DynamicMaskCache(model)
     found = greedy(model, ids, mask, assistant_model=helper, past_key_values=past)
     assert_same_ids(found, without_cache(model, ids, mask))
-    assert past.max_keys <= max(layer.windows["keep_window_size"] for layer in past.mask_layers)
+    assert past.max_keys <= max(layer.windows.keep_window_size for layer in past.mask_layers)
 
 
 def test_prompt_lookup(model):
