@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from flash_dmattn_hf.conversion.attention_mass import attention_and_mass, far_queries
 from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
 from flash_dmattn_hf.evaluation.perplexity import cut
+from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.integration.observed_attention import observed_attention
@@ -25,7 +25,7 @@ DEFAULT_TOKENS = 16384
 BIAS_SPREAD = 5e-4
 """Largest minus smallest importance over the calibration tokens: half of what any text is allowed."""
 MAX_DT = 20.0
-"""Outputs of dt_proj are scaled into this range, where softplus is strictly increasing in float32."""
+"""Outputs of dt_proj are scaled into this range, where every form strictly rises with dt in float32."""
 MIN_FAR_QUERIES = 64
 """A key seen by fewer far queries, or by less than a quarter of a stretch's, has too noisy a mean to learn from."""
 SAMPLES_PER_FEATURE = 4
@@ -211,7 +211,8 @@ def _write(gate, weight: torch.Tensor, mean: torch.Tensor, low: torch.Tensor, hi
     gate.dt_proj.weight.copy_(scale[:, None] * weight)
     if gate.dt_proj.bias is not None:
         gate.dt_proj.bias.copy_(-scale * shift)
-    spread = F.softplus(scale * (high - shift)) - F.softplus(scale * (low - shift))
+    score, one = FORMS[gate.config.importance].score, torch.ones_like(scale)
+    spread = score(one, scale * (high - shift)) - score(one, scale * (low - shift))
     gate.A.copy_(BIAS_SPREAD / spread.clamp_min(BIAS_SPREAD))
 
 

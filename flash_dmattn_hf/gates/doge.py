@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
+from flash_dmattn_hf.forms import PAPER_FORM
 from flash_dmattn_hf.gates.importance import Gate, compute_importance
 
 
@@ -35,12 +36,12 @@ class DogeGate(Gate):
 
 
 def native_config(config: Any) -> DynamicMaskConfig:
-    """Returns the settings of a DogeConfig: the paper's mask, no sinks, no local window, "zoh"."""
+    """Returns the settings of a DogeConfig: the paper's mask and form, no sinks, no local window."""
     return DynamicMaskConfig(
         keep_window_size=config.keep_window_size,
         num_sink_tokens=0,
         local_window_size=0,
-        importance="zoh",
+        importance=PAPER_FORM,
         dt_proj_bias=config.attention_bias,
     )
 

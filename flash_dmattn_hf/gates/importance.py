@@ -7,9 +7,7 @@ from transformers import initialization
 
 from flash_dmattn.token_importance import can_fuse, token_importance
 from flash_dmattn_hf.config import DynamicMaskConfig, Windows
-
-ZOH_MAX_EXPONENT = 80.0
-"""Largest exponent of the "zoh" form: exp(80) is still finite in float32."""
+from flash_dmattn_hf.forms import FORMS
 
 
 class ValueProjection(nn.Module):
@@ -32,10 +30,10 @@ class ValueProjection(nn.Module):
 def compute_importance(
     value: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str
 ) -> torch.Tensor:
-    """Returns A * softplus(dt_proj(concat_h v)) ("log_zoh") or its exponential ("zoh", Eq. 3 of the paper).
+    """Returns the importance that a form of `FORMS` computes from A and dt = dt_proj(concat_h v).
 
-    value: (B, Hkv, S, D). A: (Hi,). Returns (B, Hi, S) in float32, float64 for float64 values: in bfloat16
-    distinct keys would tie.
+    value: (B, Hkv, S, D). A: (Hi,). form: its name.
+    Returns (B, Hi, S) in float32, float64 for float64 values: in bfloat16 distinct keys would tie.
     """
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     batch, _, seqlen, _ = value.shape
@@ -43,10 +41,7 @@ def compute_importance(
         tokens = value.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
         # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
         dt = dt_proj(tokens).transpose(1, 2).contiguous()
-        importance = A.to(dtype).unsqueeze(-1) * F.softplus(dt)
-        if form == "zoh":
-            importance = importance.clamp(max=ZOH_MAX_EXPONENT).exp()
-    return importance
+        return FORMS[form](A.to(dtype).unsqueeze(-1), dt)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -121,21 +116,22 @@ class ImportanceGate(Gate, nn.Module):
                 f"value of layer {self.layer_idx} must have shape (B, {expected[0]}, S, {expected[1]}), "
                 f"got {tuple(value.shape)}; tensor parallelism is not supported"
             )
-        form, projection = self.config.importance, self.dt_proj
-        if _is_plain(projection) and can_fuse(value, projection.weight, projection.bias, self.A):
-            max_exponent = ZOH_MAX_EXPONENT if form == "zoh" else None
-            return token_importance(value, projection.weight, projection.bias, self.A, max_exponent)
-        return compute_importance(value, projection, self.A, form)
+        form, projection = FORMS[self.config.importance], self.dt_proj
+        parameters = (projection.weight, projection.bias, self.A)
+        if form.is_fused and _is_plain(projection) and can_fuse(value, *parameters):
+            return token_importance(value, *parameters, form.max_exponent)
+        return compute_importance(value, projection, self.A, self.config.importance)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.
 
         At A = 0 all keys tie; dt_proj must not be 0 as well, or nothing would ever have a gradient.
         """
+        start = FORMS[self.config.importance].initial_A
         if self.config.initializer_std > 0:
-            initialization.normal_(self.A, mean=0.0, std=self.config.initializer_std)
+            initialization.normal_(self.A, mean=start, std=self.config.initializer_std)
         else:
-            initialization.zeros_(self.A)
+            initialization.constant_(self.A, start)
         initialization.normal_(self.dt_proj.weight, mean=0.0, std=self.initializer_range)
         if self.dt_proj.bias is not None:
             initialization.zeros_(self.dt_proj.bias)
