@@ -10,6 +10,7 @@ from torch import nn
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.forms import PAPER_FORM
 from flash_dmattn_hf.gates.importance import Gate, compute_importance
+from flash_dmattn_hf.names import is_ours
 
 
 class DogeGate(Gate):
@@ -52,7 +53,7 @@ def wrap_forward(original: Callable) -> Callable:
 
     @wraps(original)
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        if getattr(self, "dma", None) is None or not _is_ours(self.config):
+        if getattr(self, "dma", None) is None or not is_ours(self.config._attn_implementation):
             return original(
                 self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )
@@ -78,9 +79,3 @@ def wrap_forward(original: Callable) -> Callable:
         return self.o_proj(out.reshape(*input_shape, -1)), weights
 
     return forward
-
-
-def _is_ours(config: Any) -> bool:
-    from flash_dmattn_hf.names import is_ours
-
-    return is_ours(config._attn_implementation)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config
 from flash_dmattn_hf.gates import attach
+from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
 from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.gates.offload import materialize
@@ -20,7 +21,6 @@ from flash_dmattn_hf.integration.preparation import (
     remove_hook,
     settings_of,
     submodels,
-    text_config_of,
     uses_dynamic_masks,
 )
 from flash_dmattn_hf.names import NAMES, is_ours

@@ -18,7 +18,7 @@ from flash_dmattn_hf.conversion.calibration import (
     usable_keys,
 )
 from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
-from flash_dmattn_hf.gates.attach import attach
+from flash_dmattn_hf.gates.attach import attach, plan
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 from .tiny import build, tiny_config, tiny_model, tokens
@@ -29,7 +29,7 @@ STRETCH = 160
 
 def gated(model_type, config=WINDOW, **overrides):
     model = tiny_model(model_type, initializer_range=0.3, **overrides)
-    attach(model, config)
+    attach(model, plan(model, config))
     return model
 
 
@@ -265,7 +265,7 @@ def test_predictions_of_any_size_keep_their_order():
 
     config = tiny_config("llama")
     model = build(config)
-    attach(model, WINDOW)
+    attach(model, plan(model, WINDOW))
     gate = next(iter_gates(model))[2]
     weight = torch.zeros(2, 16, dtype=torch.float64)
     weight[:, 0] = 1.0

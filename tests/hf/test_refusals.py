@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 
 from flash_dmattn_hf import DynamicMaskCache, DynamicMaskConfig, dynamic_mask_config, iter_gates
-from flash_dmattn_hf.gates.attach import attach, detach
+from flash_dmattn_hf.gates.attach import attach, detach, plan
 from flash_dmattn_hf.integration import attention
 
 from .test_masks import make
@@ -225,8 +225,9 @@ def test_the_check_of_the_first_forward_removes_itself():
 
 
 def test_attach_needs_something_to_attach_to():
+    empty = _Wrapper(tiny_config("llama"))
     with pytest.raises(ValueError, match="must have causal attention modules"):
-        attach(_Wrapper(tiny_config("llama")), DynamicMaskConfig().resolve())
+        attach(empty, plan(empty, DynamicMaskConfig().resolve()))
 
 
 class _Wrapper(nn.Module):
@@ -237,7 +238,9 @@ class _Wrapper(nn.Module):
 
 def test_attach_reports_and_detach_removes():
     model = tiny_model("gemma2")
-    report = attach(model, DynamicMaskConfig(keep_window_size=16).resolve())
+    planned = plan(model, DynamicMaskConfig(keep_window_size=16).resolve())
+    assert not list(iter_gates(model)), "planning changes nothing"
+    report = attach(model, planned)
     assert report.attached == ["model.layers.1.self_attn"]
     assert list(report.skipped) == ["model.layers.0.self_attn"]
     assert "sliding window of 10" in report.skipped["model.layers.0.self_attn"]
