@@ -120,7 +120,7 @@ class DynamicMaskCacheLayer(SlotLayer):
     @property
     def takes_step(self) -> bool:
         """Whether the new tokens can go into the slots at once: one token, nothing recorded, no gradient wanted."""
-        if self._num_new != 1 or len(self._tail) or self.record_past:
+        if self._num_new != 1 or self._tail.rows or self.record_past:
             return False
         wants_grad = torch.is_grad_enabled() and any(states.requires_grad for states in self._new)
         return not (wants_grad or self.keys.requires_grad)

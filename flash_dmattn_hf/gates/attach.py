@@ -12,12 +12,9 @@ from transformers import PreTrainedModel
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
-from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
 
 logger = logging.getLogger(__name__)
-
-GATE_NAME = "dma"
-"""Name of the gate inside its attention module."""
 
 
 @dataclass
@@ -26,11 +23,6 @@ class AttachReport:
 
     attached: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-
-
-def get_gate(module: nn.Module) -> ImportanceGate | None:
-    """Returns the gate of an attention module, None if it has none."""
-    return getattr(module, GATE_NAME, None)
 
 
 def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGate]]:

@@ -9,6 +9,14 @@ from flash_dmattn.token_importance import can_fuse, token_importance
 from flash_dmattn_hf.config import DynamicMaskConfig, Windows
 from flash_dmattn_hf.forms import FORMS
 
+GATE_NAME = "dma"
+"""Name of the gate inside its attention module."""
+
+
+def get_gate(module: nn.Module) -> "ImportanceGate | None":
+    """Returns the gate of an attention module, None if it has none."""
+    return getattr(module, GATE_NAME, None)
+
 
 class ValueProjection(nn.Module):
     """The projection of a token's values to one number per importance head.

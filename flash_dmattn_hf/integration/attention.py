@@ -8,8 +8,8 @@ from torch import nn
 from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.attach import get_gate
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
+from flash_dmattn_hf.gates.importance import get_gate
 from flash_dmattn_hf.integration.masks import tag_of
 
 UNSUPPORTED = {

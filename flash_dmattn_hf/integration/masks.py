@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_tracing
 
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
-from flash_dmattn_hf.names import is_ours
+from flash_dmattn_hf.names import NAMES
 
 _TAG = "_flash_dmattn_tag"
 _AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
@@ -131,7 +131,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
 
     @wraps(original)
     def preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs):
-        if not is_ours(config._attn_implementation):
+        if config._attn_implementation not in NAMES:
             return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
         if _is_static_step(inputs_embeds, attention_mask, past_key_values):

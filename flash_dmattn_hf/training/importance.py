@@ -8,8 +8,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from flash_dmattn import Visibility, interval_attention, select_visible
-from flash_dmattn_hf.gates.attach import get_gate, iter_gates
+from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.eligibility import is_native_doge
+from flash_dmattn_hf.gates.importance import get_gate
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 IMPORTANCE_GROUP = "importance"

@@ -10,7 +10,7 @@ import torch
 
 from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
-from flash_dmattn_hf.gates.attach import get_gate
+from flash_dmattn_hf.gates.importance import get_gate
 
 from .generation_models import greedy, left_padded_prompt, make_model, make_prompt
 
