@@ -23,7 +23,7 @@ ARGUMENTS = argparse.Namespace(keep_window_size=16, contexts=[8, 64], steps=3)
 @pytest.fixture
 def benchmark(monkeypatch):
     """The script, on a CPU and without graphs."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "scripts"))
     import benchmark_decode
 
     monkeypatch.setattr(benchmark_decode, "DEVICE", "cpu")

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from flash_dmattn_hf.cache.cache import DynamicMaskCache, DynamicMaskCacheLayer
 
-from .generation_models import PROMPT, greedy, left_padded_prompt, make_model, make_prompt
+from ..generation_models import PROMPT, greedy, left_padded_prompt, make_model, make_prompt
 
 
 @pytest.fixture(scope="module")

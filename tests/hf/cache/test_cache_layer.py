@@ -16,7 +16,7 @@ from flash_dmattn_hf.cache.layer import CacheView, DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates.importance import Gate
 
-from .cache_definition import positions_of, sees, survives
+from ..cache_definition import positions_of, sees, survives
 
 NUM_KV_HEADS, GROUP_SIZE = 2, 2
 

@@ -10,7 +10,7 @@ from transformers import CompileConfig, DynamicCache
 from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.cache import cuda_graph as captured
 
-from .generation_models import KINDS, NEW, PROMPT, greedy, left_padded_prompt, make_model, make_prompt
+from ..generation_models import KINDS, NEW, PROMPT, greedy, left_padded_prompt, make_model, make_prompt
 
 STATIC_KINDS = [kind for kind in KINDS if kind != "qwen2-sliding-below-w"]
 

@@ -12,7 +12,7 @@ from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.gates.importance import get_gate
 
-from .generation_models import greedy, left_padded_prompt, make_model, make_prompt
+from ..generation_models import greedy, left_padded_prompt, make_model, make_prompt
 
 NUM_THREADS = 8
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from flash_dmattn_hf import iter_gates
 from flash_dmattn_hf.cli import main
 
-from .cli_models import save_dense, save_gguf, tokenizer
-from .tiny import tiny_model, tokens
+from ..cli_models import save_dense, save_gguf, tokenizer
+from ..tiny import tiny_model, tokens
 
 WINDOW = ["--keep-window-size", "32", "--local-window-size", "16"]
 

@@ -21,7 +21,7 @@ from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
 from flash_dmattn_hf.gates.attach import attach, plan
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 
-from .tiny import build, tiny_config, tiny_model, tokens
+from ..tiny import build, tiny_config, tiny_model, tokens
 
 WINDOW = DynamicMaskConfig(keep_window_size=32, num_sink_tokens=3, local_window_size=16)
 STRETCH = 160

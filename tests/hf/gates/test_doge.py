@@ -9,7 +9,7 @@ from transformers.models.doge.modeling_doge import DogeAttention
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
 
-from .dense_definition import visible
+from ..dense_definition import visible
 
 WINDOW = 8
 VOCAB_SIZE = 200

@@ -5,22 +5,9 @@ import torch
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
 
-from .dense_definition import by_definition
-from .tiny import FAMILIES, build, tiny_config, tokens
-
-WINDOW = {"keep_window_size": 8, "num_sink_tokens": 2, "local_window_size": 3}
-
-
-def converted(model_type, *, seed=0, **values):
-    """A float64 model with our attention and random importance, far from zero."""
-    torch.manual_seed(seed)
-    with dynamic_mask_config(**{**WINDOW, **values}):
-        model = build(tiny_config(model_type), attn_implementation="flash_dmattn").double().eval()
-    with torch.no_grad():
-        for _, _, gate in iter_gates(model):
-            gate.A.normal_()
-            gate.dt_proj.weight.normal_()
-    return model
+from ..converted import converted
+from ..dense_definition import by_definition
+from ..tiny import FAMILIES, build, tiny_config, tokens
 
 
 def left_padded(length=24):

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from .generation_models import left_padded_prompt, make_model
+from ..generation_models import left_padded_prompt, make_model
 
 NEW = 40
 
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "scripts"))
     import check_generation
 
     return check_generation

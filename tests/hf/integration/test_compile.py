@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from .test_masks import make
-from .tiny import tokens
+from ..converted import converted
+from ..tiny import tokens
 
 
 def padded():
@@ -27,7 +27,7 @@ INPUTS = {
 @pytest.mark.parametrize("case, model_type", [*((case, "llama") for case in INPUTS), ("padded", "gemma2")])
 def test_training_forward_compiles_to_one_graph(case, model_type, backend):
     torch.compiler.reset()
-    model = make(model_type).train()
+    model = converted(model_type).train()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
     inputs = {"input_ids": tokens(), "labels": tokens(), "use_cache": False, **INPUTS[case]()}
     torch.testing.assert_close(step(compiled, **inputs), step(model, **inputs), atol=1e-8, rtol=1e-6)
@@ -40,12 +40,12 @@ def step(run, **inputs):
 
 
 def test_the_triton_engine_compiles_to_one_graph(monkeypatch):
-    """On a CPU in Triton's interpreter; tests/hf/test_gpu.py has it compiled."""
+    """On a CPU in Triton's interpreter; test_gpu.py has it compiled."""
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     monkeypatch.setenv("FLASH_DMATTN_BACKEND", "triton")
     torch.compiler.reset()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = make("llama").float().to(device).train()
+    model = converted("llama").float().to(device).train()
     inputs = {"input_ids": tokens(), "labels": tokens(), **padded()}
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()} | {"use_cache": False}
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedCache
 import flash_dmattn_hf
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
-from .generation_models import NEW, greedy, make_model, make_prompt
+from ..generation_models import NEW, greedy, make_model, make_prompt
 
 
 @pytest.fixture(scope="module")

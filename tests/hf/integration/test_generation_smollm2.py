@@ -30,8 +30,8 @@ from flash_dmattn_hf import dynamic_mask_config, iter_gates
 from flash_dmattn_hf.cache import cache
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
-from .generation_models import put_importance_on_a_grid
-from .replay import ReplayedLayer
+from ..generation_models import put_importance_on_a_grid
+from ..replay import ReplayedLayer
 
 WINDOW = 64
 NEW = int(os.environ.get("FLASH_DMATTN_NEW_TOKENS", "16"))

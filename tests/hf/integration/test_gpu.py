@@ -7,7 +7,7 @@ from flash_dmattn_hf import DynamicMaskCache, iter_gates
 from flash_dmattn_hf.training import liger
 from flash_dmattn_hf.training.loss import use_chunked_loss
 
-from .gpu_models import LENGTH, WINDOW, make_batch, make_model, make_tokens, train
+from ..gpu_models import LENGTH, WINDOW, make_batch, make_model, make_tokens, train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from flash_dmattn_hf import DynamicMaskConfig, dynamic_mask_config, iter_gates
 
-from .tiny import tiny_config, tiny_model, tokens
+from ..tiny import tiny_config, tiny_model, tokens
 
 SMALL = {"keep_window_size": 8, "num_sink_tokens": 2, "local_window_size": 3}
 

@@ -6,24 +6,12 @@ from transformers import DynamicCache, StaticCache, masking_utils
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_chunked_causal_mask
 from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
 
-from flash_dmattn_hf import dynamic_mask_config, iter_gates
+from flash_dmattn_hf import iter_gates
 from flash_dmattn_hf.integration.masks import MaskTag, dynamic_mask_mask, tag_of
 
-from .dense_definition import by_definition
-from .tiny import build, tiny_config, tokens
-
-WINDOW = {"keep_window_size": 8, "num_sink_tokens": 2, "local_window_size": 3}
-
-
-def make(model_type="llama", **values):
-    torch.manual_seed(0)
-    with dynamic_mask_config(**{**WINDOW, **values}):
-        model = build(tiny_config(model_type), attn_implementation="flash_dmattn").double().eval()
-    with torch.no_grad():
-        for _, _, gate in iter_gates(model):
-            gate.A.normal_()
-            gate.dt_proj.weight.normal_()
-    return model
+from ..converted import converted
+from ..dense_definition import by_definition
+from ..tiny import tiny_config, tokens
 
 
 def config_of(**values):
@@ -112,16 +100,16 @@ def test_recognition_does_not_trust_the_flags():
 def test_four_dimensional_masks_raise(dtype):
     mask = torch.ones(2, 1, 24, 24).tril().to(dtype)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(B, S\)"):
-        make()(tokens(), attention_mask=mask)
+        converted()(tokens(), attention_mask=mask)
 
 
 def test_masks_of_the_wrong_length_raise():
     with pytest.raises(ValueError, match="attention_mask"):
-        make()(tokens(), attention_mask=torch.ones(2, 20, dtype=torch.long), use_cache=False)
+        converted()(tokens(), attention_mask=torch.ones(2, 20, dtype=torch.long), use_cache=False)
 
 
 def test_a_static_cache_raises():
-    model = make()
+    model = converted()
     with pytest.raises(ValueError, match="static cache"):
         model(tokens(), past_key_values=StaticCache(config=model.config, max_cache_len=64))
 
@@ -136,7 +124,7 @@ PADDINGS = {
 
 @pytest.mark.parametrize("kind", PADDINGS)
 def test_padding_equals_the_definition(kind):
-    model = make()
+    model = converted()
     mask = torch.ones(2, 24, dtype=torch.long)
     for row, start, stop in PADDINGS[kind]:
         mask[row, start:stop] = 0
@@ -150,7 +138,7 @@ def test_padding_equals_the_definition(kind):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 @pytest.mark.parametrize("kind", PADDINGS)
 def test_padding_takes_no_place_in_any_window(kind, model_type):
-    model, input_ids = make(model_type), tokens()
+    model, input_ids = converted(model_type), tokens()
     mask = torch.ones(2, 24, dtype=torch.long)
     for row, start, stop in PADDINGS[kind]:
         mask[row, start:stop] = 0
@@ -165,7 +153,7 @@ def test_padding_takes_no_place_in_any_window(kind, model_type):
 
 @pytest.mark.parametrize("kind", PADDINGS)
 def test_what_stands_in_padding_changes_nothing(kind):
-    model, input_ids = make(), tokens()
+    model, input_ids = converted(), tokens()
     mask = torch.ones(2, 24, dtype=torch.long)
     for row, start, stop in PADDINGS[kind]:
         mask[row, start:stop] = 0
@@ -177,7 +165,7 @@ def test_what_stands_in_padding_changes_nothing(kind):
 
 @pytest.mark.parametrize("steps", [[24], [12, 12], [9, 1, 1, 13]], ids=str)
 def test_a_plain_dynamic_cache_that_holds_all_keys_is_right(steps):
-    model, cache, start = make(), DynamicCache(), 0
+    model, cache, start = converted(), DynamicCache(), 0
     with torch.no_grad():
         expected = model(tokens(), use_cache=False).logits
         for step in steps:
@@ -187,7 +175,7 @@ def test_a_plain_dynamic_cache_that_holds_all_keys_is_right(steps):
 
 
 def test_a_cache_that_dropped_competing_keys_raises():
-    model = make("mistral")
+    model = converted("mistral")
     cache = DynamicCache(config=tiny_config("mistral"))
     assert cache.is_sliding == [True, True]
     with torch.no_grad():
@@ -197,7 +185,7 @@ def test_a_cache_that_dropped_competing_keys_raises():
 
 
 def test_native_sliding_layers_may_drop_their_keys():
-    model = make("gemma2", keep_window_size=16)
+    model = converted("gemma2", keep_window_size=16)
     assert [gate.sliding_window for _, _, gate in iter_gates(model)] == [None]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -7,8 +7,8 @@ from transformers import DataCollatorWithFlattening
 from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.integration import attention
 
-from .test_masks import make
-from .tiny import tokens
+from ..converted import converted
+from ..tiny import tokens
 
 LENGTHS = (13, 1, 20, 9)
 FAMILIES = ["llama", "gemma2", "gpt2", "gpt_neox"]
@@ -37,7 +37,7 @@ def alone(model):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("use_cache", [None, False], ids=["default_cache", "no_cache"])
 def test_restarting_positions(model_type, training, use_cache):
-    model = make(model_type)
+    model = converted(model_type)
     expected = alone(model)
     model.train(training)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_restarting_positions(model_type, training, use_cache):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_cu_seqlens_of_the_flattening_collator(training):
-    model = make()
+    model = converted()
     expected = alone(model)
     batch = packed(flash_kwargs=True)
     assert "cu_seq_lens_q" in batch
@@ -57,14 +57,14 @@ def test_cu_seqlens_of_the_flattening_collator(training):
 
 
 def test_all_ones_attention_mask_does_not_hide_the_documents():
-    model, batch = make(), packed()
+    model, batch = converted(), packed()
     with torch.no_grad():
         logits = model(**batch, attention_mask=torch.ones_like(batch["input_ids"])).logits[0]
     torch.testing.assert_close(logits, alone(model), atol=1e-5, rtol=1e-5)
 
 
 def test_several_rows_with_different_documents():
-    model, input_ids = make(), tokens(2, 24)
+    model, input_ids = converted(), tokens(2, 24)
     positions = torch.cat([torch.arange(10), torch.arange(14)]).repeat(2, 1)
     positions[1] = torch.cat([torch.arange(17), torch.arange(7)])
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_several_rows_with_different_documents():
 
 
 def test_no_gradient_crosses_documents():
-    model, batch = make(), packed()
+    model, batch = converted(), packed()
     embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
     logits = model(inputs_embeds=embeds, **batch, use_cache=False).logits[0]
     logits[LENGTHS[0] + LENGTHS[1] :].square().sum().backward()
@@ -95,19 +95,19 @@ def test_no_square_tensor(monkeypatch):
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_dmattn", watch)
     with torch.no_grad():
-        make()(**packed(), use_cache=False)
+        converted()(**packed(), use_cache=False)
     assert [tuple(mask.shape) for mask in seen] == [(1, sum(LENGTHS))] * 2
 
 
 def test_documents_and_a_constant_size_cache_are_refused():
-    model = make()
+    model = converted()
     for batch in (packed(), packed(flash_kwargs=True)):
         with pytest.raises(ValueError, match="packed sequences cannot be combined"):
             model(**batch, past_key_values=DynamicMaskCache(model))
 
 
 def test_restarting_positions_after_cached_tokens_are_refused():
-    model = make()
+    model = converted()
     with torch.no_grad():
         cache = model(tokens(1, 5), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="use_cache=False"):
@@ -115,14 +115,14 @@ def test_restarting_positions_after_cached_tokens_are_refused():
 
 
 def test_cu_seqlens_need_one_row():
-    model = make()
+    model = converted()
     bounds = torch.tensor([0, 10, 24], dtype=torch.int32)
     with pytest.raises(ValueError, match="one packed row"):
         model(tokens(2, 24), cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=14, max_length_k=14)
 
 
 def test_cu_seqlens_of_queries_and_keys_must_agree():
-    model = make()
+    model = converted()
     bounds, other = torch.tensor([0, 10, 24], dtype=torch.int32), torch.tensor([0, 9, 24], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seq_lens_k"):
         model(tokens(1, 24), cu_seq_lens_q=bounds, cu_seq_lens_k=other, max_length_q=14, max_length_k=15)
@@ -130,7 +130,7 @@ def test_cu_seqlens_of_queries_and_keys_must_agree():
 
 @pytest.mark.parametrize("model_type", ["opt", "biogpt"])
 def test_models_that_hide_positions_from_their_attention_refuse_documents(model_type):
-    model = make(model_type)
+    model = converted(model_type)
     with pytest.raises(ValueError, match="does not tell its attention where packed documents begin"):
         model(**packed())
     with torch.no_grad():

@@ -14,8 +14,8 @@ from flash_dmattn_hf import DynamicMaskCache, DynamicMaskConfig, dynamic_mask_co
 from flash_dmattn_hf.gates.attach import attach, detach, plan
 from flash_dmattn_hf.integration import attention
 
-from .test_masks import make
-from .tiny import tiny_config, tiny_model, tokens
+from ..converted import converted
+from ..tiny import tiny_config, tiny_model, tokens
 
 _SMALL = {
     "vocab_size": 99,
@@ -116,11 +116,11 @@ def test_set_attn_implementation_on_a_refused_model():
 
 def test_output_attentions_is_refused():
     with pytest.raises(ValueError, match="output_attentions|eager"):
-        make()(tokens(), output_attentions=True)
+        converted()(tokens(), output_attentions=True)
 
 
 def test_a_refused_call_leaves_nothing_behind():
-    model = make()
+    model = converted()
     expected = model(tokens(), use_cache=False).logits
     cache = DynamicMaskCache(model)
     with pytest.raises(ValueError, match="output_attentions|eager"):
@@ -129,7 +129,7 @@ def test_a_refused_call_leaves_nothing_behind():
 
 
 def test_tokens_that_were_never_attended_to_leave_nothing_behind():
-    model = make()
+    model = converted()
     expected, cache = model(tokens(), use_cache=False).logits, DynamicMaskCache(model)
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="never attended to by flash_dmattn"):
@@ -146,7 +146,7 @@ def test_deterministic_algorithms_are_passed_on(monkeypatch):
         return attend(*tensors, **options)
 
     monkeypatch.setattr(attention, "dynamic_mask_attention", record)
-    model = make()
+    model = converted()
     model(tokens(), use_cache=False)
     torch.use_deterministic_algorithms(True)
     try:
@@ -171,12 +171,12 @@ UNSUPPORTED = ["s_aux", "sinks", "position_bias", "indices", "block_indices", "c
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_arguments_that_would_change_the_result_are_refused(name):
     with pytest.raises(ValueError, match="does not support"):
-        make()(tokens(), **{name: torch.zeros(4)})
+        converted()(tokens(), **{name: torch.zeros(4)})
 
 
 def test_another_sliding_window_than_the_configured_one_is_refused():
     for window, found in ((12, "12"), (None, "None")):
-        model = make("mistral")
+        model = converted("mistral")
         model.config.sliding_window = window
         with pytest.raises(ValueError, match=f"sliding_window of layer 0 must be 10, .* got {found}"):
             model(tokens())
@@ -185,7 +185,7 @@ def test_another_sliding_window_than_the_configured_one_is_refused():
 def test_different_dims_of_key_and_value_are_refused():
     from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 
-    module = make().model.layers[0].self_attn
+    module = converted().model.layers[0].self_attn
     query, key, value = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="keys of dim 8 and values of dim 4"):
         dynamic_mask_attention_forward(module, query, key, value, None)
@@ -194,7 +194,7 @@ def test_different_dims_of_key_and_value_are_refused():
 def test_values_sharded_by_head_are_refused():
     from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 
-    module = make().model.layers[0].self_attn
+    module = converted().model.layers[0].self_attn
     query, key = torch.zeros(1, 2, 5, 8), torch.zeros(1, 1, 5, 8)
     with pytest.raises(ValueError, match="tensor parallelism"):
         dynamic_mask_attention_forward(module, query, key, key, None)
@@ -208,7 +208,7 @@ class SilentAttention(modeling_llama.LlamaAttention):
 
 
 def test_an_attached_module_that_is_never_called_raises():
-    model = make()
+    model = converted()
     layer = model.model.layers[1]
     silent = SilentAttention(model.config, 1).double()
     silent.dma = copy.deepcopy(layer.self_attn.dma)
@@ -218,7 +218,7 @@ def test_an_attached_module_that_is_never_called_raises():
 
 
 def test_the_check_of_the_first_forward_removes_itself():
-    model = make()
+    model = converted()
     assert any(module._forward_hooks for module in model.modules())
     model(tokens())
     assert not any(module._forward_hooks for module in model.modules())

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from flash_dmattn_hf import register, unregister
 from flash_dmattn_hf.integration import registration
 
-from .tiny import tiny_model, tokens
+from ..tiny import tiny_model, tokens
 
 SNAPSHOT = """
 import sys, transformers

@@ -15,9 +15,9 @@ from flash_dmattn_hf.training import liger
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits
 from flash_dmattn_hf.training.loss import use_chunked_loss
 
+from ..converted import converted
+from ..tiny import FAMILIES, tiny_config, tiny_model, tokens
 from . import trainer_setup
-from .test_families import converted
-from .tiny import FAMILIES, tiny_config, tiny_model, tokens
 
 
 def labelled():
