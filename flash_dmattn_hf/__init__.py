@@ -8,8 +8,8 @@ from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.config import DynamicMaskConfig, dynamic_mask_config
 from flash_dmattn_hf.conversion.calibration import Calibration
 from flash_dmattn_hf.conversion.convert import ConversionReport, convert_model
-from flash_dmattn_hf.gates.attach import AttachReport, get_gate, iter_gates
-from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.gates.attach import AttachReport, iter_gates
+from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
 from flash_dmattn_hf.integration.registration import register, unregister
 from flash_dmattn_hf.training.loss import use_chunked_loss
 

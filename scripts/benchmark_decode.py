@@ -295,11 +295,11 @@ def filled_slots(model, batch: int, context: int, static: bool) -> DynamicMaskCa
 def fill(cache: DynamicMaskCache, context: int) -> None:
     """Slots as a context of random keys leaves them, where they are."""
     for layer in cache.mask_layers:
-        settings = layer.gate.config
-        competition = {name: getattr(settings, name) for name in ("num_sink_tokens", "local_window_size")}
+        num_slots, sinks, local, _ = layer.windows
+        competition = {"num_sink_tokens": sinks, "local_window_size": local}
         for state in (layer.keys, layer.values, layer.importance):
             state.normal_()
-        layer.positions.copy_(kept_positions(layer.capacity, context, **competition))
+        layer.positions.copy_(kept_positions(num_slots, context, **competition))
         layer.lengths.fill_(context)
         refresh_victims(layer.slots, **competition)
         layer.num_rows = context

@@ -63,9 +63,7 @@ class RecordedLayer(DynamicMaskCacheLayer):
 
     def one_pass(self, importances: torch.Tensor, is_real: torch.Tensor) -> Iterator[torch.Tensor]:
         """Keys that one pass over all importances shows: yields (S, B, Hc, N) bool for the steps, some at a time."""
-        birth, death = select_visible(
-            importances, padding_mask=is_real, sliding_window=self._sliding_window, **self.windows
-        )
+        birth, death = select_visible(importances, padding_mask=is_real, **self.windows._asdict())
         for steps in torch.arange(int(self.num_steps), device=birth.device).split(STEPS_AT_ONCE):
             t = self._now(steps)
             yield (birth <= t) & (t < death) & is_real[:, None]
@@ -75,7 +73,7 @@ class RecordedLayer(DynamicMaskCacheLayer):
         total = int(self.lengths.max())
         for steps in torch.arange(int(self.num_steps), device=self.seen.device).split(STEPS_AT_ONCE):
             seen = self.seen[steps].long()
-            window = NEVER if self._sliding_window is None else self._sliding_window
+            window = NEVER if self.windows.sliding_window is None else self.windows.sliding_window
             is_visible = (seen >= 0) & (self._now(steps) - seen < window)
             shown = torch.zeros(*seen.shape[:3], total + 1, dtype=torch.int32, device=seen.device)
             shown.scatter_add_(3, seen.remainder(total + 1), is_visible.int())
@@ -111,8 +109,8 @@ def near_ties(layers: list[RecordedLayer], ulps: int) -> torch.Tensor:
     is_real = first.history()[1]
     importances = torch.stack([layer.history()[0] for layer in layers])  # (L, B, H, N)
     num_steps, batch = int(first.num_steps), importances.shape[1]
-    sinks, local = first._competition["num_sink_tokens"], first._competition["local_window_size"]
-    num_competing = first.capacity - sinks - local
+    num_slots, sinks, local, _ = first.windows
+    num_competing = num_slots - sinks - local
     if num_competing == 0:
         return importances.new_zeros(len(layers), num_steps, batch, dtype=torch.long)
     competing = importances.masked_fill(~is_real[:, None], -torch.inf)[..., sinks:]

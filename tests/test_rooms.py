@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "flash_dmattn_hf"
 
 LEVELS = [
-    {"config", "names", "progress"},
+    {"config", "forms", "names", "progress"},
     {"gates"},
     {"cache"},
     {"integration"},

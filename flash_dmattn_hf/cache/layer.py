@@ -14,6 +14,7 @@ from flash_dmattn import Visibility, select_visible
 from flash_dmattn.eviction import cache_capacity, select_survivors
 from flash_dmattn.ranking import comparable
 from flash_dmattn.slots import decode_step, refresh_victims
+from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.slots import SlotLayer
 from flash_dmattn_hf.cache.tail import ROWS, Tail
 
@@ -48,15 +49,8 @@ class DynamicMaskCacheLayer(SlotLayer):
     """
 
     def __init__(self, gate):
-        config = gate.config
-        super().__init__(config.keep_window_size)
+        super().__init__(gate.windows)
         self._gate = weakref.ref(gate)
-        self._competition = {
-            "num_sink_tokens": config.num_sink_tokens,
-            "local_window_size": config.local_window_size,
-        }
-        self.windows = {"keep_window_size": config.keep_window_size, **self._competition}
-        self._sliding_window = gate.sliding_window
         self.record_past = self.is_counted_outside = False
 
     @property
@@ -75,20 +69,31 @@ class DynamicMaskCacheLayer(SlotLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes T tokens and hands this layer to the attention function, by way of the gate.
+        """Takes T tokens and offers them to the attention function.
 
         key_states, value_states: (B, Hkv, T, D). Returns them as they are: what the tokens see is decided when they
-        attend. Raises ValueError for another batch size than before, RuntimeError when the tokens before these were
-        never attended to by flash_dmattn.
+        attend. Raises ValueError for another batch size than before or when the gate's windows have changed since the
+        first token, RuntimeError when the tokens before these were never attended to by flash_dmattn.
         """
         gate = self.gate
         self.check_attended()
+        if gate.windows != self.windows:
+            self._change_windows(gate)
         if not self.is_counted_outside:
             self._make_room(key_states, value_states)
         self._new = (key_states.to(self.dtype), value_states, gate(value_states))
         self._num_new = key_states.shape[2]
-        vars(gate)["pending"] = (self, key_states, value_states)  # a module's own __setattr__ takes longer
+        hand_over.offer(self, key_states, value_states)
         return key_states, value_states
+
+    def _change_windows(self, gate) -> None:
+        if self.num_rows:
+            raise ValueError(
+                f"the windows of layer {gate.layer_idx} must be {self.windows}, as when this DynamicMaskCache took its "
+                f"first token, got {gate.windows}; make a new DynamicMaskCache(model)"
+            )
+        self._release()
+        self.windows = gate.windows
 
     def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes slots for the first tokens, and has those of later tokens on their device."""
@@ -105,7 +110,7 @@ class DynamicMaskCacheLayer(SlotLayer):
     def check_attended(self) -> None:
         """Raises RuntimeError when the attention function never saw the last tokens of `update`."""
         if self._num_new:
-            vars(self.gate)["pending"] = None
+            hand_over.withdraw()
             raise RuntimeError(
                 f"the last {self._num_new} tokens of this DynamicMaskCache were never attended to by flash_dmattn: the "
                 "model is not the one the cache was made for, or runs another attention implementation, or its forward "
@@ -115,7 +120,7 @@ class DynamicMaskCacheLayer(SlotLayer):
     @property
     def takes_step(self) -> bool:
         """Whether the new tokens can go into the slots at once: one token, nothing recorded, no gradient wanted."""
-        if self._num_new != 1 or len(self._tail) or self.record_past:
+        if self._num_new != 1 or self._tail.rows or self.record_past:
             return False
         wants_grad = torch.is_grad_enabled() and any(states.requires_grad for states in self._new)
         return not (wants_grad or self.keys.requires_grad)
@@ -128,20 +133,22 @@ class DynamicMaskCacheLayer(SlotLayer):
         """
         padding_mask = self._checked(padding_mask)
         key, value, importance = self._new
+        num_slots, num_sinks, local_window, sliding_window = self.windows
         out = decode_step(
             query.to(self.dtype),
             key.transpose(1, 2),
             value.transpose(1, 2),
             importance,
             self.slots,
-            sliding_window=self._sliding_window,
+            num_sink_tokens=num_sinks,
+            local_window_size=local_window,
+            sliding_window=sliding_window,
             padding_mask=padding_mask,
-            **self._competition,
             **options,
         )
         if not self.is_counted_outside:
             self._count_rows(padding_mask)
-            self._num_undoable = self._num_undoable + 1 if self.num_rows <= self.capacity else 0
+            self._num_undoable = self._num_undoable + 1 if self.num_rows <= num_slots else 0
         self._new, self._num_new = None, 0
         return out
 
@@ -163,9 +170,7 @@ class DynamicMaskCacheLayer(SlotLayer):
         self._tail.append(key, value, comparable(importance), query_positions)
         self._count_rows(padding_mask)
         key, value, importance, positions = self._tail.behind(self.slots, num_kept)
-        visibility = select_visible(
-            importance, positions=positions, sliding_window=self._sliding_window, **self.windows
-        )
+        visibility = select_visible(importance, positions=positions, **self.windows._asdict())
         return CacheView(key, value, importance, visibility, query_positions)
 
     def _checked(self, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -190,7 +195,7 @@ class DynamicMaskCacheLayer(SlotLayer):
     def _count_rows(self, padding_mask: torch.Tensor | None) -> None:
         before, self.num_rows = self.num_rows, self.num_rows + self._num_new
         self._new = None
-        if padding_mask is not None and before < self.capacity:
+        if padding_mask is not None and before < self.windows.keep_window_size:
             rows = self.row_is_real[:, before : self.num_rows]
             rows.copy_(padding_mask[:, : rows.shape[1]])
 
@@ -205,19 +210,30 @@ class DynamicMaskCacheLayer(SlotLayer):
         """Puts what survives of the tail into the slots."""
         if not len(self._tail):
             return
-        num_kept = self.num_kept
-        if self.num_keys <= cache_capacity(self.capacity, self.windows["local_window_size"]):
+        num_kept, (num_slots, num_sinks, local_window, _) = self.num_kept, self.windows
+        if self.num_keys <= cache_capacity(num_slots, local_window):
             start, rows = num_kept, self._tail.rows
         else:
             self._num_undoable = 0
             start, rows = 0, dict(zip(ROWS, self._tail.behind(self.slots, num_kept), strict=True))
-            kept = select_survivors(rows["importance"], rows["positions"], self.lengths[:, 0], **self.windows)
+            kept = select_survivors(
+                rows["importance"],
+                rows["positions"],
+                self.lengths[:, 0],
+                keep_window_size=num_slots,
+                num_sink_tokens=num_sinks,
+                local_window_size=local_window,
+            )
             rows = {name: _gather(states, kept) for name, states in rows.items()}
             self.positions.fill_(-1)
         for name, states in rows.items():
             self._write(name, start, states)
         self._tail = Tail()
-        refresh_victims(self.slots, **self._competition)
+        self._refresh_victims()
+
+    def _refresh_victims(self) -> None:
+        _, num_sinks, local_window, _ = self.windows
+        refresh_victims(self.slots, num_sink_tokens=num_sinks, local_window_size=local_window)
 
     def activate_past_recording(self) -> None:
         """Keeps what is needed to undo, by `crop`, every token from now on."""
@@ -260,7 +276,7 @@ class DynamicMaskCacheLayer(SlotLayer):
             rows = self.row_is_real[:, self.num_rows : self.num_rows + count - from_tail]
             self.lengths.sub_(rows.sum(-1, keepdim=True, dtype=torch.int32))
             self.positions.masked_fill_(self.positions >= self.lengths.unsqueeze(-1), -1)
-            refresh_victims(self.slots, **self._competition)
+            self._refresh_victims()
         self.row_is_real[:, self.num_rows :] = True
 
 

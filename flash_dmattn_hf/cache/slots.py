@@ -5,6 +5,7 @@ from transformers.cache_utils import DynamicLayer
 
 from flash_dmattn.slots import Slots, make_slots
 from flash_dmattn_hf.cache.tail import Tail
+from flash_dmattn_hf.config import Windows
 
 STATE = (*Slots._fields, "row_is_real")
 
@@ -12,15 +13,15 @@ STATE = (*Slots._fields, "row_is_real")
 class SlotLayer(DynamicLayer):
     """What a cache layer holds, and how it is moved, reordered and emptied; who fills it is another matter.
 
-    capacity: w, slots per head.
+    windows: those that the slots are filled by; keep_window_size is the number of slots per head.
     keys, values, importance, positions, victims, lengths, arrivals: the fields of `slots`, None before the first token.
     row_is_real: (B, w) bool, which of the first w tokens were no padding.
     num_rows: tokens processed, padding included.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, windows: Windows):
         super().__init__()
-        self.capacity = capacity
+        self.windows = windows
         self._release()
 
     @property
@@ -32,7 +33,7 @@ class SlotLayer(DynamicLayer):
     @property
     def num_kept(self) -> int:
         """Slots per head that may be occupied: the first ones."""
-        return min(self.num_rows - len(self._tail), self.capacity)
+        return min(self.num_rows - len(self._tail), self.windows.keep_window_size)
 
     @property
     def num_keys(self) -> int:
@@ -71,12 +72,13 @@ class SlotLayer(DynamicLayer):
 
     def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        for name, state in make_slots(batch, num_heads, self.capacity, head_dim, dtype, device)._asdict().items():
+        num_slots = self.windows.keep_window_size
+        for name, state in make_slots(batch, num_heads, num_slots, head_dim, dtype, device)._asdict().items():
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(state)
             setattr(self, name, state)
         with torch.inference_mode(False):
-            self.row_is_real = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
+            self.row_is_real = torch.ones(batch, num_slots, dtype=torch.bool, device=device)
         self.is_initialized = True
 
     def _write(self, name: str, start: int, rows: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ def state_of_layer(layer: Any) -> dict[str, Any]:
         if layer.record_past:
             raise RuntimeError("tokens that can still be undone cannot be saved: call stop_past_recording() first")
         names = STATE
-        state["windows"] = dict(layer.windows)
+        state["windows"] = _windows_of(layer)
     elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         names = ("keys", "values")
     else:
@@ -33,9 +33,16 @@ def state_of_layer(layer: Any) -> dict[str, Any]:
 
 def check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     """Raises ValueError for the state of another kind of layer or one of other windows."""
-    windows = dict(layer.windows) if isinstance(layer, DynamicMaskCacheLayer) else None
+    windows = _windows_of(layer) if isinstance(layer, DynamicMaskCacheLayer) else None
     if state.get("windows") != windows:
         raise ValueError(f"state must be of a layer with the windows {windows}, got {state.get('windows')}")
+
+
+def _windows_of(layer: DynamicMaskCacheLayer) -> dict[str, int]:
+    """Returns what decides which keys a layer holds; its sliding window only hides them."""
+    windows = layer.windows._asdict()
+    del windows["sliding_window"]
+    return windows
 
 
 def load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:

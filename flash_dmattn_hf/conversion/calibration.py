@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from flash_dmattn_hf.conversion.attention_mass import attention_and_mass, far_queries
 from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
 from flash_dmattn_hf.evaluation.perplexity import cut
+from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.integration.observed_attention import observed_attention
@@ -25,7 +25,7 @@ DEFAULT_TOKENS = 16384
 BIAS_SPREAD = 5e-4
 """Largest minus smallest importance over the calibration tokens: half of what any text is allowed."""
 MAX_DT = 20.0
-"""Outputs of dt_proj are scaled into this range, where softplus is strictly increasing in float32."""
+"""Outputs of dt_proj are scaled into this range, where every form strictly rises with dt in float32."""
 MIN_FAR_QUERIES = 64
 """A key seen by fewer far queries, or by less than a quarter of a stretch's, has too noisy a mean to learn from."""
 SAMPLES_PER_FEATURE = 4
@@ -106,7 +106,7 @@ def required_tokens(gate, stretch_length: int) -> int:
     """Tokens, in whole stretches, whose usable keys are SAMPLES_PER_FEATURE for each feature of this gate."""
     usable = int(usable_keys(gate, stretch_length).sum())
     if usable == 0:
-        reach = gate.config.num_sink_tokens + gate.config.local_window_size + MIN_FAR_QUERIES
+        reach = gate.windows.num_sink_tokens + gate.windows.local_window_size + MIN_FAR_QUERIES
         raise ValueError(
             f"stretch_length must exceed num_sink_tokens + local_window_size + {MIN_FAR_QUERIES} = {reach} "
             f"for calibration, got {stretch_length}; a smaller local_window_size would do as well"
@@ -117,14 +117,14 @@ def required_tokens(gate, stretch_length: int) -> int:
 
 def usable_keys(gate, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(T,) bool: keys of a sequence of `length` that compete and that enough far queries see."""
-    count = far_queries(length, gate.config.local_window_size, gate.sliding_window, device)
+    count = far_queries(length, gate.windows.local_window_size, gate.windows.sliding_window, device)
     usable = count >= max(MIN_FAR_QUERIES, int(count.max()) // 4)
-    usable[: gate.config.num_sink_tokens] = False
+    usable[: gate.windows.num_sink_tokens] = False
     return usable
 
 
 def default_stretch_length(gates, longest: int | None) -> int:
-    length = max(2048, *(2 * gate.config.local_window_size for gate in gates))
+    length = max(2048, *(2 * gate.windows.local_window_size for gate in gates))
     return length if longest is None else min(length, longest)
 
 
@@ -155,13 +155,13 @@ class _Collector:
             query[0],
             key[0],
             value[0],
-            distance=gate.config.local_window_size,
+            distance=gate.windows.local_window_size,
             softmax_scale=softmax_scale,
             softcap=softcap,
-            sliding_window=gate.sliding_window,
+            sliding_window=gate.windows.sliding_window,
         )
         length = value.shape[2]
-        count = far_queries(length, gate.config.local_window_size, gate.sliding_window, value.device)
+        count = far_queries(length, gate.windows.local_window_size, gate.windows.sliding_window, value.device)
         mean_mass = mass.view(gate.num_importance_heads, -1, length).mean(1) / count.clamp(min=1)
         log_mass = (mean_mass + MASS_FLOOR).log().T  # (T, Hi)
         tokens = _concat_heads(value)
@@ -194,7 +194,7 @@ class _Ranges:
             distance=query.shape[2],
             softmax_scale=softmax_scale,
             softcap=softcap,
-            sliding_window=self.gates[module].sliding_window,
+            sliding_window=self.gates[module].windows.sliding_window,
         )
         return out[None]
 
@@ -211,7 +211,8 @@ def _write(gate, weight: torch.Tensor, mean: torch.Tensor, low: torch.Tensor, hi
     gate.dt_proj.weight.copy_(scale[:, None] * weight)
     if gate.dt_proj.bias is not None:
         gate.dt_proj.bias.copy_(-scale * shift)
-    spread = F.softplus(scale * (high - shift)) - F.softplus(scale * (low - shift))
+    score, one = FORMS[gate.config.importance].score, torch.ones_like(scale)
+    spread = score(one, scale * (high - shift)) - score(one, scale * (low - shift))
     gate.A.copy_(BIAS_SPREAD / spread.clamp_min(BIAS_SPREAD))
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.conversion.calibration import Calibration, CalibrationResult, calibrate
 from flash_dmattn_hf.conversion.variants import with_window
-from flash_dmattn_hf.gates.attach import attach, detach, iter_gates, text_config_of
+from flash_dmattn_hf.gates.attach import attach, detach, iter_gates, plan, text_config_of
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.names import NAMES
 
@@ -121,7 +121,7 @@ def convert_model(
     text_config = text_config_of(model)
     before = text_config._attn_implementation
     try:
-        report = attach(model, config)
+        report = attach(model, plan(model, config))
         for _, _, gate in iter_gates(model):
             gate.initialize()
         setattr(text_config, SECTION, config.to_dict())

@@ -11,13 +11,10 @@ from transformers import PreTrainedModel
 
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
-from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge, read_shape
-from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
+from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
 
 logger = logging.getLogger(__name__)
-
-GATE_NAME = "dma"
-"""Name of the gate inside its attention module."""
 
 
 @dataclass
@@ -28,11 +25,6 @@ class AttachReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def get_gate(module: nn.Module) -> ImportanceGate | None:
-    """Returns the gate of an attention module, None if it has none."""
-    return getattr(module, GATE_NAME, None)
-
-
 def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGate]]:
     """Yields name, attention module and gate for every module with a gate, in the model's order."""
     for name, module in model.named_modules():
@@ -40,40 +32,55 @@ def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGat
             yield name, module, gate
 
 
-def attach(model: nn.Module, config: DynamicMaskConfig) -> AttachReport:
-    """Gives every eligible attention module of the text model a gate; existing gates stay.
+@dataclass
+class AttachPlan:
+    """What attaching will do to a model, decided once.
 
-    Raises ValueError if no module qualifies, or one that must have dynamic masks cannot.
+    config: resolved settings. shapes: name of an attention module that gets or has a gate -> its shape.
+    skipped: name -> why it keeps its own attention. refused: name -> why dynamic masks would be wrong there.
     """
-    report, refused = plan(model, config)
-    _check_layers(model, config)
-    if refused and report.attached:
-        raise ValueError(refusal(model, refused))
-    if not report.attached:
-        raise ValueError(refusal(model, refused or report.skipped))
-    num_new = install(model, config, report.attached)
-    if num_new and not config.add_importance_bias:
-        freeze_unused(model)
-        logger.warning("add_importance_bias=False: the importance cannot be trained, its parameters are frozen")
-    return report
+
+    config: DynamicMaskConfig
+    shapes: dict[str, AttentionShape] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
-def plan(model: nn.Module, config: DynamicMaskConfig) -> tuple[AttachReport, dict[str, str]]:
-    """Returns what attaching would do, and the refused modules (name -> reason), without doing it."""
-    report, refused = AttachReport(), {}
+def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
+    """Judges every attention module of a model; changes nothing."""
+    result = AttachPlan(config)
     text_config = text_config_of(model)
     for name, module, owner in _attention_modules(model):
         if getattr(module, "config", owner) is not text_config:
-            report.skipped[name] = "it belongs to another part than the text model"
+            result.skipped[name] = "it belongs to another part than the text model"
             continue
         verdict = judge(module, config, text_config)
         if verdict.kind == "attach":
-            report.attached.append(name)
-        elif verdict.kind == "native":
-            report.skipped[name] = verdict.reason
+            result.shapes[name] = verdict.shape
         else:
-            refused[name] = verdict.reason
-    return report, refused
+            reasons = result.skipped if verdict.kind == "native" else result.refused
+            reasons[name] = verdict.reason
+    return result
+
+
+def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
+    """Gives every attention module of a plan for this model a gate; existing gates stay.
+
+    Raises ValueError if no module qualifies, one that must have dynamic masks cannot, or a layer does not exist.
+    """
+    _check_layers(model, planned.config)
+    if planned.refused or not planned.shapes:
+        raise ValueError(refusal(model, planned))
+    num_new = 0
+    for name, shape in planned.shapes.items():
+        module = model.get_submodule(name)
+        if get_gate(module) is None:
+            _install(module, shape, planned.config)
+            num_new += 1
+    if num_new and not planned.config.add_importance_bias:
+        freeze_unused(model)
+        logger.warning("add_importance_bias=False: the importance cannot be trained, its parameters are frozen")
+    return AttachReport(list(planned.shapes), planned.skipped)
 
 
 def _check_layers(model: nn.Module, config: DynamicMaskConfig) -> None:
@@ -92,20 +99,11 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
             yield name, module, parent
 
 
-def install(model: nn.Module, config: DynamicMaskConfig, names: list[str]) -> int:
-    """Makes the gates of the named attention modules that have none; returns how many it made."""
-    num_new = 0
-    for name in names:
-        module = model.get_submodule(name)
-        if get_gate(module) is not None:
-            continue
-        num_new += 1
-        shape = read_shape(module)
-        if is_native_doge(module):
-            module.dma = doge.DogeGate(module, shape, config)
-            continue
+def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> None:
+    if is_native_doge(module):
+        module.dma = doge.DogeGate(module, shape, config)
+    else:
         module.add_module(GATE_NAME, _make_gate(module, shape, config))
-    return num_new
 
 
 def freeze_unused(model: nn.Module) -> None:
@@ -152,8 +150,9 @@ def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConf
     return gate.train(module.training)
 
 
-def refusal(model: nn.Module, reasons: dict[str, str]) -> str:
-    """Returns the sentence that says why a model cannot be attached to; reasons: module name -> reason."""
+def refusal(model: nn.Module, planned: AttachPlan) -> str:
+    """Returns the sentence that says why a model cannot be attached to."""
+    reasons = planned.refused or planned.skipped
     if not reasons:
         return f"model must have causal attention modules, got {type(model).__name__}, which has none"
     name, reason = next(iter(reasons.items()))

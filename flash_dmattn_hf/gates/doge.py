@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.gates.importance import compute_importance
+from flash_dmattn_hf.forms import PAPER_FORM
+from flash_dmattn_hf.gates.importance import Gate, compute_importance
+from flash_dmattn_hf.names import is_ours
 
 
-class DogeGate:
-    """The protocol of `ImportanceGate` for a DogeAttention; it owns no parameters and reads the module's."""
+class DogeGate(Gate):
+    """The gate of a DogeAttention; it owns no parameters and reads the module's."""
 
     def __init__(self, module: nn.Module, shape: Any, config: DynamicMaskConfig) -> None:
         if config.importance_heads != "kv":
@@ -20,13 +22,9 @@ class DogeGate:
         self.module = module
         self.config = config
         self.layer_idx = module.layer_idx
-        self.num_heads = shape.num_heads
         self.num_kv_heads = self.num_importance_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
-        self.group_size = shape.num_heads // shape.num_kv_heads
         self.sliding_window = shape.sliding_window
-        self.pending = None
-        self.was_called = False
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         """value: (B, Hkv, S, D). Returns the importance (B, Hkv, S) in float32, float64 for float64 values."""
@@ -39,12 +37,12 @@ class DogeGate:
 
 
 def native_config(config: Any) -> DynamicMaskConfig:
-    """Returns the settings of a DogeConfig: the paper's mask, no sinks, no local window, "zoh"."""
+    """Returns the settings of a DogeConfig: the paper's mask and form, no sinks, no local window."""
     return DynamicMaskConfig(
         keep_window_size=config.keep_window_size,
         num_sink_tokens=0,
         local_window_size=0,
-        importance="zoh",
+        importance=PAPER_FORM,
         dt_proj_bias=config.attention_bias,
     )
 
@@ -55,7 +53,7 @@ def wrap_forward(original: Callable) -> Callable:
 
     @wraps(original)
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        if getattr(self, "dma", None) is None or not _is_ours(self.config):
+        if getattr(self, "dma", None) is None or not is_ours(self.config._attn_implementation):
             return original(
                 self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )
@@ -81,9 +79,3 @@ def wrap_forward(original: Callable) -> Callable:
         return self.o_proj(out.reshape(*input_shape, -1)), weights
 
     return forward
-
-
-def _is_ours(config: Any) -> bool:
-    from flash_dmattn_hf.names import is_ours
-
-    return is_ours(config._attn_implementation)

@@ -6,10 +6,16 @@ from torch import nn
 from transformers import initialization
 
 from flash_dmattn.token_importance import can_fuse, token_importance
-from flash_dmattn_hf.config import DynamicMaskConfig
+from flash_dmattn_hf.config import DynamicMaskConfig, Windows
+from flash_dmattn_hf.forms import FORMS
 
-ZOH_MAX_EXPONENT = 80.0
-"""Largest exponent of the "zoh" form: exp(80) is still finite in float32."""
+GATE_NAME = "dma"
+"""Name of the gate inside its attention module."""
+
+
+def get_gate(module: nn.Module) -> "ImportanceGate | None":
+    """Returns the gate of an attention module, None if it has none."""
+    return getattr(module, GATE_NAME, None)
 
 
 class ValueProjection(nn.Module):
@@ -32,10 +38,10 @@ class ValueProjection(nn.Module):
 def compute_importance(
     value: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str
 ) -> torch.Tensor:
-    """Returns A * softplus(dt_proj(concat_h v)) ("log_zoh") or its exponential ("zoh", Eq. 3 of the paper).
+    """Returns the importance that a form of `FORMS` computes from A and dt = dt_proj(concat_h v).
 
-    value: (B, Hkv, S, D). A: (Hi,). Returns (B, Hi, S) in float32, float64 for float64 values: in bfloat16
-    distinct keys would tie.
+    value: (B, Hkv, S, D). A: (Hi,). form: its name.
+    Returns (B, Hi, S) in float32, float64 for float64 values: in bfloat16 distinct keys would tie.
     """
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     batch, _, seqlen, _ = value.shape
@@ -43,10 +49,7 @@ def compute_importance(
         tokens = value.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
         # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
         dt = dt_proj(tokens).transpose(1, 2).contiguous()
-        importance = A.to(dtype).unsqueeze(-1) * F.softplus(dt)
-        if form == "zoh":
-            importance = importance.clamp(max=ZOH_MAX_EXPONENT).exp()
-    return importance
+        return FORMS[form](A.to(dtype).unsqueeze(-1), dt)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -54,7 +57,33 @@ def _is_plain(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-class ImportanceGate(nn.Module):
+class Gate:
+    """What every gate says about its layer to the attention function, the cache and the conversion.
+
+    config: resolved settings. layer_idx: index of the layer, as the cache counts.
+    num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
+    sliding_window: the layer's own window in tokens, None for full attention.
+    was_called: whether the attention function has ever been called for this layer.
+    """
+
+    config: DynamicMaskConfig
+    layer_idx: int
+    num_kv_heads: int
+    num_importance_heads: int
+    head_dim: int
+    sliding_window: int | None
+    was_called = False
+
+    @property
+    def windows(self) -> Windows:
+        """The windows of this layer, which everything reads here."""
+        config = self.config
+        return Windows(
+            config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window
+        )
+
+
+class ImportanceGate(Gate, nn.Module):
     """Computes the importance of keys and carries the settings that attention and cache need.
 
     Parameters: `A` (Hi,), `dt_proj.weight` (Hi, Hkv * D) and, if configured, `dt_proj.bias` (Hi,).
@@ -79,15 +108,11 @@ class ImportanceGate(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.group_size = num_heads // num_kv_heads
         self.num_importance_heads = num_heads if config.importance_heads == "query" else num_kv_heads
         self.sliding_window = sliding_window
         self.initializer_range = initializer_range
-        self.pending = None
-        self.was_called = False
         self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
         self.dt_proj = ValueProjection(num_kv_heads * head_dim, self.num_importance_heads, config.dt_proj_bias)
 
@@ -99,28 +124,29 @@ class ImportanceGate(nn.Module):
                 f"value of layer {self.layer_idx} must have shape (B, {expected[0]}, S, {expected[1]}), "
                 f"got {tuple(value.shape)}; tensor parallelism is not supported"
             )
-        form, projection = self.config.importance, self.dt_proj
-        if _is_plain(projection) and can_fuse(value, projection.weight, projection.bias, self.A):
-            max_exponent = ZOH_MAX_EXPONENT if form == "zoh" else None
-            return token_importance(value, projection.weight, projection.bias, self.A, max_exponent)
-        return compute_importance(value, projection, self.A, form)
+        form, projection = FORMS[self.config.importance], self.dt_proj
+        parameters = (projection.weight, projection.bias, self.A)
+        if form.is_fused and _is_plain(projection) and can_fuse(value, *parameters):
+            return token_importance(value, *parameters, form.max_exponent)
+        return compute_importance(value, projection, self.A, self.config.importance)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.
 
         At A = 0 all keys tie; dt_proj must not be 0 as well, or nothing would ever have a gradient.
         """
+        start = FORMS[self.config.importance].initial_A
         if self.config.initializer_std > 0:
-            initialization.normal_(self.A, mean=0.0, std=self.config.initializer_std)
+            initialization.normal_(self.A, mean=start, std=self.config.initializer_std)
         else:
-            initialization.zeros_(self.A)
+            initialization.constant_(self.A, start)
         initialization.normal_(self.dt_proj.weight, mean=0.0, std=self.initializer_range)
         if self.dt_proj.bias is not None:
             initialization.zeros_(self.dt_proj.bias)
 
     def extra_repr(self) -> str:
-        config = self.config
+        keep, sinks, local, sliding = self.windows
         return (
-            f"importance={config.importance}, heads={self.num_importance_heads}, w={config.keep_window_size}, "
-            f"s={config.num_sink_tokens}, r={config.local_window_size}, sliding_window={self.sliding_window}"
+            f"importance={self.config.importance}, heads={self.num_importance_heads}, w={keep}, s={sinks}, r={local}, "
+            f"sliding_window={sliding}"
         )

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from flash_dmattn import dynamic_mask_attention, interval_attention
-from flash_dmattn_hf.gates.attach import get_gate
+from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
+from flash_dmattn_hf.gates.importance import get_gate
 from flash_dmattn_hf.integration.masks import tag_of
 
 UNSUPPORTED = {
@@ -43,37 +45,33 @@ def dynamic_mask_attention_forward(
     Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
     """
     gate = get_gate(module)
-    pending = None if gate is None else _take_pending(gate)
-    window = sliding_window_of(module) if gate is None else gate.sliding_window
+    cache_layer = hand_over.take(gate, key, value)
+    if gate is None:
+        windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
+    else:
+        windows = gate.windows
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
     tag = tag_of(attention_mask)
-    is_step = pending is not None and query.shape[2] == 1
+    is_step = cache_layer is not None and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
-        _check_sliding_window(module, window, sliding_window, attention_mask, tag)
-    if tag is not None and tag.is_full and attention_mask.shape[1] <= key.shape[2]:
+        _check_sliding_window(module, windows.sliding_window, sliding_window, attention_mask, tag)
+    if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
     documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
-        if pending is not None:
+        if cache_layer is not None:
             _refuse_documents(documents)
-            return _attend_cached(gate, pending, query, key, value, attention_mask, options), None
-        _refuse_dropped_keys(gate, key, attention_mask)
-        settings = gate.config
+            return _attend_cached(gate, cache_layer, query, attention_mask, options), None
+        _refuse_missing_keys(gate, query, key, attention_mask)
         importance = gate(value)
-        options.update(
-            keep_window_size=settings.keep_window_size,
-            num_sink_tokens=settings.num_sink_tokens,
-            local_window_size=settings.local_window_size,
-            add_importance_bias=settings.add_importance_bias,
-        )
+        options["add_importance_bias"] = gate.config.add_importance_bias
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
-        options.update(keep_window_size=max(key.shape[2], 1), add_importance_bias=False)
-    options["sliding_window"] = window
-    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        options["add_importance_bias"] = False
+    options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if documents is not None:
         return _attend_packed(query, key, value, importance, documents, options), None
@@ -89,24 +87,8 @@ def dynamic_mask_attention_forward(
     return out, None
 
 
-def _take_pending(gate: nn.Module) -> tuple | None:
-    """Returns what the cache left with the gate and takes it away, so that a call that is refused leaves nothing."""
-    pending = gate.pending
-    if pending is not None:
-        vars(gate)["pending"] = None  # a module's own __setattr__ takes longer
-    return pending
-
-
-def _attend_cached(gate, pending, query, key, value, attention_mask, options) -> torch.Tensor:
-    """Attends over the survivors and the new tokens, `pending`, which the cache left with the gate; lets it evict."""
-    layer, *cached = pending
-    if not torch.compiler.is_compiling():
-        for given, expected, name in zip((key, value), cached, ("key", "value"), strict=True):
-            if given.data_ptr() != expected.data_ptr() or given.shape != expected.shape:
-                raise RuntimeError(
-                    f"layer {gate.layer_idx} changed its {name} between the cache and the attention function, "
-                    "which a DynamicMaskCache cannot follow"
-                )
+def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
+    """Attends over the survivors and the new tokens of a cache layer, and lets it evict."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     options["add_importance_bias"] = gate.config.add_importance_bias
     if layer.takes_step:
@@ -119,7 +101,7 @@ def _attend_cached(gate, pending, query, key, value, attention_mask, options) ->
         view.importance,
         view.visibility,
         query_positions=view.query_positions,
-        max_visible=gate.config.keep_window_size,
+        max_visible=layer.windows.keep_window_size,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
     )
@@ -227,9 +209,15 @@ def _refuse_documents(documents: torch.Tensor | None) -> None:
         raise ValueError("packed sequences cannot be combined with a DynamicMaskCache: pass use_cache=False")
 
 
-def _refuse_dropped_keys(gate, key: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    if attention_mask is not None and attention_mask.shape[1] > key.shape[2]:
+def _refuse_missing_keys(gate, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    num_missing = 0 if attention_mask is None else attention_mask.shape[1] - key.shape[2]
+    if num_missing > 0 and key.shape[2] == query.shape[2]:
+        raise RuntimeError(
+            f"layer {gate.layer_idx} must attend to {num_missing} cached tokens as well, but their cache did not reach "
+            "its attention function: the layer did not update the cache in this call, or did so in another thread"
+        )
+    if num_missing > 0:
         raise ValueError(
-            f"the cache of layer {gate.layer_idx} dropped {attention_mask.shape[1] - key.shape[2]} keys that "
+            f"the cache of layer {gate.layer_idx} dropped {num_missing} keys that "
             "still compete for the window: use flash_dmattn_hf.DynamicMaskCache(model)"
         )

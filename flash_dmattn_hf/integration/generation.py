@@ -14,7 +14,7 @@ from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.gates.attach import iter_gates
-from flash_dmattn_hf.names import is_ours
+from flash_dmattn_hf.names import NAMES, is_ours
 
 _CONSTANT = "the default DynamicMaskCache is of constant size anyway"
 _REFUSED = {
@@ -117,7 +117,7 @@ def wrap_dynamic_cache(original):
             return
         config = config.get_text_config(decoder=True)
         section = getattr(config, SECTION, None)
-        if section is None or not is_ours(config._attn_implementation):
+        if section is None or config._attn_implementation not in NAMES:
             return
         if any(_truncates(layer, section["keep_window_size"]) for layer in self.layers):
             self.layers = [
@@ -155,7 +155,7 @@ def check_cache(model: PreTrainedModel, cache) -> None:
         )
     for _, _, gate in iter_gates(model):
         if gate.layer_idx < len(cache.layers) and _truncates(
-            cache.layers[gate.layer_idx], gate.config.keep_window_size
+            cache.layers[gate.layer_idx], gate.windows.keep_window_size
         ):
             raise ValueError(
                 f"past_key_values must keep all keys of layer {gate.layer_idx}, got a DynamicCache that drops those "

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config
 from flash_dmattn_hf.gates import attach
+from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
-from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate
 from flash_dmattn_hf.gates.offload import materialize
 from flash_dmattn_hf.integration.preparation import (
     leave_other_parts_native,
@@ -20,7 +21,6 @@ from flash_dmattn_hf.integration.preparation import (
     remove_hook,
     settings_of,
     submodels,
-    text_config_of,
     uses_dynamic_masks,
 )
 from flash_dmattn_hf.names import NAMES, is_ours
@@ -190,13 +190,13 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
             raise ValueError(model._flash_dmattn_refusal)
         return
     parameters = {
-        f"{name}.{attach.GATE_NAME}.{parameter}"
+        f"{name}.{GATE_NAME}.{parameter}"
         for name, _, gate in attach.iter_gates(model)
         if isinstance(gate, ImportanceGate)
         for parameter, _ in gate.named_parameters()
     }
     missing = parameters & set(info["missing_keys"])
-    unexpected = [key for key in info["unexpected_keys"] if f".{attach.GATE_NAME}." in key]
+    unexpected = [key for key in info["unexpected_keys"] if f".{GATE_NAME}." in key]
     mismatched = [entry for entry in info["mismatched_keys"] if _key_of(entry) in parameters]
     if unexpected or mismatched or (missing and missing != parameters):
         problems = {"has no": sorted(missing), "has unused": unexpected, "has misshapen": mismatched}

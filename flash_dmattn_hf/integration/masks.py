@@ -10,7 +10,8 @@ from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
-from flash_dmattn_hf.names import is_ours
+from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.names import NAMES
 
 _TAG = "_flash_dmattn_tag"
 _AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
@@ -35,8 +36,8 @@ def dynamic_mask_mask(
     attention_mask: (B, S) bool, True for real tokens; (B, S) int64 for the document number of every token of a
         packed batch (as `mark_documents` gives it); or None.
 
-    Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides, or if keys were dropped
-    (kv_offset > 0), so that the attention function sees how many; or the document numbers as they came. A mask
+    Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides, or if there are cached
+    tokens, so that the attention function sees whether keys are missing; or the document numbers as they came. A mask
     carries a tag (`tag_of`), by which the attention function checks that the layer slides as its mask does.
 
     Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
@@ -51,18 +52,21 @@ def dynamic_mask_mask(
             f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
         )
     length = kv_offset + kv_length
+    is_plain, is_full = window is None and not q_offset, False
     if attention_mask is None:
-        if not kv_offset and (window is None or torch.compiler.is_compiling()):
+        if is_plain or (torch.compiler.is_compiling() and not kv_offset):
             return None
-        attention_mask = torch.ones((batch_size, length), dtype=torch.bool, device=kwargs.get("device"))
-    elif attention_mask.dtype == torch.bool:
+        all_real = torch.ones((1, 1), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, length)
+        return _tag(all_real, window, is_full=True)
+    if attention_mask.dtype == torch.bool:
         if attention_mask.shape[-1] != length:
             raise ValueError(
                 f"attention_mask must have {length} columns (cached and new tokens), got {attention_mask.shape[-1]}"
             )
-        if not kv_offset and window is None and not is_tracing(attention_mask) and bool(attention_mask.all()):
+        is_full = not is_tracing(attention_mask) and bool(attention_mask.all())
+        if is_full and is_plain:
             return None
-    return _tag(attention_mask, window)
+    return _tag(attention_mask, window, is_full)
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,9 @@ def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
     return getattr(mask, _TAG, None)
 
 
-def _tag(mask: torch.Tensor, window: int | None) -> torch.Tensor:
+def _tag(mask: torch.Tensor, window: int | None, is_full: bool) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return mask
-    is_full = mask.dtype == torch.bool and bool(mask.all())
     mask = mask.view(mask.shape)  # the caller's own tensor stays as it is
     setattr(mask, _TAG, MaskTag(window, is_full))
     return mask
@@ -128,13 +131,12 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
 
     @wraps(original)
     def preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs):
-        if is_ours(config._attn_implementation) and _is_static_step(inputs_embeds, attention_mask, past_key_values):
+        if config._attn_implementation not in NAMES:
+            return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
+        if _is_static_step(inputs_embeds, attention_mask, past_key_values):
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
-        result = original(
-            config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
-        )
-        if not is_ours(config._attn_implementation):
-            return result
+        result = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         is_final, mask, packed, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result

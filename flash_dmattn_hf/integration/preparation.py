@@ -9,14 +9,10 @@ from transformers import PreTrainedModel
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, load_time_values
 from flash_dmattn_hf.gates import attach, doge
+from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.integration.guards import hides_positions, refuse_packed_positions
 from flash_dmattn_hf.names import is_ours
-
-
-def text_config_of(model: PreTrainedModel) -> Any:
-    """Returns the config of the text decoder: the model's own, or the text part of a composite one."""
-    return attach.text_config_of(model)
 
 
 def uses_dynamic_masks(model: PreTrainedModel) -> bool:
@@ -47,18 +43,17 @@ def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> N
     is_selected = is_ours(text_config._attn_implementation)
     if not is_selected and getattr(text_config, SECTION, None) is None:
         return
-    settings = settings_of(model)
-    report, refused = attach.plan(model, settings)
-    if not report.attached:
+    planned = attach.plan(model, settings_of(model))
+    if not planned.shapes:
         if is_selected:
-            model._flash_dmattn_refusal = attach.refusal(model, refused or report.skipped)
+            model._flash_dmattn_refusal = attach.refusal(model, planned)
             if refuse_without_gates not in model._forward_pre_hooks.values():
                 model.register_forward_pre_hook(refuse_without_gates)
         return
-    attach.attach(model, settings)
+    attach.attach(model, planned)
     is_doge = any(map(is_native_doge, model.modules()))
     if not is_doge or load_time_values() or getattr(text_config, SECTION, None) is not None:
-        setattr(text_config, SECTION, settings.to_dict())
+        setattr(text_config, SECTION, planned.config.to_dict())
     _hand_back(model, text_config, previous or {})
     _watch_first_forward(model)
 
@@ -122,5 +117,6 @@ def submodels(model: nn.Module) -> list[PreTrainedModel]:
 
 def remove_hook(hooks: dict, function: Callable) -> None:
     """Takes a function out of a module's dict of hooks."""
-    for key in [key for key, hook in hooks.items() if hook is function]:
-        del hooks[key]
+    for key, hook in list(hooks.items()):  # other threads may run the model, and take it out as well
+        if hook is function:
+            hooks.pop(key, None)

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from flash_dmattn import Visibility, interval_attention, select_visible
-from flash_dmattn_hf.gates.attach import get_gate, iter_gates
+from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.eligibility import is_native_doge
+from flash_dmattn_hf.gates.importance import get_gate
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 IMPORTANCE_GROUP = "importance"
@@ -105,14 +106,8 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
 
     def attend(module, query, key, value, softmax_scale, softcap):
         gate = get_gate(module)
-        importance, settings = gate(value), gate.config
-        visibility = select_visible(
-            importance,
-            keep_window_size=settings.keep_window_size,
-            num_sink_tokens=settings.num_sink_tokens,
-            local_window_size=settings.local_window_size,
-            sliding_window=gate.sliding_window,
-        )
+        importance = gate(value)
+        visibility = select_visible(importance, **gate.windows._asdict())
         seen.importance.append(importance[0].float().cpu())
         seen.visibility.append(Visibility(*(bound[0].cpu() for bound in visibility)))
         out = interval_attention(
@@ -121,7 +116,7 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
             visibility,
             softmax_scale=softmax_scale,
             softcap=softcap or 0.0,
-            add_importance_bias=settings.add_importance_bias,
+            add_importance_bias=gate.config.add_importance_bias,
         )
         return out.transpose(1, 2)
 
