@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad, rms_norm, softplus
 
 import flash_dmattn
-from mqar import Run, Task
+from mqar.task import Run, Task
 
 SMALL = 0.02
 """Deviation of what embeddings and dt start with, the `initializer_range` of transformers. What all values have in

@@ -1,6 +1,6 @@
 """Trains the same small model with two engines and compares their loss curves; other seeds show the usual spread.
 
-    python scripts/compare_loss_curves.py --engine cuda --json docs/benchmarks/loss_curves_h100.json
+    python scripts/checks/loss_curves.py --engine cuda --json docs/benchmarks/loss_curves_h100.json
 
 The model, a Llama with heads of 64, learns the bytes of Python's standard library, in bfloat16 autocast over float32
 weights. Exits with 1 unless every tenth loss of the engine is within 1 % of the reference engine's from the same seed,
@@ -24,8 +24,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmark_report import environment, header, save_json
 from flash_dmattn_hf import dynamic_mask_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files that all scripts share
+
+from benchmark_report import environment, header, save_json  # noqa: E402
 
 REFERENCE = "reference"
 UNROUNDED = "reference without autocast"

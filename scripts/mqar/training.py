@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import cross_entropy
 
-from mqar_models import Models, Optimizer
+from mqar.models import Models, Optimizer
 
 
 class Step:

@@ -1,6 +1,6 @@
 """Profiles the kernels of one forward and backward with Nsight Compute, and says what they are busy with.
 
-    python scripts/profile_attention.py --head-dims 64 128 256 --output docs/benchmarks/profile_h100.txt
+    python scripts/checks/profile_attention.py --head-dims 64 128 256 --output docs/benchmarks/profile_h100.txt
 
 Needs ncu (it comes with the CUDA toolkit) and the right to read hardware counters. Rates are percentages of what the
 GPU could do over the kernel's time; stalls are cycles between two instructions of a warp, by the reason for waiting.
@@ -18,7 +18,10 @@ from pathlib import Path
 import torch
 
 import flash_dmattn
-from benchmark_report import environment, header
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files that all scripts share
+
+from benchmark_report import environment, header  # noqa: E402
 
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats")
 RATES = {

