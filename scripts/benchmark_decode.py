@@ -30,7 +30,7 @@ from benchmark_report import environment, header, save_json
 from decode_picture import draw
 from flash_dmattn.slots import Slots, decode_step, make_slots, refresh_victims
 from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config
-from flash_dmattn_hf.captured import CapturedForward, StepForward
+from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256,

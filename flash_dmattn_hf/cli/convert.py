@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from flash_dmattn_hf.atomic import atomic_directory, check_destination
-from flash_dmattn_hf.calibration import Calibration
-from flash_dmattn_hf.checkpoint import find_source, load_tokenizer
 from flash_dmattn_hf.cli import common
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.conversion import convert_model
+from flash_dmattn_hf.conversion.atomic_directory import atomic_directory, check_destination
+from flash_dmattn_hf.conversion.calibration import Calibration
+from flash_dmattn_hf.conversion.checkpoint import find_source, load_tokenizer
+from flash_dmattn_hf.conversion.convert import convert_model
 
 MOST_TOKENS = 1 << 17
 """Tokens that are read of a text unless --calibration-tokens asks for more; the largest models need this many."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from flash_dmattn import NEVER, select_visible
 from flash_dmattn_hf import DynamicMaskCache
-from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 
 STEPS_AT_ONCE = 256
 

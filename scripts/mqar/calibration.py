@@ -2,8 +2,8 @@
 
 import torch
 
-from flash_dmattn_hf.mass import attention_and_mass, far_queries
-from flash_dmattn_hf.ridge import RidgeStatistics
+from flash_dmattn_hf.conversion.attention_mass import attention_and_mass, far_queries
+from flash_dmattn_hf.conversion.ridge import RidgeStatistics
 from mqar.models import Models, normalize
 
 MASS_FLOOR = 1e-4

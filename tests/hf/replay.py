@@ -3,7 +3,7 @@
 import torch
 
 from flash_dmattn import NEVER, select_visible
-from flash_dmattn_hf import cache
+from flash_dmattn_hf.cache import cache
 
 
 class ReplayedLayer(cache.DynamicMaskCacheLayer):

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from flash_dmattn_hf.cache import DynamicMaskCache, DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.cache import DynamicMaskCache, DynamicMaskCacheLayer
 
 from .generation_models import PROMPT, greedy, left_padded_prompt, make_model, make_prompt
 

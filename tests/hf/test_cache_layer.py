@@ -11,7 +11,7 @@ from conftest import SEED
 
 from flash_dmattn import NEVER, Visibility
 from flash_dmattn.decode import find_victim
-from flash_dmattn_hf.cache_layer import CacheView, DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.layer import CacheView, DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
 
 from .cache_definition import positions_of, sees, survives

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flash_dmattn_hf import DynamicMaskConfig, iter_gates
-from flash_dmattn_hf.attach import attach
-from flash_dmattn_hf.calibration import (
+from flash_dmattn_hf.conversion.attention_mass import QUERY_BLOCK, attention_and_mass, far_queries
+from flash_dmattn_hf.conversion.calibration import (
     MASS_FLOOR,
     MIN_FAR_QUERIES,
     Calibration,
@@ -17,9 +17,9 @@ from flash_dmattn_hf.calibration import (
     required_tokens,
     usable_keys,
 )
-from flash_dmattn_hf.mass import QUERY_BLOCK, attention_and_mass, far_queries
-from flash_dmattn_hf.observation import observed_attention
-from flash_dmattn_hf.ridge import RidgeStatistics, fit
+from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
+from flash_dmattn_hf.gates.attach import attach
+from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 from .tiny import build, tiny_config, tiny_model, tokens
 
@@ -261,7 +261,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
 
 def test_predictions_of_any_size_keep_their_order():
     """Predictions that would saturate softplus in float32 are scaled before they become dt."""
-    from flash_dmattn_hf.calibration import _write
+    from flash_dmattn_hf.conversion.calibration import _write
 
     config = tiny_config("llama")
     model = build(config)

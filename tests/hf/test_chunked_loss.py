@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_dmattn_hf.chunked_loss import chunked_cross_entropy
+from flash_dmattn_hf.training.chunked_cross_entropy import chunked_cross_entropy
 
 OPERATIONS = {
     "none": ("", lambda logits: logits),

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flash_dmattn_hf import DynamicMaskConfig, conversion, dynamic_mask_config, iter_gates
-from flash_dmattn_hf.calibration import Calibration
-from flash_dmattn_hf.conversion import convert_model, with_window
-from flash_dmattn_hf.evaluation import perplexity
-from flash_dmattn_hf.variants import dense, without_importance
+from flash_dmattn_hf import DynamicMaskConfig, dynamic_mask_config, iter_gates
+from flash_dmattn_hf.conversion import convert as conversion
+from flash_dmattn_hf.conversion.calibration import Calibration
+from flash_dmattn_hf.conversion.convert import convert_model, with_window
+from flash_dmattn_hf.conversion.variants import dense, without_importance
+from flash_dmattn_hf.evaluation.perplexity import perplexity
 
 from .tiny import tiny_model, tokens
 

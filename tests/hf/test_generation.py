@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, set_seed
 
-from flash_dmattn_hf import cache
-from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf.cache import cache
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 from .generation_models import KINDS, NEW, PROMPT, VOCAB, greedy, left_padded_prompt, make_model, make_prompt
 from .replay import ReplayedLayer

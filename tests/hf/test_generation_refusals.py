@@ -6,7 +6,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticC
 from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedCache
 
 import flash_dmattn_hf
-from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 from .generation_models import NEW, greedy, make_model, make_prompt
 

@@ -26,8 +26,9 @@ except ImportError:  # Transformers 5.17 always unpacks the weights
 else:
     UNPACKED = {"quantization_config": GgufConfig(dequantize=True)}  # else it multiplies in float32
 
-from flash_dmattn_hf import cache, dynamic_mask_config, iter_gates
-from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf import dynamic_mask_config, iter_gates
+from flash_dmattn_hf.cache import cache
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 from .generation_models import put_importance_on_a_grid
 from .replay import ReplayedLayer

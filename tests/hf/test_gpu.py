@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from flash_dmattn_hf import DynamicMaskCache, iter_gates, liger
-from flash_dmattn_hf.loss import use_chunked_loss
+from flash_dmattn_hf import DynamicMaskCache, iter_gates
+from flash_dmattn_hf.training import liger
+from flash_dmattn_hf.training.loss import use_chunked_loss
 
 from .gpu_models import LENGTH, WINDOW, make_batch, make_model, make_tokens, train
 

@@ -5,7 +5,8 @@ import torch
 from accelerate import dispatch_model
 from transformers import CompileConfig
 
-from flash_dmattn_hf import DynamicMaskCache, captured
+from flash_dmattn_hf import DynamicMaskCache
+from flash_dmattn_hf.cache import cuda_graph as captured
 
 from . import generation_models
 from .gpu_models import LENGTH, WINDOW, make_model, make_tokens

@@ -7,7 +7,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
-from flash_dmattn_hf.masks import MaskTag, dynamic_mask_mask, tag_of
+from flash_dmattn_hf.integration.masks import MaskTag, dynamic_mask_mask, tag_of
 
 from .dense_definition import by_definition
 from .tiny import build, tiny_config, tokens

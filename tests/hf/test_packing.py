@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from flash_dmattn_hf import DynamicMaskCache, attention
+from flash_dmattn_hf import DynamicMaskCache
+from flash_dmattn_hf.integration import attention
 
 from .test_masks import make
 from .tiny import tokens

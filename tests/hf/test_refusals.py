@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 
-from flash_dmattn_hf import DynamicMaskCache, DynamicMaskConfig, attention, dynamic_mask_config, iter_gates
-from flash_dmattn_hf.attach import attach, detach
+from flash_dmattn_hf import DynamicMaskCache, DynamicMaskConfig, dynamic_mask_config, iter_gates
+from flash_dmattn_hf.gates.attach import attach, detach
+from flash_dmattn_hf.integration import attention
 
 from .test_masks import make
 from .tiny import tiny_config, tiny_model, tokens
@@ -182,7 +183,7 @@ def test_another_sliding_window_than_the_configured_one_is_refused():
 
 
 def test_different_dims_of_key_and_value_are_refused():
-    from flash_dmattn_hf.attention import dynamic_mask_attention_forward
+    from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 
     module = make().model.layers[0].self_attn
     query, key, value = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4)
@@ -191,7 +192,7 @@ def test_different_dims_of_key_and_value_are_refused():
 
 
 def test_values_sharded_by_head_are_refused():
-    from flash_dmattn_hf.attention import dynamic_mask_attention_forward
+    from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 
     module = make().model.layers[0].self_attn
     query, key = torch.zeros(1, 2, 5, 8), torch.zeros(1, 1, 5, 8)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from flash_dmattn_hf import register, registration, unregister
+from flash_dmattn_hf import register, unregister
+from flash_dmattn_hf.integration import registration
 
 from .tiny import tiny_model, tokens
 

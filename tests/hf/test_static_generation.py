@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
-from flash_dmattn_hf import DynamicMaskCache, captured
+from flash_dmattn_hf import DynamicMaskCache
+from flash_dmattn_hf.cache import cuda_graph as captured
 
 from .generation_models import KINDS, NEW, PROMPT, greedy, left_padded_prompt, make_model, make_prompt
 

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM, TrainerCallback
 
 import flash_dmattn_hf  # noqa: F401
-from flash_dmattn_hf.training import (
+from flash_dmattn_hf.training.importance import (
     ImportanceCallback,
     freeze_all_but_importance,
     importance_parameters,

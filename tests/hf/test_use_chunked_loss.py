@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from flash_dmattn_hf import liger
-from flash_dmattn_hf.deferred_logits import DeferredLogits
-from flash_dmattn_hf.loss import use_chunked_loss
+from flash_dmattn_hf.training import liger
+from flash_dmattn_hf.training.deferred_logits import DeferredLogits
+from flash_dmattn_hf.training.loss import use_chunked_loss
 
 from . import trainer_setup
 from .test_families import converted

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
-from flash_dmattn_hf.training import parameter_groups
+from flash_dmattn_hf.training.importance import parameter_groups
 
 VOCABULARY = 48
 WINDOW = {"keep_window_size": 8, "num_sink_tokens": 1, "local_window_size": 3}

@@ -13,9 +13,10 @@ from transformers import (
     masking_utils,
 )
 
-from flash_dmattn_hf import doge, generation, loading
-from flash_dmattn_hf.attention import dynamic_mask_attention_forward
-from flash_dmattn_hf.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
+from flash_dmattn_hf.gates import doge
+from flash_dmattn_hf.integration import generation, loading
+from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
+from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
 from flash_dmattn_hf.names import NAMES
 
 logger = logging.getLogger(__name__)

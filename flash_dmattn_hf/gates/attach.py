@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf import doge
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.families import AttentionShape, is_attention, is_native_doge, judge, read_shape
-from flash_dmattn_hf.importance import ImportanceGate
+from flash_dmattn_hf.gates import doge
+from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge, read_shape
+from flash_dmattn_hf.gates.importance import ImportanceGate
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from flash_dmattn import dynamic_mask_attention, interval_attention
-from flash_dmattn_hf.attach import get_gate
-from flash_dmattn_hf.families import sliding_window_of
-from flash_dmattn_hf.masks import tag_of
+from flash_dmattn_hf.gates.attach import get_gate
+from flash_dmattn_hf.gates.eligibility import sliding_window_of
+from flash_dmattn_hf.integration.masks import tag_of
 
 UNSUPPORTED = {
     "s_aux": "attention sinks (s_aux)",

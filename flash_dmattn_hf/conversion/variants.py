@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from flash_dmattn_hf.attach import iter_gates, text_config_of
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
+from flash_dmattn_hf.gates.attach import iter_gates, text_config_of
 from flash_dmattn_hf.names import NAMES, is_ours
 
 

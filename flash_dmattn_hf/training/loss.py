@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from flash_dmattn_hf import liger
-from flash_dmattn_hf.chunked_loss import chunked_cross_entropy
-from flash_dmattn_hf.deferred_logits import DeferredLogits, DeferringLinear
+from flash_dmattn_hf.training import liger
+from flash_dmattn_hf.training.chunked_cross_entropy import chunked_cross_entropy
+from flash_dmattn_hf.training.deferred_logits import DeferredLogits, DeferringLinear
 
 SETTINGS = "_flash_dmattn_chunked_loss"
 """Attribute of a model with a chunked loss: its `Settings`."""

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf import attach, doge
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, load_time_values
-from flash_dmattn_hf.families import is_native_doge
+from flash_dmattn_hf.gates import attach, doge
+from flash_dmattn_hf.gates.eligibility import is_native_doge
+from flash_dmattn_hf.integration.guards import hides_positions, refuse_packed_positions
 from flash_dmattn_hf.names import is_ours
-from flash_dmattn_hf.packing import hides_positions, refuse_packed_positions
 
 
 def text_config_of(model: PreTrainedModel) -> Any:

@@ -3,7 +3,7 @@
 import torch
 from accelerate.hooks import remove_hook_from_module
 
-from flash_dmattn_hf.importance import ImportanceGate
+from flash_dmattn_hf.gates.importance import ImportanceGate
 
 
 def materialize(gate: ImportanceGate) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flash_dmattn_hf.masks import mark_documents
+from flash_dmattn_hf.integration.masks import mark_documents
 from flash_dmattn_hf.names import is_ours
 
 _MASK_CALL = re.compile(r"create_(?:causal|sliding_window_causal)_mask\(\s*(.*?)\n\s*\)", re.DOTALL)

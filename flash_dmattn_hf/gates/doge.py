@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.importance import compute_importance
+from flash_dmattn_hf.gates.importance import compute_importance
 
 
 class DogeGate:

@@ -9,7 +9,7 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.names import is_ours
 
 _TAG = "_flash_dmattn_tag"

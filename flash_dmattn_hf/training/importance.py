@@ -8,9 +8,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from flash_dmattn import Visibility, interval_attention, select_visible
-from flash_dmattn_hf.attach import get_gate, iter_gates
-from flash_dmattn_hf.families import is_native_doge
-from flash_dmattn_hf.observation import observed_attention
+from flash_dmattn_hf.gates.attach import get_gate, iter_gates
+from flash_dmattn_hf.gates.eligibility import is_native_doge
+from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 IMPORTANCE_GROUP = "importance"
 """Name of the optimizer's parameter group that holds the importance."""

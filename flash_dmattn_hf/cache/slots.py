@@ -4,7 +4,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from flash_dmattn.slots import Slots, make_slots
-from flash_dmattn_hf.cache_tail import Tail
+from flash_dmattn_hf.cache.tail import Tail
 
 STATE = (*Slots._fields, "row_is_real")
 

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flash_dmattn_hf.attach import iter_gates
-from flash_dmattn_hf.evaluation import cut
-from flash_dmattn_hf.importance import ImportanceGate
-from flash_dmattn_hf.mass import attention_and_mass, far_queries
-from flash_dmattn_hf.observation import observed_attention
+from flash_dmattn_hf.conversion.attention_mass import attention_and_mass, far_queries
+from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
+from flash_dmattn_hf.evaluation.perplexity import cut
+from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.integration.observed_attention import observed_attention
 from flash_dmattn_hf.progress import progress_bar
-from flash_dmattn_hf.ridge import RidgeStatistics, fit
 
 DEFAULT_TOKENS = 16384
 BIAS_SPREAD = 5e-4

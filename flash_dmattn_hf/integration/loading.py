@@ -8,13 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf import attach
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config
-from flash_dmattn_hf.families import chooses_class_by_name
-from flash_dmattn_hf.importance import ImportanceGate
-from flash_dmattn_hf.names import NAMES, is_ours
-from flash_dmattn_hf.offload import materialize
-from flash_dmattn_hf.preparation import (
+from flash_dmattn_hf.gates import attach
+from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
+from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.gates.offload import materialize
+from flash_dmattn_hf.integration.preparation import (
     leave_other_parts_native,
     prepare,
     refuse_without_gates,
@@ -24,6 +23,7 @@ from flash_dmattn_hf.preparation import (
     text_config_of,
     uses_dynamic_masks,
 )
+from flash_dmattn_hf.names import NAMES, is_ours
 
 
 def wrap_check_implementation(original: Callable) -> Callable:

@@ -10,10 +10,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousMixin
 
-from flash_dmattn_hf.attach import iter_gates
-from flash_dmattn_hf.cache import DynamicMaskCache
-from flash_dmattn_hf.captured import CapturedForward, StepForward
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
+from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 from flash_dmattn_hf.config import SECTION
+from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.names import is_ours
 
 _CONSTANT = "the default DynamicMaskCache is of constant size anyway"

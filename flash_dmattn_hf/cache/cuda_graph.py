@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf.cache import DynamicMaskCache
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
-from flash_dmattn_hf.cache_slots import STATE
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.slots import STATE
 
 _NUMBERS = ("num_rows", "cumulative_length")
 """What layers count, each those that it has."""

@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from flash_dmattn_hf.attach import iter_gates
-from flash_dmattn_hf.cache_layer import DynamicMaskCacheLayer
-from flash_dmattn_hf.cache_state import check_state_of_layer, load_state_of_layer, state_of_layer
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.state import check_state_of_layer, load_state_of_layer, state_of_layer
+from flash_dmattn_hf.gates.attach import iter_gates
 
 
 class DynamicMaskCache(DynamicCache):

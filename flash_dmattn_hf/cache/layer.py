@@ -14,8 +14,8 @@ from flash_dmattn import Visibility, select_visible
 from flash_dmattn.decode import cache_capacity, select_survivors
 from flash_dmattn.importance import comparable
 from flash_dmattn.slots import decode_step, refresh_victims
-from flash_dmattn_hf.cache_slots import SlotLayer
-from flash_dmattn_hf.cache_tail import ROWS, Tail
+from flash_dmattn_hf.cache.slots import SlotLayer
+from flash_dmattn_hf.cache.tail import ROWS, Tail
 
 
 class CacheView(NamedTuple):

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf.attach import attach, detach, iter_gates, text_config_of
-from flash_dmattn_hf.calibration import Calibration, CalibrationResult, calibrate
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
-from flash_dmattn_hf.families import is_native_doge
+from flash_dmattn_hf.conversion.calibration import Calibration, CalibrationResult, calibrate
+from flash_dmattn_hf.conversion.variants import with_window
+from flash_dmattn_hf.gates.attach import attach, detach, iter_gates, text_config_of
+from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.names import NAMES
-from flash_dmattn_hf.variants import with_window
 
 __all__ = ["ConversionReport", "LayerReport", "convert_model", "with_window"]
 
