@@ -1,6 +1,6 @@
 """Times the selection (importance -> one interval per key) and checks it against the sorted definition first.
 
-python scripts/benchmark_selection.py --json docs/benchmarks/selection_cpu.json
+python scripts/benchmark_selection.py --json docs/benchmarks/selection_h100.json
 
 With the CUDA library also the building of key lists for query tiles of 32 tokens, and both as CUDA graphs, which
 leaves out the time of launching them.

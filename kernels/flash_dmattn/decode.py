@@ -1,4 +1,4 @@
-"""The documented name of `flash_dmattn.eviction`."""
+"""The documented place of what a cache needs to give up keys; the code is in eviction.py."""
 
 from flash_dmattn.eviction import cache_capacity, find_victim, select_survivors
 

@@ -13,9 +13,9 @@ NEW = 40
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "scripts"))
-    import check_generation
+    from checks import generation
 
-    return check_generation
+    return generation
 
 
 def check(script, kind="llama-sinks-local", dtype=torch.float64):
@@ -53,7 +53,7 @@ def test_float32_agrees_and_counts_near_ties(script):
 
 def test_near_ties_are_those_on_the_edge(script):
     """w = 16 with 4 sinks and 7 local tokens: 5 keys compete for a place."""
-    from recorded_cache import near_ties, recorded_cache
+    from checks.recorded_cache import near_ties, recorded_cache
 
     model = make_model("llama-sinks-local", dtype=torch.float32)
     layer = recorded_cache(model, 30, 30).layers[0]
@@ -73,7 +73,7 @@ def test_near_ties_are_those_on_the_edge(script):
 
 def test_keys_that_got_lost_are_found(script, monkeypatch):
     """A step that forgets a key changes sets and ids."""
-    from recorded_cache import RecordedLayer
+    from checks.recorded_cache import RecordedLayer
 
     step = RecordedLayer.step
 

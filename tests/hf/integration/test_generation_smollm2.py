@@ -1,7 +1,7 @@
 """On the real SmolLM2-135M, beyond its window, the cache changes neither ids nor logits in any mode.
 
 By default each mode generates a few tokens; FLASH_DMATTN_NEW_TOKENS=200 makes every mode generate 200. Where there is a
-GPU the model runs there. `scripts/check_generation.py` checks 2,000 tokens a row in captured steps.
+GPU the model runs there. `scripts/checks/generation.py` checks 2,000 tokens a row in captured steps.
 
 What recomputing without any cache would generate is read off ONE uncached forward over the cached run's own ids:
 row t of that forward sees the tokens up to t only, so its logits are those of an uncached step at t. If at every
