@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flash_dmattn.importance import comparable
-from flash_dmattn.visibility import NEVER
+from flash_dmattn.visibility import NEVER, SoftCut
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class AttentionCall:
     max_visible: n consecutive rows see no more than max_visible + n keys altogether; None when that is unknown.
     softmax_scale: factor of the dot product. softcap: 0 is off.
     deterministic: equal inputs must give bitwise equal gradients.
+    soft: a gate on pairs of query and key, added to the logits, its tensors contiguous; or None.
     """
 
     query: torch.Tensor
@@ -36,6 +37,7 @@ class AttentionCall:
     softmax_scale: float
     softcap: float
     deterministic: bool
+    soft: SoftCut | None = None
 
     @property
     def is_ordered(self) -> bool:
