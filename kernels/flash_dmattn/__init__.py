@@ -22,12 +22,13 @@ from flash_dmattn.varlen import (
     flash_dmattn_varlen_kvpacked_func,
     flash_dmattn_varlen_qkvpacked_func,
 )
-from flash_dmattn.visibility import NEVER, Visibility
+from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 
 __all__ = [
     "CUDA_AVAILABLE",
     "FLEX_AVAILABLE",
     "NEVER",
+    "SoftCut",
     "TRITON_AVAILABLE",
     "Visibility",
     "dynamic_mask_attention",

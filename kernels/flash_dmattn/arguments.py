@@ -1,8 +1,10 @@
 """Argument checks of the public functions: ValueErrors that name the argument, what came and what is needed."""
 
+import math
+
 import torch
 
-from flash_dmattn.visibility import Visibility
+from flash_dmattn.visibility import SoftCut, Visibility
 
 
 def check_selection(
@@ -173,6 +175,49 @@ def check_visibility(
             raise ValueError(f"{name} must be int32, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def check_soft_selection(temperature: float | torch.Tensor | None, band: float | None, is_causal: bool) -> None:
+    """Raises ValueError unless a selection can be softened like this; None as temperature is always fine."""
+    if temperature is None:
+        return
+    if isinstance(temperature, torch.Tensor):
+        if temperature.dim() != 0:
+            shape = tuple(temperature.shape)
+            raise ValueError(f"selection_temperature must be a number, got a tensor of shape {shape}")
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"selection_temperature must be None or above 0, got {temperature}")
+    if band is not None and not 1 <= band < math.inf:
+        raise ValueError(f"selection_band must be None or at least 1, got {band}")
+    if not is_causal:
+        raise ValueError("selection_temperature needs is_causal=True")
+
+
+def check_soft(
+    soft: SoftCut,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    importance: torch.Tensor | None,
+    visibility: Visibility | None,
+) -> None:
+    """Raises ValueError unless a soft cut has the heads of importance and visibility, query's and key's rows."""
+    given = importance if visibility is None else visibility.birth
+    heads = (key.shape[2], query.shape[2]) if given is None else (given.shape[1],)
+    _check_tensor("soft.score", soft.score)
+    shapes = [(key.shape[0], count, key.shape[1]) for count in dict.fromkeys(heads)]
+    if tuple(soft.score.shape) not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise ValueError(f"soft.score must have shape {wanted}, got {tuple(soft.score.shape)}")
+    rows = (*soft.score.shape[:2], query.shape[1])
+    _check_like("soft.threshold", soft.threshold, rows, query.device)
+    _check_like("soft.contested_from", soft.contested_from, tuple(soft.score.shape), query.device)
+    for name in ("score", "threshold"):
+        if not getattr(soft, name).is_floating_point():
+            raise ValueError(f"soft.{name} must be floating point, got {getattr(soft, name).dtype}")
+    if soft.score.device != query.device:
+        raise ValueError(f"soft.score must be on query's device {query.device}, got {soft.score.device}")
+    if soft.contested_from.dtype != torch.int32:
+        raise ValueError(f"soft.contested_from must be int32, got {soft.contested_from.dtype}")
 
 
 def check_query_rows(

@@ -8,7 +8,8 @@ from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, check_backend_name, choose, differentiates_itself
 from flash_dmattn.ops import run_attention
 from flash_dmattn.selection import select_visible
-from flash_dmattn.visibility import NEVER, Visibility
+from flash_dmattn.soft_selection import cut_softly, num_visible
+from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 
 
 def interval_attention(
@@ -20,6 +21,7 @@ def interval_attention(
     *,
     query_start: int | torch.Tensor | None = None,
     query_positions: torch.Tensor | None = None,
+    soft: SoftCut | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     add_importance_bias: bool = True,
@@ -31,7 +33,7 @@ def interval_attention(
     """Attends, for each query row t, to the keys with birth <= t < death.
 
     logit(t, j) = softcap(softmax_scale * q_t . k_j) + importance_j, softmax over the visible keys. The keys may
-    stand in any order.
+    stand in any order. With `soft`, log sigmoid(score_j - threshold_t) is added from the row contested_from_j on.
 
     query: (B, Sq, H, D), float16, bfloat16, float32 or float64.
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
@@ -41,6 +43,8 @@ def interval_attention(
     visibility: birth and death, int32 (B, Hi, Sk); or None: every key from its own row on, as in dense attention.
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
     query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing.
+    soft: a differentiable gate on pairs of query and key, score (B, Hi, Sk), threshold (B, Hi, Sq) and contested_from
+        (B, Hi, Sk); or None. The CUDA library and FlexAttention do not serve it.
     softmax_scale: None: D ** -0.5.
     softcap: logits are softcap * tanh(logits / softcap) before the bias; 0 is off.
     add_importance_bias: when False the importance is not added and has no gradient.
@@ -59,6 +63,8 @@ def interval_attention(
     if visibility is not None:
         arguments.check_visibility(visibility, query, key, importance)
     arguments.check_query_rows(query_start, query_positions, query)
+    if soft is not None:
+        arguments.check_soft(soft, query, key, importance, visibility)
     arguments.check_count("max_visible", max_visible, 1)
     check_backend_name(backend)
     if query_positions is None and query_start is None:
@@ -71,6 +77,7 @@ def interval_attention(
         visibility,
         query_start=query_start,
         query_positions=query_positions,
+        soft=soft,
         max_visible=max_visible,
         softmax_scale=softmax_scale,
         softcap=softcap,
@@ -98,6 +105,8 @@ def dynamic_mask_attention(
     padding_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
+    selection_temperature: float | torch.Tensor | None = None,
+    selection_band: float | None = 1.5,
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -112,6 +121,10 @@ def dynamic_mask_attention(
         and its query rows give out 0, lse -inf and no gradient, whatever stands in them.
     cu_seqlens: (num_docs + 1,) int32, document boundaries of a packed batch: B = 1, Sq = Sk.
     max_seqlen: the longest document; accepted because callers have it, no backend needs it.
+    selection_temperature: above 0, for training: the cut of the selection is a gate with a slope, so that a key near it
+        has a gradient (`flash_dmattn.soft_selection` has the equation). In standard deviations of the importance over
+        the sequence or document; a tensor () is not checked. As it falls the gate becomes the hard mask, which None is.
+    selection_band: with a temperature, at least 1: how many contested keys a query sees, in multiples of K; None: all.
 
     Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
 
@@ -134,12 +147,19 @@ def dynamic_mask_attention(
         "padding_mask": padding_mask,
         "cu_seqlens": cu_seqlens,
     }
-    is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None
-    if is_plain and seqlen_k <= keep_window_size:
+    arguments.check_soft_selection(selection_temperature, selection_band, is_causal)
+    shown, soft = keep_window_size, None
+    if selection_temperature is not None and seqlen_k > keep_window_size:  # else nobody is ever evicted
         arguments.check_selection(importance, **selection)
-        visibility = None  # nobody is ever evicted
+        windows = keep_window_size, num_sink_tokens, local_window_size
+        soft = cut_softly(importance, selection_temperature, seqlen_q, *windows, padding_mask, cu_seqlens)
+        shown = NEVER if selection_band is None else min(num_visible(*windows, selection_band), NEVER)
+    is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None
+    if is_plain and seqlen_k <= shown:
+        arguments.check_selection(importance, **selection)
+        visibility = None  # every key stays visible
     else:
-        visibility = select_visible(importance, **selection)
+        visibility = select_visible(importance, **{**selection, "keep_window_size": shown})
     query_positions = None
     if padding_mask is not None:
         rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, dtype=torch.int32, device=query.device)
@@ -152,8 +172,9 @@ def dynamic_mask_attention(
         visibility,
         query_start=seqlen_k - seqlen_q,
         query_positions=query_positions,
+        soft=soft,
         # Not causal, a packed document shows its w keys at once: rows can see the end of one and all of the next.
-        max_visible=min(keep_window_size if is_causal else 2 * keep_window_size, NEVER),
+        max_visible=min(shown if is_causal else 2 * shown, NEVER),
         softmax_scale=softmax_scale,
         softcap=softcap,
         deterministic=deterministic,

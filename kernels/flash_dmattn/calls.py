@@ -7,7 +7,7 @@ import torch
 
 from flash_dmattn.operators import OperatorCall
 from flash_dmattn.ranking import comparable
-from flash_dmattn.visibility import NEVER, Visibility
+from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class AttentionCall(OperatorCall):
     query_start: (B,) int32, contiguous, the row of the first query, the others follow; or None.
     query_positions: (B, Sq) int32, contiguous, the row of every query, -1 for one that sees nothing; or None. When both
         are given, query_positions is query_start + i except for its -1; when neither is, the queries are the last rows.
+    soft: a gate on pairs of query and key, which is added to the logits; its tensors are contiguous; or None.
     max_visible: n consecutive rows see no more than max_visible + n keys altogether; None when that is unknown.
     softmax_scale: factor of the dot product. softcap: 0 is off.
     deterministic: equal inputs must give bitwise equal gradients.
@@ -34,12 +35,13 @@ class AttentionCall(OperatorCall):
     death: torch.Tensor | None
     query_start: torch.Tensor | None
     query_positions: torch.Tensor | None
+    soft: SoftCut | None
     max_visible: int | None
     softmax_scale: float
     softcap: float
     deterministic: bool
 
-    DIFFERENTIABLE = ("query", "key", "value", "importance")
+    DIFFERENTIABLE = ("query", "key", "value", "importance", "soft_score", "soft_threshold")
 
     @classmethod
     def prepare(
@@ -52,6 +54,7 @@ class AttentionCall(OperatorCall):
         *,
         query_start: int | torch.Tensor | None = None,
         query_positions: torch.Tensor | None = None,
+        soft: SoftCut | None = None,
         max_visible: int | None = None,
         softmax_scale: float | None = None,
         softcap: float = 0.0,
@@ -68,9 +71,12 @@ class AttentionCall(OperatorCall):
             query_start = None  # backends know that row without being told
         elif query_start is not None:
             query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
+        precision = torch.float64 if query.dtype == torch.float64 else torch.float32
         if importance is not None:
-            precision = torch.float64 if query.dtype == torch.float64 else torch.float32
             importance = importance.to(precision).contiguous()
+        if soft is not None:
+            score, threshold = (tensor.to(precision).contiguous() for tensor in soft[:2])
+            soft = SoftCut(score, threshold, soft.contested_from.contiguous())
         birth, death = (None, None) if visibility is None else (bound.contiguous() for bound in visibility)
         return cls(
             query=query,
@@ -81,6 +87,7 @@ class AttentionCall(OperatorCall):
             death=death,
             query_start=query_start,
             query_positions=None if query_positions is None else query_positions.contiguous(),
+            soft=soft,
             max_visible=max_visible,
             softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
             softcap=float(softcap),
@@ -96,6 +103,8 @@ class AttentionCall(OperatorCall):
     def num_interval_heads(self) -> int:
         if self.birth is not None:
             return self.birth.shape[1]
+        if self.soft is not None:
+            return self.soft.score.shape[1]
         return self.key.shape[2] if self.importance is None else self.importance.shape[1]
 
     def intervals(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.backends.reference_decode import decode  # noqa: F401
 from flash_dmattn.calls import AttentionCall, DecodeCall
+from flash_dmattn.visibility import SoftCut
 
 _MAX_TILE = 256  # query rows
 _MAX_LOGITS = 2**22  # logits of a tile, over batch and heads, that are alive at once
@@ -56,8 +57,8 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 @in_full_precision
 def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns the gradients of query, key, value and importance, in their dtypes; None without importance.
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns a gradient for each of call.DIFFERENTIABLE, in its dtype, None for what the call does not have.
 
     out, stats: what `forward` returned. dout: (B, Sq, H, D). dlse: (B, H, Sq).
     """
@@ -68,6 +69,7 @@ def backward(
     dkey = _compute(call.key.new_empty(batch, heads, seqlen_k + 1, head_dim)).zero_()
     dvalue = torch.zeros_like(dkey)
     dimportance = torch.zeros_like(dkey[..., 0])
+    dscore, dthreshold = torch.zeros_like(dimportance), dimportance.new_zeros(batch, heads, call.query.shape[1])
     for tile in _tiles(call.with_comparable_importance()):
         weights, _, dcap = tile.weights()
         tile_dout = tile.group(_compute(dout[:, tile.rows]))
@@ -78,6 +80,10 @@ def backward(
         if not torch.isfinite(dlogits.sum()):
             dlogits.masked_fill_(weights == 0, 0)
         tile.accumulate(dimportance, dlogits.sum(-2))
+        if tile.gate_slope is not None:
+            dgate = dlogits.view(batch, heads, -1, *tile.gate_slope.shape[2:]).sum(2) * tile.gate_slope
+            tile.accumulate(dscore, dgate.sum(-2))
+            dthreshold[:, :, tile.rows] = -dgate.sum(-1)
         dscores = dlogits.mul_(call.softmax_scale)
         if dcap is not None:
             dscores = torch.where(weights == 0, 0, dscores.mul_(dcap))
@@ -88,6 +94,8 @@ def backward(
         _sum_to_kv_heads(dkey, call),
         _sum_to_kv_heads(dvalue, call),
         None if call.importance is None else dimportance[..., :-1].to(call.importance.dtype).contiguous(),
+        None if call.soft is None else dscore[..., :-1].contiguous(),
+        None if call.soft is None else dthreshold,
     )
 
 
@@ -96,7 +104,8 @@ class _Tile:
     """A run of query rows with the keys that they see.
 
     rows: the queries, a slice of Sq (T of them). query: (B, Hi, G * T, D). key, value: (B, Hi, L, D).
-    mask_bias: (B, Hi, T, L), the importance where a query sees a key, -inf elsewhere.
+    mask_bias: (B, Hi, T, L), the importance and the soft gate where a query sees a key, -inf elsewhere.
+    gate_slope: (B, Hi, T, L), d gate / d score, 0 where nothing is gated; None without a soft cut.
     index: (B, Hi, L), the keys; Sk stands for filler.
     """
 
@@ -106,6 +115,7 @@ class _Tile:
     key: torch.Tensor
     value: torch.Tensor
     mask_bias: torch.Tensor
+    gate_slope: torch.Tensor | None
     index: torch.Tensor
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -194,15 +204,38 @@ def _gather(
     is_visible = (birth[:, :, None] <= row) & (row < death[:, :, None]) & (row >= 0)
     query = _group(_compute(call.query[:, rows]), index.shape[1])
     bias = query.new_zeros(()) if call.importance is None else call.importance[batch, heads, source][:, :, None]
+    mask_bias = torch.where(is_visible, bias.to(query.dtype), -torch.inf)
+    gate_slope = None
+    if call.soft is not None:
+        gate, gate_slope = _soft_gate(call.soft, rows, row, index)
+        mask_bias = mask_bias + gate.to(query.dtype)
     return _Tile(
         call=call,
         rows=rows,
         query=query,
         key=_compute(call.key[batch, source, kv_head]),
         value=_compute(call.value[batch, source, kv_head]),
-        mask_bias=torch.where(is_visible, bias.to(query.dtype), -torch.inf),
+        mask_bias=mask_bias,
+        gate_slope=gate_slope,
         index=index,
     )
+
+
+def _soft_gate(
+    soft: SoftCut, rows: slice, row: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns log sigmoid(score - threshold) and its slope for a tile's pairs, (B, Hi, T, L); 0 where none is gated.
+
+    row: (B, 1, T, 1), the row numbers of the query rows `rows`. index: (B, Hi, L), the keys; Sk is filler.
+    """
+    batch, heads = _head_indices(index)
+    source = index.clamp(max=soft.score.shape[-1] - 1)
+    score = soft.score[batch, heads, source][:, :, None]
+    threshold = soft.threshold[:, :, rows, None]
+    is_gated = (row >= soft.contested_from[batch, heads, source][:, :, None]) & (threshold > -torch.inf)
+    distance = torch.where(is_gated, score - torch.where(is_gated, threshold, 0), 0)
+    gate = torch.nn.functional.logsigmoid(distance)
+    return torch.where(is_gated, gate, 0), torch.where(is_gated, torch.sigmoid(-distance), 0)
 
 
 def _marked_indices(is_marked: torch.Tensor, count: int) -> torch.Tensor:

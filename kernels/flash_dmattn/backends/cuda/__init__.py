@@ -28,6 +28,8 @@ def reject(call: AttentionCall) -> str | None:
     from flash_dmattn.backends.cuda.forward_launch import tile_rows
 
     device = call.query.device
+    if call.soft is not None:
+        return "it has no soft selection"
     reason = lists.reject(call) or target.reject(device)
     if reason is not None:
         return reason
@@ -64,9 +66,9 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
-    return _backward_of(call).run_backward(call, out, stats, dout, dlse)
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns a gradient for each of call.DIFFERENTIABLE, None for what the call does not have."""
+    return *_backward_of(call).run_backward(call, out, stats, dout, dlse), None, None
 
 
 def reject_backward(call: AttentionCall) -> str | None:

@@ -62,14 +62,15 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns a gradient for each of call.DIFFERENTIABLE, None for what the call does not have."""
     from flash_dmattn.backends.triton.backward_kernels import run_backward
 
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         tensors = (call.query, call.key, call.value)
         gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-        return *gradients, None if call.importance is None else torch.zeros_like(call.importance)
+        others = (call.importance, *((None, None) if call.soft is None else call.soft[:2]))
+        return *gradients, *(None if tensor is None else torch.zeros_like(tensor) for tensor in others)
     return run_backward(call, out, stats, dout, dlse)
 
 

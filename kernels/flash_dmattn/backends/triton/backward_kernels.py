@@ -19,8 +19,11 @@ from flash_dmattn.backends.triton.tiles import (
     gather_rows,
     is_visible,
     load_keys,
+    load_scores,
+    load_thresholds,
     query_rows,
     query_tile,
+    soft_gate,
     tanh,
 )
 from flash_dmattn.calls import AttentionCall
@@ -34,8 +37,8 @@ def run_backward(
     dlse: torch.Tensor,
     dquery_blocks: BlockConfig | None = None,
     dkey_blocks: BlockConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns dquery, dkey, dvalue in their dtypes and dimportance float32, or None without importance."""
+) -> tuple[torch.Tensor | None, ...]:
+    """Returns dquery, dkey, dvalue in their dtypes, and in float32 dimportance, dscore and dthreshold or None."""
     config = dquery_blocks or dquery_config(call.query)
     launch = Launch(call, config.block_m)
     lists = launch.lists
@@ -50,8 +53,10 @@ def run_backward(
     arguments = (dout, stats, delta, *launch.shared_arguments())
 
     dquery = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+    dthreshold = None if call.soft is None else torch.empty_like(dlse)
     _dquery[(lists.num_epochs * lists.tiles_per_epoch, lists.num_lists)](
         dquery,
+        dquery if dthreshold is None else dthreshold,
         *arguments,
         **constants,
         BLOCK_M=config.block_m,
@@ -66,12 +71,14 @@ def run_backward(
     dkey = torch.zeros(batch, call.key.shape[1], sum_heads, head_dim, dtype=torch.float32, device=out.device)
     dvalue = torch.zeros_like(dkey)
     dimportance = torch.zeros(batch, heads, call.key.shape[1], dtype=torch.float32, device=out.device)
+    dscore = None if call.soft is None else torch.zeros_like(dimportance)
     per_launch = 1 if call.deterministic else lists.num_epochs
     for first_epoch in range(0, lists.num_epochs, per_launch):
         _dkey_dvalue[(triton.cdiv(lists.capacity, config.block_n), per_launch, lists.num_lists)](
             dkey,
             dvalue,
             dimportance,
+            dimportance if dscore is None else dscore,
             first_epoch,
             *arguments,
             **constants,
@@ -86,7 +93,9 @@ def run_backward(
     del arguments, lists, launch, delta  # make room for the rounded gradients
     dkey = dkey.to(call.key.dtype)
     dvalue = dvalue.to(call.value.dtype)
-    return dquery, dkey, dvalue, None if call.importance is None else dimportance
+    if dthreshold is not None:
+        dthreshold = dthreshold.unflatten(1, (heads, -1)).sum(2)
+    return dquery, dkey, dvalue, None if call.importance is None else dimportance, dscore, dthreshold
 
 
 @triton.jit
@@ -135,18 +144,21 @@ def _load_row_stats(stats_ptr, delta_ptr, place, exists, num_stats):
 @triton.jit
 def _dquery(
     dquery_ptr,  # (B, Sq, H, D)
+    dthreshold_ptr,  # (B, H, Sq) float32
     dout_ptr,  # (B, Sq, H, D)
     stats_ptr,  # (2, B, H, Sq)
     delta_ptr,  # (B, H, Sq)
     query_ptr, key_ptr, value_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
-    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, softmax_scale, softcap,
+    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, score_ptr, threshold_ptr, contested_ptr,
+    softmax_scale, softcap,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
     seqlen_q, seqlen_k, num_epochs, capacity, tiles_per_epoch,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SOFT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     epoch = tl.program_id(0) // tiles_per_epoch
@@ -159,6 +171,8 @@ def _dquery(
     biases_ptr += list_index * capacity
     birth_ptr += head.to(tl.int64) * seqlen_k
     death_ptr += head.to(tl.int64) * seqlen_k
+    score_ptr += head.to(tl.int64) * seqlen_k
+    contested_ptr += head.to(tl.int64) * seqlen_k
     kv_head = (head_in_batch // HEADS_PER_KV).to(tl.int64)
     key_ptr += batch.to(tl.int64) * key_batch_stride + kv_head * key_head_stride
     value_ptr += batch.to(tl.int64) * value_batch_stride + kv_head * value_head_stride
@@ -179,41 +193,49 @@ def _dquery(
     # Rows that see nothing may hold anything; zeros keep it out of the sums.
     query = tl.load(address, mask=is_query & sees_any[:, None], other=0.0)
     dout = tl.load(dout_ptr + out_address, mask=is_query & sees_any[:, None], other=0.0)
+    threshold = load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, HAS_SOFT)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dthreshold = tl.zeros((BLOCK_M,), tl.float32)
     begin, first_full, last_full, end = find_stretch(
         sections_ptr, stretches_ptr, list_index, tile, tiles_per_epoch, row, seqlen_k, LISTED, BLOCK_N
     )
-    acc = _dquery_run(
-        acc, query, dout, highest, log_total, delta, row, begin, first_full, end,
-        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+    acc, dthreshold = _dquery_run(
+        acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, begin, first_full, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+        softmax_scale, softcap, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
     )  # fmt: skip
-    acc = _dquery_run(
-        acc, query, dout, highest, log_total, delta, row, first_full, last_full, end,
-        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
+    acc, dthreshold = _dquery_run(
+        acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, first_full, last_full, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+        softmax_scale, softcap, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, False,
     )  # fmt: skip
-    acc = _dquery_run(
-        acc, query, dout, highest, log_total, delta, row, last_full, end, end,
-        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+    acc, dthreshold = _dquery_run(
+        acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, last_full, end, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+        softmax_scale, softcap, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
     )  # fmt: skip
     tl.store(dquery_ptr + out_address, acc.to(dquery_ptr.dtype.element_ty), mask=is_query)
+    if HAS_SOFT:
+        tl.store(dthreshold_ptr + place, -dthreshold, mask=exists)
 
 
 @triton.jit
 def _dquery_run(
-    acc, query, dout, highest, log_total, delta, row, begin, stop, end,
-    key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-    key_row_stride, value_row_stride,
+    acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, begin, stop, end,
+    key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+    softmax_scale, softcap, key_row_stride, value_row_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LISTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SOFT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the share of the list's keys from `begin` up to `stop` to dquery; lanes past `end` do not count."""
+    """Adds the share of the list's keys from `begin` up to `stop` to dquery and to minus dthreshold.
+
+    Lanes past `end` do not count.
+    """
     CHECKED: tl.constexpr = MASKED or not LISTED
     for offset in range(begin, stop, BLOCK_N):
         key_index, bias, counts = load_keys(entries_ptr, biases_ptr, offset, end, BLOCK_N, LISTED, HAS_BIAS, MASKED)
@@ -221,6 +243,10 @@ def _dquery_run(
         value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, CHECKED)
         dots = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         logits, factor = _score(dots, bias[None, :], softmax_scale, softcap, HAS_SOFTCAP)
+        if HAS_SOFT:
+            score, contested_from = load_scores(score_ptr, contested_ptr, key_index, counts)
+            gate, slope = soft_gate(score[None, :], threshold[:, None], contested_from[None, :], row[:, None])
+            logits += gate
         weights = tl.exp2(logits - highest[:, None] - log_total[:, None])
         if MASKED:
             visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, LISTED)
@@ -228,9 +254,11 @@ def _dquery_run(
         elif not LISTED:
             weights = tl.where(counts[None, :], weights, 0.0)
         dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
-        dscores = weights * (dweights - delta[:, None]) * factor
-        acc = tl.dot(dscores.to(key.dtype), key, acc, input_precision=PRECISION)
-    return acc
+        dlogits = weights * (dweights - delta[:, None])
+        if HAS_SOFT:
+            dthreshold += tl.sum(dlogits * slope, axis=1)
+        acc = tl.dot((dlogits * factor).to(key.dtype), key, acc, input_precision=PRECISION)
+    return acc, dthreshold
 
 
 @triton.jit
@@ -238,19 +266,22 @@ def _dkey_dvalue(
     dkey_ptr,  # (B, Sk, SUM_HEADS, D) float32
     dvalue_ptr,  # (B, Sk, SUM_HEADS, D) float32
     dimportance_ptr,  # (B, Hi, Sk) float32
+    dscore_ptr,  # (B, Hi, Sk) float32
     first_epoch,
     dout_ptr,  # (B, Sq, H, D)
     stats_ptr,  # (2, B, H, Sq)
     delta_ptr,  # (B, H, Sq)
     query_ptr, key_ptr, value_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
-    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, softmax_scale, softcap,
+    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, score_ptr, threshold_ptr, contested_ptr,
+    softmax_scale, softcap,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
     seqlen_q, seqlen_k, num_epochs, capacity, tiles_per_epoch,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SOFT: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUM_HEADS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     epoch = first_epoch + tl.program_id(1)
@@ -276,6 +307,10 @@ def _dkey_dvalue(
         key = gather_rows(key_ptr, key_index, key_row_stride, counts, HEAD_DIM, BLOCK_D, True)
         value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, True)
         key_place = head.to(tl.int64) * seqlen_k + key_index
+        if HAS_SOFT:
+            score, contested_from = load_scores(score_ptr, contested_ptr, key_place, counts)
+        else:
+            score, contested_from = bias, key_index  # nobody reads them
         if LISTED:
             birth = tl.load(birth_ptr + key_place, mask=counts, other=2147483647)
             death = tl.load(death_ptr + key_place, mask=counts, other=-1)
@@ -304,19 +339,22 @@ def _dkey_dvalue(
         dkey = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dvalue = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dimportance = tl.zeros((BLOCK_N,), tl.float32)
-        dkey, dvalue, dimportance = _dkey_dvalue_run(
-            dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_token, first_full,
-            batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr,
+        dscore = tl.zeros((BLOCK_N,), tl.float32)
+        dkey, dvalue, dimportance, dscore = _dkey_dvalue_run(
+            dkey, dvalue, dimportance, dscore, key, value, bias, score, contested_from, birth, death, epoch,
+            first_token, first_full,
+            batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr, threshold_ptr,
             softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
-            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, PRECISION,
-            True,
+            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, HAS_SOFT,
+            PRECISION, True,
         )  # fmt: skip
-        dkey, dvalue, dimportance = _dkey_dvalue_run(
-            dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_full, last_token,
-            batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr,
+        dkey, dvalue, dimportance, dscore = _dkey_dvalue_run(
+            dkey, dvalue, dimportance, dscore, key, value, bias, score, contested_from, birth, death, epoch,
+            first_full, last_token,
+            batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr, threshold_ptr,
             softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
-            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, PRECISION,
-            False,
+            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, HAS_SOFT,
+            PRECISION, False,
         )  # fmt: skip
 
         dim = tl.arange(0, BLOCK_D)
@@ -328,16 +366,19 @@ def _dkey_dvalue(
         tl.atomic_add(dvalue_ptr + place, dvalue, mask=mask, sem="relaxed")
         if HAS_BIAS:
             tl.atomic_add(dimportance_ptr + key_place, dimportance, mask=counts, sem="relaxed")
+        if HAS_SOFT:
+            tl.atomic_add(dscore_ptr + key_place, dscore, mask=counts, sem="relaxed")
 
 
 @triton.jit
 def _dkey_dvalue_run(
-    dkey, dvalue, dimportance, key, value, bias, birth, death, epoch, first_token, last_token,
-    batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr,
+    dkey, dvalue, dimportance, dscore, key, value, bias, score, contested_from, birth, death, epoch,
+    first_token, last_token,
+    batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr, threshold_ptr,
     softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EPOCH: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SOFT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the epoch's tokens from first_token up to last_token to the gradients of a key tile."""
     dim = tl.arange(0, BLOCK_D)
@@ -361,6 +402,11 @@ def _dkey_dvalue_run(
 
         dots = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         logits, factor = _score(dots, bias[:, None], softmax_scale, softcap, HAS_SOFTCAP)
+        if HAS_SOFT:
+            head = batch * HEADS + head_in_batch
+            threshold = load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, True)
+            gate, slope = soft_gate(score[:, None], threshold[None, :], contested_from[:, None], row[None, :])
+            logits += gate
         weights = tl.exp2(logits - highest[None, :] - log_total[None, :])
         if MASKED:
             visible = (birth[:, None] <= row[None, :]) & (row[None, :] < death[:, None])
@@ -369,5 +415,7 @@ def _dkey_dvalue_run(
         dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)
         dlogits = weights * (dweights - delta[None, :])
         dimportance += tl.sum(dlogits, axis=1)
+        if HAS_SOFT:
+            dscore += tl.sum(dlogits * slope, axis=1)
         dkey = tl.dot((dlogits * factor).to(query.dtype), query, dkey, input_precision=PRECISION)
-    return dkey, dvalue, dimportance
+    return dkey, dvalue, dimportance, dscore

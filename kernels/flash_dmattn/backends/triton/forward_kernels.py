@@ -12,8 +12,11 @@ from flash_dmattn.backends.triton.tiles import (
     gather_rows,
     is_visible,
     load_keys,
+    load_scores,
+    load_thresholds,
     query_rows,
     query_tile,
+    soft_gate,
     tanh,
 )
 from flash_dmattn.calls import AttentionCall
@@ -60,6 +63,9 @@ def _forward(
     biases_ptr,  # (B, Hi, epochs, capacity)
     sections_ptr,  # (B, Hi, epochs, 3)
     stretches_ptr,  # (B, Hi, epochs, tiles, 2)
+    score_ptr,  # (B, Hi, Sk)
+    threshold_ptr,  # (B, Hi, Sq)
+    contested_ptr,  # (B, Hi, Sk)
     softmax_scale,
     softcap,
     query_batch_stride,
@@ -87,6 +93,7 @@ def _forward(
     HAS_SOFTCAP: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    HAS_SOFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,6 +109,8 @@ def _forward(
     biases_ptr += list_index * capacity
     birth_ptr += head.to(tl.int64) * seqlen_k
     death_ptr += head.to(tl.int64) * seqlen_k
+    score_ptr += head.to(tl.int64) * seqlen_k
+    contested_ptr += head.to(tl.int64) * seqlen_k
     kv_head = (head_in_batch // HEADS_PER_KV).to(tl.int64)
     key_ptr += batch.to(tl.int64) * key_batch_stride + kv_head * key_head_stride
     value_ptr += batch.to(tl.int64) * value_batch_stride + kv_head * value_head_stride
@@ -114,6 +123,7 @@ def _forward(
     query_address = (query_address + query_head.to(tl.int64) * query_head_stride)[:, None] + dim[None, :]
     is_query = exists[:, None] & (dim < HEAD_DIM)[None, :]
     query = tl.load(query_address, mask=is_query, other=0.0)
+    threshold = load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, HAS_SOFT)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -123,22 +133,22 @@ def _forward(
     )
     # Three runs: keys of which some have died, keys that all rows see, keys of which some are not born.
     acc, highest, total = _attend(
-        acc, highest, total, query, row, begin, first_full, end,
-        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        acc, highest, total, query, row, threshold, begin, first_full, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+        softmax_scale, softcap, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
     )  # fmt: skip
     acc, highest, total = _attend(
-        acc, highest, total, query, row, first_full, last_full, end,
-        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, False,
+        acc, highest, total, query, row, threshold, first_full, last_full, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+        softmax_scale, softcap, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, False,
     )  # fmt: skip
     acc, highest, total = _attend(
-        acc, highest, total, query, row, last_full, end, end,
-        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-        key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, PRECISION, True,
+        acc, highest, total, query, row, threshold, last_full, end, end,
+        key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+        softmax_scale, softcap, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
     )  # fmt: skip
 
     sees_any = (row >= 0) & (total != 0)  # NaN is not nothing
@@ -157,11 +167,11 @@ def _forward(
 
 @triton.jit
 def _attend(
-    acc, highest, total, query, row, begin, stop, end,
-    key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, softmax_scale, softcap,
-    key_row_stride, value_row_stride,
+    acc, highest, total, query, row, threshold, begin, stop, end,
+    key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
+    softmax_scale, softcap, key_row_stride, value_row_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SOFT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Folds the list's keys from `begin` up to `stop` into the running softmax; lanes past `end` do not count."""
     for offset in range(begin, stop, BLOCK_N):
@@ -173,6 +183,10 @@ def _attend(
         else:
             logits = logits * (softmax_scale * LOG2E)
         logits += bias[None, :]
+        if HAS_SOFT:
+            score, contested_from = load_scores(score_ptr, contested_ptr, key_index, counts)
+            gate, _ = soft_gate(score[None, :], threshold[:, None], contested_from[None, :], row[:, None])
+            logits += gate
         if MASKED:
             visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, True)
             logits = tl.where(visible, logits, float("-inf"))

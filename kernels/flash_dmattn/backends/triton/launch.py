@@ -38,6 +38,7 @@ class Launch:
             lists.biases,
             lists.sections,
             lists.stretches,
+            *((None, None, None) if call.soft is None else call.soft),
         )
         return (
             call.query,
@@ -71,5 +72,6 @@ class Launch:
             "HAS_SOFTCAP": call.softcap > 0,
             "HAS_START": call.is_ordered,
             "HAS_POSITIONS": call.query_positions is not None,
+            "HAS_SOFT": call.soft is not None,
             "PRECISION": "ieee" if call.query.dtype == torch.float32 else "tf32",
         }

@@ -117,3 +117,35 @@ def find_stretch(
     first_full = begin + tl.cdiv(tl.maximum(num_dying - begin, 0), BLOCK_N) * BLOCK_N
     last_full = first_full + tl.maximum(num_alive - first_full, 0) // BLOCK_N * BLOCK_N
     return begin, tl.minimum(first_full, end), tl.minimum(last_full, end), end
+
+
+@triton.jit
+def soft_gate(score, threshold, contested_from, row):
+    """Returns log2 of the sigmoid gates of pairs, and their slope, natural log gate by score; 0 where none is gated.
+
+    The arguments broadcast against each other: keys along one axis, query rows along the other.
+    """
+    is_gated = (row >= contested_from) & (threshold > float("-inf"))
+    distance = tl.where(is_gated, score - tl.where(is_gated, threshold, 0.0), 0.0) * LOG2E
+    falling = tl.exp2(-tl.abs(distance))  # never overflows
+    gate = tl.minimum(distance, 0.0) - tl.log2(1.0 + falling)
+    slope = tl.where(distance >= 0, falling, 1.0) / (1.0 + falling)
+    return tl.where(is_gated, gate, 0.0), tl.where(is_gated, slope, 0.0)
+
+
+@triton.jit
+def load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, HAS_SOFT: tl.constexpr):
+    """Returns the threshold of each query row, -inf where nothing is gated."""
+    if HAS_SOFT:
+        place = head.to(tl.int64) * seqlen_q + query_index
+        threshold = tl.load(threshold_ptr + place, mask=exists, other=float("-inf"))
+    else:
+        threshold = query_index.to(tl.float32)  # nobody reads it
+    return threshold
+
+
+@triton.jit
+def load_scores(score_ptr, contested_ptr, key_index, counts):
+    """Returns the scores of keys and the rows from which they are gated."""
+    score = tl.load(score_ptr + key_index, mask=counts, other=0.0)
+    return score, tl.load(contested_ptr + key_index, mask=counts, other=2147483647)
