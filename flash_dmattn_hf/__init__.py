@@ -4,14 +4,14 @@ Importing this package registers the attention implementation "flash_dmattn", so
 `AutoModelForCausalLM.from_pretrained(path, attn_implementation="flash_dmattn")` works; `unregister()` undoes it.
 """
 
-from flash_dmattn_hf.attach import AttachReport, get_gate, iter_gates
-from flash_dmattn_hf.cache import DynamicMaskCache
-from flash_dmattn_hf.calibration import Calibration
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.config import DynamicMaskConfig, dynamic_mask_config
-from flash_dmattn_hf.conversion import ConversionReport, convert_model
-from flash_dmattn_hf.importance import ImportanceGate
-from flash_dmattn_hf.loss import use_chunked_loss
-from flash_dmattn_hf.registration import register, unregister
+from flash_dmattn_hf.conversion.calibration import Calibration
+from flash_dmattn_hf.conversion.convert import ConversionReport, convert_model
+from flash_dmattn_hf.gates.attach import AttachReport, iter_gates
+from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
+from flash_dmattn_hf.integration.registration import register, unregister
+from flash_dmattn_hf.training.loss import use_chunked_loss
 
 __all__ = [
     "AttachReport",

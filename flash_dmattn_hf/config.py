@@ -4,16 +4,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+from flash_dmattn_hf.forms import DEFAULT_FORM, FORMS
 
 SECTION = "flash_dmattn"
 """The attribute of a model config that holds the settings as a dict."""
 
 _NUMBERS = {"keep_window_size": 1, "num_sink_tokens": 0, "local_window_size": 0}
-_FORMS = {"importance": ("zoh", "log_zoh"), "importance_heads": ("kv", "query")}
+IMPORTANCE_HEADS = ("kv", "query")
+_CHOICES = {"importance": FORMS, "importance_heads": IMPORTANCE_HEADS}
 _SWITCHES = ("add_importance_bias", "dt_proj_bias")
 
 _load_time_values: ContextVar[dict[str, Any] | None] = ContextVar("flash_dmattn_load_time_values", default=None)
+
+
+class Windows(NamedTuple):
+    """Which keys of one layer stay visible: the arguments of `flash_dmattn.select_visible` of these names."""
+
+    keep_window_size: int
+    num_sink_tokens: int
+    local_window_size: int
+    sliding_window: int | None
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,11 @@ class DynamicMaskConfig:
     num_sink_tokens: s, leading tokens of a sequence that are always seen; None: min(4, w // 4) for a dense
         checkpoint, 0 for a model trained with dynamic masks.
     local_window_size: r, most recent tokens that are always seen; None: 3w // 4 and 0, in the same way.
-    importance: "log_zoh" for A * softplus(dt), "zoh" for its exponential.
+    importance: the name of one of `forms.FORMS`: "log_zoh" for A * softplus(dt), "zoh" for its exponential.
     importance_heads: "kv" for one importance per key and kv head, "query" for one per query head.
     add_importance_bias: add the importance to the logits; without it nothing trains the importance.
     dt_proj_bias: whether the projection of the values has a bias.
-    initializer_std: A starts as N(0, std), or exactly 0 when std is 0.
+    initializer_std: A starts at 0, where all keys tie, or spreads around it with this standard deviation.
     layers: indices of the layers to attach to; None: all that are eligible.
 
     Raises ValueError for a value outside these ranges or s + r > w.
@@ -37,7 +49,7 @@ class DynamicMaskConfig:
     keep_window_size: int = 2048
     num_sink_tokens: int | None = None
     local_window_size: int | None = None
-    importance: str = "log_zoh"
+    importance: str = DEFAULT_FORM
     importance_heads: str = "kv"
     add_importance_bias: bool = True
     dt_proj_bias: bool = False
@@ -56,7 +68,7 @@ class DynamicMaskConfig:
                 "num_sink_tokens + local_window_size must not exceed keep_window_size, got "
                 f"{self.num_sink_tokens or 0} + {self.local_window_size or 0} > {self.keep_window_size}"
             )
-        for name, choices in _FORMS.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         for name in _SWITCHES:

@@ -30,7 +30,7 @@ from benchmark_report import environment, header, save_json
 from decode_picture import draw
 from flash_dmattn.slots import Slots, decode_step, make_slots, refresh_victims
 from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config
-from flash_dmattn_hf.captured import CapturedForward, StepForward
+from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256,
@@ -295,11 +295,11 @@ def filled_slots(model, batch: int, context: int, static: bool) -> DynamicMaskCa
 def fill(cache: DynamicMaskCache, context: int) -> None:
     """Slots as a context of random keys leaves them, where they are."""
     for layer in cache.mask_layers:
-        settings = layer.gate.config
-        competition = {name: getattr(settings, name) for name in ("num_sink_tokens", "local_window_size")}
+        num_slots, sinks, local, _ = layer.windows
+        competition = {"num_sink_tokens": sinks, "local_window_size": local}
         for state in (layer.keys, layer.values, layer.importance):
             state.normal_()
-        layer.positions.copy_(kept_positions(layer.capacity, context, **competition))
+        layer.positions.copy_(kept_positions(num_slots, context, **competition))
         layer.lengths.fill_(context)
         refresh_victims(layer.slots, **competition)
         layer.num_rows = context

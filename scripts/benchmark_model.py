@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmark_report import environment, header, save_json
 from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config, iter_gates
-from flash_dmattn_hf.loss import use_chunked_loss
 from flash_dmattn_hf.progress import progress_bar
+from flash_dmattn_hf.training.loss import use_chunked_loss
 
 DENSE = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 CHECK_LAYERS = 4

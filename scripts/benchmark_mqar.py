@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from benchmark_report import environment, header, save_json
-from mqar import SCHEDULES, VARIANTS, Run, Task, make_runs
-from mqar_calibration import calibrate
-from mqar_models import Models, Optimizer
-from mqar_training import Step
+from mqar.calibration import calibrate
+from mqar.models import Models, Optimizer
+from mqar.task import SCHEDULES, VARIANTS, Run, Task, make_runs
+from mqar.training import Step
 
 
 def main() -> None:

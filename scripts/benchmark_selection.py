@@ -1,6 +1,6 @@
 """Times the selection (importance -> one interval per key) and checks it against the sorted definition first.
 
-python scripts/benchmark_selection.py --json docs/benchmarks/selection_cpu.json
+python scripts/benchmark_selection.py --json docs/benchmarks/selection_h100.json
 
 With the CUDA library also the building of key lists for query tiles of 32 tokens, and both as CUDA graphs, which
 leaves out the time of launching them.
@@ -14,7 +14,7 @@ import torch
 import flash_dmattn
 from benchmark_report import environment, header, median_milliseconds, save_json
 from flash_dmattn.backends.cuda import library, lists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 DRIFT = 90.0
 """How much the drifting importance rises from the first key to the last, against noise of standard deviation 1."""
@@ -97,9 +97,8 @@ def list_call(importance: torch.Tensor, visibility: flash_dmattn.Visibility, kee
     """Returns a causal call of as many queries as keys, as far as key lists look at it."""
     batch, heads, seqlen = importance.shape
     tokens = importance.new_empty(batch, seqlen, heads, 1)
-    start = torch.zeros(batch, dtype=torch.int32, device=importance.device)
-    return AttentionCall(
-        tokens, tokens, tokens, importance, *visibility, start, None, keep_window_size, 1.0, 0.0, deterministic=False
+    return AttentionCall.prepare(
+        tokens, tokens, tokens, importance, visibility, query_start=0, max_visible=keep_window_size
     )
 
 

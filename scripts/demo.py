@@ -24,10 +24,10 @@ import train
 from benchmark_report import environment, save_json
 from demo_report import draw, table
 from flash_dmattn_hf import DynamicMaskCache
-from flash_dmattn_hf.checkpoint import find_source, load_model, load_tokenizer
 from flash_dmattn_hf.cli import main as flash_dmattn
+from flash_dmattn_hf.conversion.checkpoint import find_source, load_model, load_tokenizer
+from flash_dmattn_hf.conversion.variants import dense
 from flash_dmattn_hf.progress import progress_bar
-from flash_dmattn_hf.variants import dense
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_EVERY = 3  # every third file of the library is held out

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$ROOT/scripts/environment.sh"
+source "$ROOT/scripts/ci/environment.sh"
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,8p' "${BASH_SOURCE[0]}"

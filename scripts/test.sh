@@ -10,7 +10,7 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$ROOT/scripts/environment.sh"
+source "$ROOT/scripts/ci/environment.sh"
 cd "$ROOT"
 
 use_venv=true second_leg=true
@@ -59,7 +59,7 @@ if [[ ! -f "$old/complete" ]]; then
     touch "$old/complete"
 fi
 export PYTHONPATH="$old${PYTHONPATH:+:$PYTHONPATH}"
-"$python" "$ROOT/scripts/check_transformers.py" 5.17.0 "$old" \
+"$python" "$ROOT/scripts/ci/check_transformers.py" 5.17.0 "$old" \
     || fail "the second leg can't run in this environment; --skip-5.17 leaves it out"
 echo "== integration tests, transformers 5.17.0"
 "${pytest[@]}" tests/hf "$@"

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from flash_dmattn_hf import dynamic_mask_config
-from flash_dmattn_hf.loss import use_chunked_loss
-from flash_dmattn_hf.training import ImportanceCallback, freeze_all_but_importance, parameter_groups
+from flash_dmattn_hf.training.importance import ImportanceCallback, freeze_all_but_importance, parameter_groups
+from flash_dmattn_hf.training.loss import use_chunked_loss
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from hf.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+EVERY_PAGE = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s#]*)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 CHECKPOINT = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -63,3 +65,26 @@ def test_scripts_that_the_documents_name_exist():
     for path in DOCUMENTS:
         for name in re.findall(r"\b((?:scripts|configs|docs)/[\w./-]+\.\w+)", path.read_text()):
             assert (REPOSITORY / name).exists(), f"{path.name} names {name}, which does not exist"
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that the headings of a page get."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", EVERY_PAGE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_link_leads_somewhere(path):
+    for target, anchor in LINK.findall(path.read_text()):
+        if target.startswith(("https:", "mailto:")):
+            continue
+        page = (path.parent / target).resolve() if target else path
+        assert page.exists(), f"links to {target}, which does not exist"
+        assert not anchor or anchor in anchors(page), f"links to {target}{anchor}, but there is no such heading"
+
+
+def test_every_result_is_linked_from_a_page():
+    pages = "".join(path.read_text() for path in EVERY_PAGE)
+    results = [file for folder in ("benchmarks", "demo") for file in (REPOSITORY / "docs" / folder).iterdir()]
+    assert results
+    assert not [file.name for file in results if f"{file.parent.name}/{file.name})" not in pages]

@@ -72,10 +72,10 @@ def test_an_engine_that_is_not_there_is_an_error(tmp_path):
 
 def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from mqar import SCHEDULES, VARIANTS, Task, make_runs
-    from mqar_calibration import calibrate
-    from mqar_models import Models, Optimizer
-    from mqar_training import losses_of
+    from mqar.calibration import calibrate
+    from mqar.models import Models, Optimizer
+    from mqar.task import SCHEDULES, VARIANTS, Task, make_runs
+    from mqar.training import losses_of
 
     task = Task(32, 4, 8, 8, 8)
     all_runs = make_runs(VARIANTS, SCHEDULES, 2, [1e-2])
@@ -112,9 +112,9 @@ def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: only there steps are captured")
 def test_a_captured_step_trains_as_one_that_is_launched(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from mqar import SCHEDULES, VARIANTS, Task, make_runs
-    from mqar_models import Models, Optimizer
-    from mqar_training import Step
+    from mqar.models import Models, Optimizer
+    from mqar.task import SCHEDULES, VARIANTS, Task, make_runs
+    from mqar.training import Step
 
     tasks = [Task(64, 8, 16, 16, 16), Task(128, 16, 16, 16, 16)]
     runs = make_runs(VARIANTS, SCHEDULES, 1, [1e-3])

@@ -9,8 +9,8 @@ import warnings
 
 import torch
 
-from flash_dmattn_hf.checkpoint import first_line
 from flash_dmattn_hf.cli import convert, evaluate, generate, info
+from flash_dmattn_hf.conversion.checkpoint import first_line
 
 COMMANDS = (convert, info, evaluate, generate)
 BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfMemoryError)

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from flash_dmattn_hf.checkpoint import Source, load_model, load_tokenizer
+from flash_dmattn_hf.conversion.checkpoint import Source, load_model, load_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHUNK = 1 << 18

@@ -4,12 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from flash_dmattn_hf.atomic import atomic_directory, check_destination
-from flash_dmattn_hf.calibration import Calibration
-from flash_dmattn_hf.checkpoint import find_source, load_tokenizer
 from flash_dmattn_hf.cli import common
-from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.conversion import convert_model
+from flash_dmattn_hf.config import IMPORTANCE_HEADS, DynamicMaskConfig
+from flash_dmattn_hf.conversion.atomic_directory import atomic_directory, check_destination
+from flash_dmattn_hf.conversion.calibration import Calibration
+from flash_dmattn_hf.conversion.checkpoint import find_source, load_tokenizer
+from flash_dmattn_hf.conversion.convert import convert_model
+from flash_dmattn_hf.forms import FORMS
 
 MOST_TOKENS = 1 << 17
 """Tokens that are read of a text unless --calibration-tokens asks for more; the largest models need this many."""
@@ -49,13 +50,13 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
     )
     masks.add_argument(
         "--importance",
-        choices=("log_zoh", "zoh"),
+        choices=list(FORMS),
         default=defaults.importance,
-        help="A * softplus(dt), or its exponential (default: %(default)s)",
+        help=f"{', '.join(f'{name}: {form.formula}' for name, form in FORMS.items())} (default: %(default)s)",
     )
     masks.add_argument(
         "--importance-heads",
-        choices=("kv", "query"),
+        choices=IMPORTANCE_HEADS,
         default=defaults.importance_heads,
         help="one importance per kv head or per query head (default: %(default)s)",
     )

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from flash_dmattn_hf.attach import iter_gates
-from flash_dmattn_hf.checkpoint import find_source
 from flash_dmattn_hf.cli import common
 from flash_dmattn_hf.cli.info import versions
-from flash_dmattn_hf.conversion import convert_model
-from flash_dmattn_hf.evaluation import perplexity
-from flash_dmattn_hf.variants import dense, with_window, without_importance
+from flash_dmattn_hf.conversion.checkpoint import find_source
+from flash_dmattn_hf.conversion.convert import convert_model
+from flash_dmattn_hf.conversion.variants import dense, with_window, without_importance
+from flash_dmattn_hf.evaluation.perplexity import perplexity
+from flash_dmattn_hf.gates.attach import iter_gates
 
 DESCRIPTION = """\
 Cuts a text into stretches as long as the longest context and scores the end of each: as many tokens as half
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     common.check_length(model, stretch_length, "--contexts")
     if next(iter_gates(model), None) is None:
         convert_model(model)
-    windows = args.windows or [next(iter_gates(model))[2].config.keep_window_size]
+    windows = args.windows or [next(iter_gates(model))[2].windows.keep_window_size]
 
     rows, num_tokens = [], 0
     for label, variant in variants(model, windows):

@@ -7,9 +7,9 @@ import time
 import torch
 from transformers import TextStreamer
 
-from flash_dmattn_hf.cache import DynamicMaskCache
-from flash_dmattn_hf.checkpoint import find_source
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cli import common
+from flash_dmattn_hf.conversion.checkpoint import find_source
 
 DESCRIPTION = """\
 Generates text with a cache of constant size. The text goes to stdout, the numbers to stderr.

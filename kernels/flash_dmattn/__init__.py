@@ -6,8 +6,8 @@ attends over such intervals. `flash_dmattn_func` and its kin take any mask and a
 """
 
 from flash_dmattn.attention import dynamic_mask_attention, interval_attention
-from flash_dmattn.backends.gpu import why_no_gpu
-from flash_dmattn.dispatch import explain_backends, get_available_backends
+from flash_dmattn.backends.device import why_no_gpu
+from flash_dmattn.dispatch import explain_backends, explain_jobs, get_available_backends
 from flash_dmattn.interface import (
     flash_dmattn_func,
     flash_dmattn_func_auto,
@@ -32,6 +32,7 @@ __all__ = [
     "Visibility",
     "dynamic_mask_attention",
     "explain_backends",
+    "explain_jobs",
     "flash_dmattn_func",
     "flash_dmattn_func_auto",
     "flash_dmattn_kvpacked_func",
@@ -49,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> bool:
     """CUDA_AVAILABLE, TRITON_AVAILABLE, FLEX_AVAILABLE: asked for when they are read, not at import."""
-    if name == "CUDA_AVAILABLE":  # the GPU engine, whose kernels for masks and biases are written in Triton
+    if name == "CUDA_AVAILABLE":  # for masks and biases, whose kernels are written in Triton
         return why_no_gpu() is None and explain_backends()["triton"] is None
     if name in ("TRITON_AVAILABLE", "FLEX_AVAILABLE"):
         return explain_backends()[name.removesuffix("_AVAILABLE").lower()] is None

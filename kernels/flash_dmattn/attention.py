@@ -4,8 +4,8 @@ import torch
 
 from flash_dmattn import arguments
 from flash_dmattn.aliases import accept_aliases
-from flash_dmattn.call import AttentionCall
-from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
+from flash_dmattn.calls import AttentionCall
+from flash_dmattn.dispatch import ATTENTION, check_backend_name, choose, differentiates_itself
 from flash_dmattn.ops import run_attention
 from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import NEVER, Visibility
@@ -36,7 +36,7 @@ def interval_attention(
     query: (B, Sq, H, D), float16, bfloat16, float32 or float64.
     key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
     importance: (B, Hi, Sk) floating point, Hi = Hkv or H, added to the logits in float32 (NaN as -inf, +inf as the
-        largest float32; a key of -inf weighs 0), or None for no bias. GPU engines add 2.3e38 at most, and a key below
+        largest float32; a key of -inf weighs 0), or None for no bias. GPU backends add 2.3e38 at most, and a key below
         -2.3e38 weighs 0.
     visibility: birth and death, int32 (B, Hi, Sk); or None: every key from its own row on, as in dense attention.
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
@@ -45,7 +45,7 @@ def interval_attention(
     softcap: logits are softcap * tanh(logits / softcap) before the bias; 0 is off.
     add_importance_bias: when False the importance is not added and has no gradient.
     max_visible: n consecutive rows see no more than max_visible + n keys altogether (the w of a causal selection), a
-        promise that saves a GPU engine from counting them; None: it counts.
+        promise that saves a GPU backend from counting them; None: it counts.
     deterministic: equal inputs give bitwise equal gradients.
     return_lse: also return the natural-log sum of exp of each query's logits.
     backend: "auto" or one of `get_available_backends()`.
@@ -63,21 +63,21 @@ def interval_attention(
     check_backend_name(backend)
     if query_positions is None and query_start is None:
         query_start = key.shape[1] - query.shape[1]
-    return attend_intervals(
+    call = AttentionCall.prepare(
         query,
         key,
         value,
         importance if add_importance_bias else None,
         visibility,
-        query_start,
-        query_positions,
-        max_visible,
-        softmax_scale,
-        softcap,
-        deterministic,
-        return_lse,
-        backend,
+        query_start=query_start,
+        query_positions=query_positions,
+        max_visible=max_visible,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        deterministic=deterministic,
     )
+    out, lse = attend(call, backend)
+    return (out, lse) if return_lse else out
 
 
 @accept_aliases(window_size="keep_window_size")
@@ -111,7 +111,7 @@ def dynamic_mask_attention(
     padding_mask: (B, Sk) bool, True for real tokens. Padding is visible to nobody, takes no place in any window,
         and its query rows give out 0, lse -inf and no gradient, whatever stands in them.
     cu_seqlens: (num_docs + 1,) int32, document boundaries of a packed batch: B = 1, Sq = Sk.
-    max_seqlen: the longest document; accepted because callers have it, no engine needs it.
+    max_seqlen: the longest document; accepted because callers have it, no backend needs it.
 
     Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
 
@@ -144,69 +144,26 @@ def dynamic_mask_attention(
     if padding_mask is not None:
         rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, dtype=torch.int32, device=query.device)
         query_positions = torch.where(padding_mask[:, seqlen_k - seqlen_q :], rows, -1)
-    return attend_intervals(
+    call = AttentionCall.prepare(
         query,
         key,
         value,
         importance if add_importance_bias else None,
         visibility,
-        seqlen_k - seqlen_q,
-        query_positions,
+        query_start=seqlen_k - seqlen_q,
+        query_positions=query_positions,
         # Not causal, a packed document shows its w keys at once: rows can see the end of one and all of the next.
-        min(keep_window_size if is_causal else 2 * keep_window_size, NEVER),
-        softmax_scale,
-        softcap,
-        deterministic,
-        return_lse,
-        backend,
+        max_visible=min(keep_window_size if is_causal else 2 * keep_window_size, NEVER),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        deterministic=deterministic,
     )
-
-
-def attend_intervals(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    importance: torch.Tensor | None,
-    visibility: Visibility | None,
-    query_start: int | torch.Tensor | None,
-    query_positions: torch.Tensor | None,
-    max_visible: int | None,
-    softmax_scale: float | None,
-    softcap: float,
-    deterministic: bool,
-    return_lse: bool,
-    backend: str,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Calls the operator with checked arguments; given both, query_positions is query_start + i or -1."""
-    batch, _, _, head_dim = query.shape
-    if isinstance(query_start, torch.Tensor):
-        query_start = query_start.contiguous()
-    elif visibility is None and query_positions is None and query_start == key.shape[1] - query.shape[1]:
-        query_start = None  # engines know that row without being told
-    elif query_start is not None:
-        query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
-    query_positions = None if query_positions is None else query_positions.contiguous()
-    if importance is not None:
-        precision = torch.float64 if query.dtype == torch.float64 else torch.float32
-        importance = importance.to(precision).contiguous()
-    birth, death = (None, None) if visibility is None else (bound.contiguous() for bound in visibility)
-    call = (
-        query,
-        key,
-        value,
-        importance,
-        birth,
-        death,
-        query_start,
-        query_positions,
-        max_visible,
-        head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
-        float(softcap),
-        deterministic,
-    )
-    if differentiates_itself(backend):
-        call = AttentionCall(*call)
-        out, lse = choose_backend(call, backend).attend(call)
-    else:
-        out, lse, _ = run_attention(*call, backend)
+    out, lse = attend(call, backend)
     return (out, lse) if return_lse else out
+
+
+def attend(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a call on the backend of that name, differentiably. Returns out (B, Sq, H, D) and lse (B, H, Sq)."""
+    if differentiates_itself(backend):
+        return choose(ATTENTION, call, backend).attend(call)
+    return run_attention(call, backend)

@@ -1,11 +1,16 @@
-"""Which backend serves a call. Detection happens here, once; no other file asks which backend runs."""
+"""Which backend does a job. Every choice of this package is made here, and said once at INFO; others only ask."""
 
 import functools
 import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
 
 from flash_dmattn.backends import BACKENDS
-from flash_dmattn.decode_call import DecodeCall
+from flash_dmattn.dense.backends import DENSE_BACKENDS
 
 logger = logging.getLogger("flash_dmattn")
 
@@ -13,9 +18,73 @@ ENVIRONMENT_VARIABLE = "FLASH_DMATTN_BACKEND"
 """Names the backend that "auto" stands for, when set."""
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A kind of work that backends do.
+
+    reject: name of the function that says why a backend refuses a call.
+    serve: names of functions; a backend that does the job has one of them.
+    family: the backends that come into question, best first. aliases: names that stand for another of them.
+    otherwise: the backend whose code stands beside the caller and serves what the others do not; None: there is none.
+    """
+
+    name: str
+    reject: str
+    serve: tuple[str, ...]
+    family: dict[str, ModuleType] = field(default_factory=lambda: BACKENDS)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    otherwise: str | None = None
+
+    @functools.cached_property
+    def backends(self) -> dict[str, ModuleType]:
+        """The backends that do the job, best first."""
+        return {
+            name: backend
+            for name, backend in self.family.items()
+            if any(hasattr(backend, function) for function in self.serve)
+        }
+
+    def why_not(self, name: str, *call) -> str | None:
+        """Returns why the backend of that name cannot serve a call here, or None."""
+        backend = self.backends.get(name)
+        if backend is None:
+            return f"it does no {self.name}"
+        return backend.why_unavailable() or getattr(backend, self.reject)(*call)
+
+
+ATTENTION = Job("attention", "reject", ("forward", "attend"))
+DENSE_ATTENTION = Job(
+    "attention under masks and biases", "reject", ("forward", "attend"), DENSE_BACKENDS, aliases={"cuda": "triton"}
+)
+DECODING = Job("decoding", "reject_decoding", ("decode",))
+SELECTION = Job("selection", "reject_selection", ("select_visible",), otherwise="reference")
+KEY_LISTS = Job("key lists", "reject_key_lists", ("build_key_lists",), otherwise="triton")
+ORDER_STATISTICS = Job(
+    "order statistics", "reject_order_statistics", ("kth_smallest_in_ranges",), otherwise="reference"
+)
+TOKEN_IMPORTANCE = Job("token importance", "reject_token_importance", ("token_importance",), otherwise="reference")
+JOBS = (ATTENTION, DENSE_ATTENTION, DECODING, SELECTION, KEY_LISTS, ORDER_STATISTICS, TOKEN_IMPORTANCE)
+
+
 def explain_backends() -> dict[str, str | None]:
     """Returns, for every backend of this version, best first, why it cannot run here; None when it can."""
     return {name: backend.why_unavailable() for name, backend in BACKENDS.items()}
+
+
+def explain_jobs(device: torch.device | str | None = None) -> dict[str, dict[str, str | None]]:
+    """Returns, for every job, the backends that do it, best first, each with why it is not taken here, or None.
+
+    The first with None serves tensors on `device` (None: a GPU if there is one), unless it refuses a call, for its
+    dtype for example. The logger "flash_dmattn" says at INFO, once each, which backend does which job, and what the
+    better ones refused.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    explained = {}
+    for job in JOBS:
+        explained[job.name] = {name: _why_not_taken(backend, device) for name, backend in job.backends.items()}
+        if job.otherwise is not None:
+            explained[job.name][job.otherwise] = BACKENDS[job.otherwise].why_unavailable()
+    return explained
 
 
 def get_available_backends() -> list[str]:
@@ -29,7 +98,73 @@ def check_backend_name(name: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument} must be one of {['auto', *BACKENDS]}, got {name!r}")
 
 
-def resolve_backend_name(name: str) -> str:
+def differentiates_itself(name: str) -> bool:
+    """Whether the backend of that name is called as it is, under torch's autograd."""
+    return hasattr(BACKENDS.get(_resolve(name)), "attend")
+
+
+def choose(job: Job, call, name: str) -> ModuleType:
+    """Returns the backend that serves `call`, whose query tells the device.
+
+    name: of a backend; "auto": the first that accepts, unless the environment variable FLASH_DMATTN_BACKEND names one
+    that does the job. Raises RuntimeError with the backend's own reason when the named one cannot serve the call.
+    """
+    asked = _resolve(name)
+    resolved = job.aliases.get(asked, asked)
+    if resolved == "auto" or (name == "auto" and resolved not in job.backends):
+        return find(job, call.query.device, call)
+    reason = job.why_not(resolved, call)
+    if reason is not None:
+        raise RuntimeError(f"backend {asked!r} cannot serve this call: {reason}")
+    announce(job, resolved, f"{asked!r} was asked for")
+    return job.backends[resolved]
+
+
+def choose_backward(call, name: str) -> ModuleType:
+    """Returns the backend that serves the backward: that of the forward, or the next one where that refuses."""
+    refusals = []
+    forward = choose(ATTENTION, call, name)
+    for name, backend in ATTENTION.backends.items():
+        if not hasattr(backend, "backward") or (backend is not forward and not refusals):
+            continue
+        reason = None if backend is forward else ATTENTION.why_not(name, call)
+        if reason is None and hasattr(backend, "reject_backward"):
+            reason = backend.reject_backward(call)
+        if reason is None:
+            if refusals:
+                _announce("the backward of attention", name, "; ".join(refusals))
+            return backend
+        refusals.append(f"{name}: {reason}")
+    raise RuntimeError("no backend can serve this backward: " + "; ".join(refusals))
+
+
+def find(job: Job, device: torch.device, *call) -> ModuleType | None:
+    """Returns the first backend that accepts a call by itself; None where the code beside the caller is to serve.
+
+    Raises RuntimeError where there is no such code.
+    """
+    refusals = []
+    for name, backend in job.backends.items():
+        if not backend.is_automatic(device):
+            continue
+        reason = job.why_not(name, *call)
+        if reason is None:
+            announce(job, name, "; ".join(refusals))
+            return backend
+        refusals.append(f"{name}: {reason}")
+    if job.otherwise is None:
+        raise RuntimeError("no backend can serve this call: " + "; ".join(refusals))
+    announce(job, job.otherwise, "; ".join(refusals))
+    return None
+
+
+def announce(job: Job, name: str, reason: str) -> None:
+    """Says at INFO, once, that a backend does a job, and why it and no better one."""
+    if not torch.compiler.is_compiling():
+        _announce(job.name, name, reason)
+
+
+def _resolve(name: str) -> str:
     """Returns what "auto" stands for: itself, or the name in the environment variable FLASH_DMATTN_BACKEND."""
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -37,63 +172,13 @@ def resolve_backend_name(name: str) -> str:
     return name
 
 
-def differentiates_itself(name: str) -> bool:
-    """Whether the backend of that name is called as it is, under torch's autograd."""
-    return hasattr(BACKENDS.get(resolve_backend_name(name)), "attend")
-
-
-def choose_backend(call, name: str, backends: dict = BACKENDS):
-    """Returns the module of `backends` that serves `call`.
-
-    "auto" takes the first that accepts, unless the environment variable FLASH_DMATTN_BACKEND names one. Raises
-    RuntimeError with the backend's own reason when the named one cannot serve the call.
-    """
-    name = resolve_backend_name(name)
-    if name != "auto":
-        reason = _why_not(backends[name], call)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")
-        return backends[name]
-    refusals = []
-    for name, backend in backends.items():
-        if not backend.is_automatic(call):
-            continue
-        reason = _why_not(backend, call)
-        if reason is None:
-            _announce(name, "; ".join(refusals))
-            return backend
-        refusals.append(f"{name}: {reason}")
-    raise RuntimeError("no backend can serve this call: " + "; ".join(refusals))
-
-
-def choose_decoder(call: DecodeCall, name: str):
-    """Returns the backend module that serves a decoding step, in the same way; the CUDA library has no such kernel.
-
-    Where the environment variable asks for the CUDA library, the first of the others that accepts serves.
-    """
-    if name == "auto":
-        name = resolve_backend_name(name)
-        name = name if name == "auto" or hasattr(BACKENDS[name], "decode") else "auto"
-    candidates = [name] if name != "auto" else [name for name in BACKENDS if hasattr(BACKENDS[name], "decode")]
-    refusals = []
-    for candidate in candidates:
-        backend = BACKENDS[candidate]
-        if name == "auto" and not backend.is_automatic(call):
-            continue
-        if not hasattr(backend, "decode"):
-            reason = "it has no decoding step"
-        else:
-            reason = backend.why_unavailable() or backend.reject_decoding(call)
-        if reason is None:
-            return backend
-        refusals.append(f"{candidate}: {reason}")
-    raise RuntimeError("no backend can serve this decoding step: " + "; ".join(refusals))
-
-
-def _why_not(backend, call) -> str | None:
-    return backend.why_unavailable() or backend.reject(call)
+def _why_not_taken(backend: ModuleType, device: torch.device) -> str | None:
+    reason = backend.why_unavailable()
+    if reason is None and not backend.is_automatic(device):
+        return f"it is not taken for tensors on {device.type} unless asked for by name"
+    return reason
 
 
 @functools.cache
-def _announce(name: str, refusals: str) -> None:
-    logger.info("flash_dmattn uses the %s backend%s", name, f" ({refusals})" if refusals else "")
+def _announce(job: str, name: str, reason: str) -> None:
+    logger.info("flash_dmattn takes %s from the %s backend%s", job, name, f" ({reason})" if reason else "")

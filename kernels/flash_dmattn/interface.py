@@ -1,16 +1,13 @@
 """The functions of flash_dmattn with an arbitrary mask and bias: plain, packed, and of one backend each."""
 
 import functools
-import logging
 from collections.abc import Callable
 
 import torch
 
 from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.dense.attention import dense_attention
-from flash_dmattn.dispatch import explain_backends
-
-logger = logging.getLogger("flash_dmattn")
+from flash_dmattn.dispatch import DENSE_ATTENTION, announce, explain_backends
 
 
 @accept_aliases(q="query", k="key", v="value", softmax_scale="scale")
@@ -43,8 +40,8 @@ def flash_dmattn_func(
     return_attn_probs: return (out, lse, None) instead of out; lse (B, H, Sq), natural log.
     dropout_p: 0.
 
-    query, key, value may be named q, k, v. The engine is chosen by the tensors, a GPU one for tensors on a GPU, as
-    FLASH_DMATTN_BACKEND says if it is set.
+    query, key, value may be named q, k, v. The backend follows the tensors, one for GPUs for tensors on a GPU, or
+    is the one that FLASH_DMATTN_BACKEND names.
 
     Returns out (B, Sq, H, D); 0 for a query that sees no key, with lse -inf and no gradient.
     Raises ValueError for arguments that do not fit, TypeError for an argument and its alias.
@@ -147,7 +144,7 @@ def reference_dmattn_func(
 def flash_dmattn_func_auto(backend: str | None = None, **kwargs) -> Callable:
     """Returns the attention function of a backend, with `kwargs` bound to it if there are any.
 
-    backend: "cuda" for `flash_dmattn_func`, whose engine follows its tensors; "triton", "flex" or "reference"; None:
+    backend: "cuda" for `flash_dmattn_func`, whose backend follows its tensors; "triton", "flex" or "reference"; None:
         the best, `flash_dmattn_func`.
 
     Raises ValueError for an unknown backend, RuntimeError for "triton" or "flex" where it cannot run. "cuda" is given
@@ -163,7 +160,7 @@ def flash_dmattn_func_auto(backend: str | None = None, **kwargs) -> Callable:
         raise ValueError(f"backend must be None or one of {list(functions)}, got {backend!r}")
     reason = explain_backends()["triton" if backend == "cuda" else backend or "reference"]
     if reason is not None and backend == "cuda":
-        _say_once(f"flash_dmattn serves tensors on the CPU by the reference backend, there being no GPU one: {reason}")
+        announce(DENSE_ATTENTION, "reference", f"no GPU backend: {reason}")
     elif reason is not None:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     function = functions[backend or "cuda"]
@@ -216,8 +213,3 @@ def _attend(
         backend=backend,
     )
     return (out, lse, None) if return_attn_probs else out
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    logger.info(text)

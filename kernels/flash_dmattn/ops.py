@@ -1,174 +1,99 @@
-"""Attention over intervals as a torch operator with shapes known to the compiler and its own backward."""
+"""Attention over intervals as a torch operator with its own backward, and when a call can do without the operator."""
 
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from flash_dmattn.call import AttentionCall
-from flash_dmattn.dispatch import choose_backend
+from flash_dmattn.calls import AttentionCall
+from flash_dmattn.dispatch import ATTENTION, choose, choose_backward
+from flash_dmattn.operators import (
+    define_gradient,
+    define_operator,
+    fake_attention,
+    fake_gradient,
+    first_derivative,
+    save_call,
+    spread_gradients,
+)
 
-# Defined here rather than by torch.library.custom_op, whose checks at every call cost a short one a tenth of its time.
-_LIBRARY = torch.library.Library("flash_dmattn", "FRAGMENT")
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    importance: torch.Tensor | None,
-    birth: torch.Tensor | None,
-    death: torch.Tensor | None,
-    query_start: torch.Tensor | None,
-    query_positions: torch.Tensor | None,
-    max_visible: int | None,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq); arguments as in `AttentionCall`.
+def run_attention(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends on the backend of that name, differentiably. Returns out (B, Sq, H, D) and lse (B, H, Sq)."""
+    out, lse, _ = _run(*call.flatten(), backend)
+    return out, lse
+
+
+def can_call_directly(*tensors: torch.Tensor | None) -> bool:
+    """Whether nobody would see the operator around a kernel, whose machinery costs the host more than a launch.
+
+    So it is for plain tensors without gradients when nothing traces, maps, profiles or intercepts.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if is_in_torch_dispatch_mode() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._autograd._profiler_enabled() or tensors[0].is_meta:
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq), given an `AttentionCall` and a backend's name.
 
     stats is for the backward, because beside a huge importance lse has no room for the log of a sum: a number near
     each row's highest logit, times log2(e), inf where a row sees nothing; and log2 of the sum of exp of the logits
     less that number. It has no gradient.
     """
-    call = AttentionCall(
-        query,
-        key,
-        value,
-        importance,
-        birth,
-        death,
-        query_start,
-        query_positions,
-        max_visible,
-        softmax_scale,
-        softcap,
-        deterministic,
-    )
-    with torch.cuda.device_of(query):  # a kernel runs on the current device, whatever its tensors are on
-        return choose_backend(call, backend).forward(call)
+    call, backend = AttentionCall.unflatten(arguments), arguments[-1]
+    with torch.cuda.device_of(call.query):  # a kernel runs on the current device, whatever its tensors are on
+        return choose(ATTENTION, call, backend).forward(call)
 
 
-def fake_attention(query, *_):
-    """Returns out, lse and stats without contents."""
-    batch, seqlen_q, num_heads, _ = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty((batch, num_heads, seqlen_q), dtype=dtype)
-    return out, lse, query.new_empty((2, batch, num_heads, seqlen_q), dtype=dtype)
-
-
-def fake_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a contiguous tensor of this one's shape, without contents."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _attention_backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor,
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    importance: torch.Tensor | None,
-    birth: torch.Tensor | None,
-    death: torch.Tensor | None,
-    query_start: torch.Tensor | None,
-    query_positions: torch.Tensor | None,
-    max_visible: int | None,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of query, key, value and importance; the last is empty without importance.
+def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tensor, ...]:
+    """Returns the gradients of what is differentiable, an empty tensor for that of None.
 
     An importance that is not finite has gradient 0.
     """
-    call = AttentionCall(
-        query,
-        key,
-        value,
-        importance,
-        birth,
-        death,
-        query_start,
-        query_positions,
-        max_visible,
-        softmax_scale,
-        softcap,
-        deterministic,
-    )
-    with torch.cuda.device_of(query):
-        engine = choose_backend(call, backend)
-        dquery, dkey, dvalue, dimportance = engine.backward(call, out, stats, dout, dlse)
-        if dimportance is None:
-            return dquery, dkey, dvalue, stats.new_empty(0)
-        return dquery, dkey, dvalue, torch.where(importance < torch.inf, dimportance, 0)
+    call, backend = AttentionCall.unflatten(arguments), arguments[-1]
+    with torch.cuda.device_of(call.query):
+        gradients = choose_backward(call, backend).backward(call, out, stats, dout, dlse)
+        if call.importance is not None:
+            dquery, dkey, dvalue, dimportance, *others = gradients
+            gradients = dquery, dkey, dvalue, torch.where(call.importance < torch.inf, dimportance, 0), *others
+        return tuple(stats.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _fake_attention_backward(dout, dlse, out, stats, query, key, value, importance, *_):
-    dimportance = stats.new_empty(0) if importance is None else fake_like(importance)
-    return fake_like(query), fake_like(key), fake_like(value), dimportance
+def _fake_attention_backward(dout, dlse, out, stats, *arguments):
+    return tuple(fake_gradient(arguments[index], stats) for index in AttentionCall.differentiable_indices)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    tensors, options = inputs[:8], inputs[8:]
-    out, _, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(out, stats, *tensors)
-    ctx.options = options
+    save_call(ctx, AttentionCall, inputs, output)
 
 
 def _backward(ctx, dout, dlse, _):
-    out, stats, query, key, value, importance, *rest = ctx.saved_tensors
-    run = _FirstDerivative.apply if torch.is_grad_enabled() else interval_attention_backward_op
-    dquery, dkey, dvalue, dimportance = run(dout, dlse, out, stats, query, key, value, importance, *rest, *ctx.options)
-    dimportance = None if importance is None else dimportance
-    return dquery, dkey, dvalue, dimportance, *(None,) * 9
+    out, stats, *tensors = ctx.saved_tensors
+    arguments = (dout, dlse, out, stats, *tensors, *ctx.options)
+    if can_call_directly(dout, dlse, out, *tensors):
+        gradients = _call_directly(_attention_backward, arguments)
+    else:
+        gradients = first_derivative(interval_attention_backward_op, *arguments)
+    return spread_gradients(ctx, AttentionCall, gradients)
 
 
-def _define(name: str, function: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Makes `function` an operator of the library, with `fake` to tell the shapes of what it returns."""
-    schema = torch.library.infer_schema(function, mutates_args=())
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flash_dmattn::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.flash_dmattn, name).default
-
-
-interval_attention_op = _define("interval_attention", _attention, fake_attention)
-interval_attention_backward_op = _define("interval_attention_backward", _attention_backward, _fake_attention_backward)
-torch.library.register_autograd(
-    "flash_dmattn::interval_attention", _backward, setup_context=_setup_context, lib=_LIBRARY
+interval_attention_op = define_operator("interval_attention", AttentionCall, _attention, fake_attention, num_outputs=3)
+interval_attention_backward_op = define_operator(
+    "interval_attention_backward",
+    AttentionCall,
+    _attention_backward,
+    _fake_attention_backward,
+    num_outputs=len(AttentionCall.DIFFERENTIABLE),
+    before=dict.fromkeys(("dout", "dlse", "out", "stats"), torch.Tensor),
 )
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """The operator of the gradients where those of gradients may be asked for (create_graph=True)."""
-
-    @staticmethod
-    def forward(*arguments):
-        return interval_attention_backward_op(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("dynamic mask attention has no second derivative")
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        def run(number):
-            parts = (a if dim is None else a.select(dim, number) for a, dim in zip(arguments, in_dims, strict=True))
-            return _FirstDerivative.apply(*parts)
-
-        each = zip(*map(run, range(info.batch_size)), strict=True)
-        return tuple(map(torch.stack, each)), (0, 0, 0, 0)
+define_gradient("interval_attention", _backward, _setup_context)
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -176,7 +101,7 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        return interval_attention_op(*arguments)
+        return _without_gradient(arguments)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
@@ -191,14 +116,23 @@ class _EagerAttention(torch.autograd.Function):
             mapped = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             return mapped.flatten(0, 1)
 
-        out, lse, stats = run_attention(*map(as_batch, arguments, in_dims))
+        out, lse, stats = _run(*map(as_batch, arguments, in_dims))
         size = (info.batch_size, -1)
         return (out.unflatten(0, size), lse.unflatten(0, size), stats.unflatten(1, size)), (0, 0, 1)
 
 
-def run_attention(query, key, value, importance, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Calls the operator with its arguments, differentiably."""
-    arguments = (query, key, value, importance, *rest)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return interval_attention_op(*arguments)
-    return _EagerAttention.apply(*arguments)
+def _run(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _EagerAttention.apply(*arguments)
+    return _without_gradient(arguments)
+
+
+def _without_gradient(arguments: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if can_call_directly(*arguments[: AttentionCall.num_tensors]):
+        return _call_directly(_attention, arguments)
+    return interval_attention_op(*arguments)
+
+
+def _call_directly(function: Callable, arguments: tuple) -> tuple[torch.Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():  # as inside the operator, where every step costs less
+        return function(*arguments)

@@ -7,7 +7,7 @@ time: log2(N) passes over the data answer a query for every element, without a l
 
 import torch
 
-from flash_dmattn.backends import triton
+from flash_dmattn.dispatch import ORDER_STATISTICS, find
 
 
 def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k: int) -> torch.Tensor:
@@ -18,11 +18,9 @@ def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torc
         meaningless (but in [0, 2 * N)).
     Returns (R, M) int64.
     """
-    fits = low.shape == sequence.shape and sequence.shape[0] <= triton.MAX_LANES
-    if sequence.device.type == "cuda" and fits and triton.why_unavailable() is None:
-        from flash_dmattn.backends.triton import order_statistics
-
-        return order_statistics.kth_smallest_in_ranges(sequence, low, high, k)
+    backend = find(ORDER_STATISTICS, sequence.device, sequence, low)
+    if backend is not None:
+        return backend.kth_smallest_in_ranges(sequence, low, high, k)
     length = sequence.shape[-1]
     places = torch.arange(length, device=sequence.device)
     remaining = torch.full_like(low, k)

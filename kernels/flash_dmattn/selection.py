@@ -5,13 +5,15 @@ the q-th are the first q, so its eviction time is the K-th smallest position amo
 prefix per key, and no N x N comparison anywhere.
 """
 
+from types import ModuleType
+
 import torch
 
 from flash_dmattn import arguments
 from flash_dmattn.aliases import accept_aliases
-from flash_dmattn.backends.cuda import selection as cuda_selection
-from flash_dmattn.importance import comparable
+from flash_dmattn.dispatch import SELECTION, find
 from flash_dmattn.order_statistics import kth_smallest_in_ranges
+from flash_dmattn.ranking import comparable
 from flash_dmattn.visibility import NEVER, Visibility
 
 
@@ -94,13 +96,10 @@ def _select_visible_op(
     windows = (keep_window_size, num_sink_tokens, local_window_size, sliding_window)
     options = (*windows, is_causal, padding_mask, cu_seqlens)
     with torch.cuda.device_of(importance):  # a kernel runs on the current device, whatever its tensors are on
-        if positions is None and _has_cuda_selection(importance):
-            return cuda_selection.select_visible(importance, *options)
+        backend = find(SELECTION, importance.device, importance, positions)
+        if backend is not None:
+            return backend.select_visible(importance, *options)
         return _select_in_torch(importance, *options, positions)
-
-
-def _has_cuda_selection(importance: torch.Tensor) -> bool:
-    return importance.device.type == "cuda" and cuda_selection.reject(importance) is None
 
 
 @_select_visible_op.register_fake
@@ -188,8 +187,10 @@ def _eviction_positions(axis, competes: torch.Tensor, num_contested: int) -> tor
         return position.clone()
     if length <= num_contested:
         return torch.full_like(position, NEVER)
-    if isinstance(axis, _PrunedAxis) and _has_cuda_selection(axis.importance):
-        return _eviction_positions_in_cuda(axis, competes, num_contested)
+    if isinstance(axis, _PrunedAxis):
+        backend = find(SELECTION, axis.importance.device, axis.importance, None)
+        if backend is not None:
+            return _eviction_positions_of_backend(backend, axis, competes, num_contested)
     order, start = _competition(axis, competes)
     places = torch.arange(length, device=order.device).expand(shape)
     index = kth_smallest_in_ranges(
@@ -200,11 +201,13 @@ def _eviction_positions(axis, competes: torch.Tensor, num_contested: int) -> tor
     return torch.empty_like(evicted_at).scatter_(-1, order, evicted_at)
 
 
-def _eviction_positions_in_cuda(axis: "_PrunedAxis", competes: torch.Tensor, num_contested: int) -> torch.Tensor:
-    """Equals `_eviction_positions`. The library takes every head as a batch row of competing keys and padding."""
+def _eviction_positions_of_backend(
+    backend: ModuleType, axis: "_PrunedAxis", competes: torch.Tensor, num_contested: int
+) -> torch.Tensor:
+    """Equals `_eviction_positions`. The backend takes every head as a batch row of competing keys and padding."""
     length = axis.importance.shape[-1]
     sequences = axis.importance.flatten(0, 1)[:, None]
-    _, death = cuda_selection.select_visible(
+    _, death = backend.select_visible(
         sequences,
         num_contested,
         num_sink_tokens=0,

@@ -8,10 +8,11 @@ grows, so a step has fixed shapes and fixed addresses, and costs the same after 
 import torch
 
 from flash_dmattn.arguments import check_attention, check_windows
-from flash_dmattn.decode import find_victim
-from flash_dmattn.decode_call import DecodeCall, Slots
-from flash_dmattn.direct import can_call_directly
-from flash_dmattn.dispatch import choose_decoder
+from flash_dmattn.calls import DecodeCall, Slots
+from flash_dmattn.dispatch import DECODING, choose
+from flash_dmattn.eviction import find_victim
+from flash_dmattn.operators import signature
+from flash_dmattn.ops import can_call_directly
 
 
 def make_slots(
@@ -77,65 +78,40 @@ def decode_step(
     """
     _check(query, key, value, importance, slots, padding_mask, softcap)
     check_windows(slots.keys.shape[2], num_sink_tokens, local_window_size, sliding_window)
-    options = (
-        num_sink_tokens,
-        local_window_size,
-        sliding_window,
-        query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
-        float(softcap),
-        add_importance_bias,
+    call = DecodeCall(
+        query=query,
+        key=key,
+        value=value,
+        importance=importance,
+        padding_mask=padding_mask,
+        slots=slots,
+        num_sink_tokens=num_sink_tokens,
+        local_window_size=local_window_size,
+        sliding_window=sliding_window,
+        softmax_scale=query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        softcap=float(softcap),
+        add_importance_bias=add_importance_bias,
     )
     if can_call_directly(query, key, value, importance, padding_mask, *slots):
-        return _run(DecodeCall(query, key, value, importance, padding_mask, slots, *options), backend)
-    return decode_step_op(query, key, value, importance, padding_mask, *slots, *options, backend)
+        return _run(call, backend)
+    return decode_step_op(*call.flatten(), backend)
 
 
 def _run(call: DecodeCall, backend: str) -> torch.Tensor:
     with torch.cuda.device_of(call.query):
-        return choose_decoder(call, backend).decode(call)
+        return choose(DECODING, call, backend).decode(call)
 
 
-@torch.library.custom_op(
-    "flash_dmattn::decode_step",
-    mutates_args=("keys", "values", "slot_importance", "positions", "victims", "lengths", "arrivals"),
+def _decode_step(*arguments) -> torch.Tensor:
+    return _run(DecodeCall.unflatten(arguments), arguments[-1])
+
+
+_decode_step.__signature__ = signature(DecodeCall, torch.Tensor)
+
+decode_step_op = torch.library.custom_op(
+    "flash_dmattn::decode_step", _decode_step, mutates_args=[f"slots_{name}" for name in Slots._fields]
 )
-def decode_step_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    importance: torch.Tensor,
-    padding_mask: torch.Tensor | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slot_importance: torch.Tensor,
-    positions: torch.Tensor,
-    victims: torch.Tensor,
-    lengths: torch.Tensor,
-    arrivals: torch.Tensor,
-    num_sink_tokens: int,
-    local_window_size: int,
-    sliding_window: int | None,
-    softmax_scale: float,
-    softcap: float,
-    add_importance_bias: bool,
-    backend: str,
-) -> torch.Tensor:
-    """`decode_step` with checked arguments, one tensor of the slots after the other."""
-    call = DecodeCall(
-        query,
-        key,
-        value,
-        importance,
-        padding_mask,
-        Slots(keys, values, slot_importance, positions, victims, lengths, arrivals),
-        num_sink_tokens,
-        local_window_size,
-        sliding_window,
-        softmax_scale,
-        softcap,
-        add_importance_bias,
-    )
-    return _run(call, backend)
+"""`decode_step` with checked arguments: those of a `DecodeCall` one by one, and the backend's name."""
 
 
 @decode_step_op.register_fake

@@ -3,7 +3,8 @@
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.direct import can_call_directly
+from flash_dmattn.dispatch import TOKEN_IMPORTANCE, find
+from flash_dmattn.ops import can_call_directly
 
 
 def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
@@ -11,16 +12,9 @@ def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 
     A compiler fuses the operations itself.
     """
-    if torch.compiler.is_compiling() or value.device.type != "cuda" or value.shape[2] != 1 or value.stride(3) != 1:
+    if torch.compiler.is_compiling():
         return False
-    tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    device = value.device
-    for tensor in tensors:
-        if tensor.dtype == torch.float64 or tensor.device != device:
-            return False
-    return triton.why_unavailable() is None
+    return find(TOKEN_IMPORTANCE, value.device, value, *parameters) is not None
 
 
 def token_importance(
@@ -40,10 +34,8 @@ def token_importance(
 
 
 def _run(value, weight, bias, A, max_exponent) -> torch.Tensor:
-    from flash_dmattn.backends.triton.importance_kernel import run_importance
-
     with torch.cuda.device_of(value):
-        return run_importance(value, weight, bias, A, max_exponent)
+        return triton.token_importance(value, weight, bias, A, max_exponent)
 
 
 @torch.library.custom_op("flash_dmattn::token_importance", mutates_args=())

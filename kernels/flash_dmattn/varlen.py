@@ -3,7 +3,8 @@
 import torch
 
 from flash_dmattn.aliases import accept_aliases
-from flash_dmattn.attention import attend_intervals
+from flash_dmattn.attention import attend
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dense.attention import dense_attention
 from flash_dmattn.interface import check_dropout, unpack
 from flash_dmattn.packed_sequences import PackedSequences
@@ -35,7 +36,7 @@ def flash_dmattn_varlen_func(
     attn_mask, attn_bias: as in `flash_dmattn_func` for the sequences filled up at the end, (1 or B, 1 or Hkv or H,
         1 or max_seqlen_q, 1 or max_seqlen_k); or (total_q, 1 or Hkv or H, max_seqlen_k), a row a query. Where they
         have a query dimension, query, key and value are copied into padded batches, with a mask of padding beside the
-        caller's; where not, the interval engine takes O(N).
+        caller's; where not, attention over intervals takes O(N).
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where the sequences start and end; cu_seqlens_k: None: cu_seqlens_q.
     max_seqlen_q, max_seqlen_k: at least the longest sequence; None: it is looked up.
     is_causal: the last query of a sequence sees all its keys, the one before it one less, and so on.
@@ -54,22 +55,21 @@ def flash_dmattn_varlen_func(
     attn_bias = packed.by_sequence("attn_bias", attn_bias)
     if all(tensor is None or tensor.shape[2] == 1 for tensor in (attn_mask, attn_bias)):
         visibility, rows = packed.intervals(attn_mask, attn_bias, is_causal)
-        out, lse = attend_intervals(
+        call = AttentionCall.prepare(
             query[None],
             key[None],
             value[None],
             packed.importance(attn_mask, attn_bias),
             visibility,
-            0 if packed.is_square else None,
-            None if packed.is_square else rows[None],
+            query_start=0 if packed.is_square else None,
+            query_positions=None if packed.is_square else rows[None],
             # Not causal, a sequence shows its keys at once: rows can see the end of one and all of the next.
-            max(1, packed.max_seqlen_k * (1 if is_causal else 2)),
-            scale,
-            softcap,
-            deterministic,
-            True,
-            "auto",
+            max_visible=max(1, packed.max_seqlen_k * (1 if is_causal else 2)),
+            softmax_scale=scale,
+            softcap=softcap,
+            deterministic=deterministic,
         )
+        out, lse = attend(call, "auto")
         out, lse = out[0], lse[0]
     else:
         padded, padded_lse = dense_attention(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import flash_dmattn
+from flash_dmattn import dispatch
 from flash_dmattn.backends.cuda import library, sm80_backward_launch
 from flash_dmattn.backends.cuda.target import ARCHITECTURE_VARIABLE, find_target
 from flash_dmattn.dispatch import explain_backends
@@ -187,7 +188,7 @@ def test_deterministic_gradients_are_bitwise_equal(case, seed, monkeypatch):
 
 @once
 def test_triton_s_backward_serves_with_a_reason(seed, monkeypatch, caplog):
-    flash_dmattn.backends.cuda._announce_triton.cache_clear()
+    dispatch._announce.cache_clear()
     case = Case("unordered", head_dim=64, dtype=torch.bfloat16)
     tensors = [tensor.requires_grad_() for tensor in make_inputs(case, seed)[0]]
     visibility = flash_dmattn.select_visible(tensors[3].detach(), keep_window_size=20)

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from flash_dmattn import NEVER, select_visible
+from flash_dmattn import NEVER, Visibility, select_visible
 from flash_dmattn.backends.cuda import library, lists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 WHY_NOT = library.why_not_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
@@ -22,9 +22,20 @@ def make_call(birth, death, importance=None, query_start=None, query_positions=N
         query_start = torch.as_tensor(query_start, dtype=torch.int32).expand(batch)
     query = torch.empty(batch, seqlen_q or query_positions.shape[1], heads, 8)
     key = torch.empty(batch, seqlen_k, heads, 8)
-    tensors = (query, key, key, importance, birth, death, query_start, query_positions)
-    moved = [None if tensor is None else tensor.cuda() for tensor in tensors]
-    return AttentionCall(*moved, max_visible, 1.0, 0.0, False)
+    tensors = (query, key, importance, birth, death, query_start, query_positions)
+    query, key, importance, birth, death, query_start, query_positions = (
+        None if tensor is None else tensor.cuda() for tensor in tensors
+    )
+    return AttentionCall.prepare(
+        query,
+        key,
+        key,
+        importance,
+        Visibility(birth, death),
+        query_start=query_start,
+        query_positions=query_positions,
+        max_visible=max_visible,
+    )
 
 
 def check_lists(call: AttentionCall, tile_size: int) -> None:

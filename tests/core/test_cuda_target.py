@@ -9,8 +9,8 @@ import torch
 
 from flash_dmattn.backends import cuda
 from flash_dmattn.backends.cuda import forward_launch, library, lists, sm80_backward_launch, target
-from flash_dmattn.call import AttentionCall
-from flash_dmattn.dispatch import choose_backend, explain_backends
+from flash_dmattn.calls import AttentionCall
+from flash_dmattn.dispatch import ATTENTION, choose, explain_backends
 
 GPUS = {
     "A100": ((8, 0), 163),
@@ -91,8 +91,7 @@ def test_the_library_can_be_switched_off(monkeypatch):
 @pytest.fixture
 def call():
     query = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
-    start = torch.zeros(1, dtype=torch.int32)
-    return AttentionCall(query, query, query, None, None, None, start, None, None, 1.0, 0.0, False)
+    return AttentionCall.prepare(query, query, query, None, None, query_start=torch.zeros(1, dtype=torch.int32))
 
 
 def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch, call, caplog):
@@ -111,14 +110,14 @@ def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch
 
     for backend in (cuda, triton):
         monkeypatch.setattr(backend, "why_unavailable", lambda: None)
-        monkeypatch.setattr(backend, "is_automatic", lambda call: True)
+        monkeypatch.setattr(backend, "is_automatic", lambda device: True)
     monkeypatch.setattr(triton, "reject", lambda call: None)
     monkeypatch.delenv("FLASH_DMATTN_BACKEND", raising=False)
     with caplog.at_level("INFO", logger="flash_dmattn"):
-        assert choose_backend(call, "auto") is triton
+        assert choose(ATTENTION, call, "auto") is triton
     assert f"triton backend (cuda: {reason})" in caplog.text
     with pytest.raises(RuntimeError, match=reason):
-        choose_backend(call, "cuda")
+        choose(ATTENTION, call, "cuda")
 
 
 def test_the_sm80_kernels_are_told_the_first_row(gpu, monkeypatch, call):

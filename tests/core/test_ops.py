@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_dmattn import dynamic_mask_attention, interval_attention, select_visible
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dense.attention import dense_attention
 from flash_dmattn.ops import interval_attention_op, run_attention
 
@@ -188,10 +189,9 @@ def test_eager_calls_have_the_gradients_of_the_operator(wanted):
     for index, tensor in enumerate(inputs):
         tensor.requires_grad_(index in wanted)
     visibility = select_visible(inputs[3].detach(), keep_window_size=3)
-    rest = (*visibility, None, None, 3, 0.3, 0.0, False, "reference")
+    call = AttentionCall.prepare(*inputs, visibility, max_visible=3, softmax_scale=0.3)
     results = []
-    for run in (run_attention, interval_attention_op):
-        out, lse, _ = run(*inputs, *rest)
+    for out, lse, *_ in (run_attention(call, "reference"), interval_attention_op(*call.flatten(), "reference")):
         wrt = [inputs[index] for index in wanted]
         results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), wrt)))
     assert all(map(torch.equal, *results))

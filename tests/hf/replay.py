@@ -3,7 +3,7 @@
 import torch
 
 from flash_dmattn import NEVER, select_visible
-from flash_dmattn_hf import cache
+from flash_dmattn_hf.cache import cache
 
 
 class ReplayedLayer(cache.DynamicMaskCacheLayer):
@@ -39,7 +39,7 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
         out = super().step(query, padding_mask, **options)
         if self.num_rows % self.stride == 0:
             t = torch.where(self.real[:, -1], self.lengths[:, 0] - 1, -1)[:, None, None]
-            window = NEVER if self._sliding_window is None else self._sliding_window
+            window = NEVER if self.windows.sliding_window is None else self.windows.sliding_window
             visible = (self.positions >= 0) & (t - self.positions < window) & (t >= 0)
             self._check(self.positions, visible.unsqueeze(2), 1)
         return out
@@ -64,9 +64,7 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
         type(self).num_checked += size
 
     def _expected(self, size):
-        visibility = select_visible(
-            self.history, padding_mask=self.real, sliding_window=self._sliding_window, **self.windows
-        )
+        visibility = select_visible(self.history, padding_mask=self.real, **self.windows._asdict())
         birth, death = (bound.unsqueeze(2) for bound in visibility)
         t = torch.arange(self.num_rows - size, self.num_rows, device=birth.device).view(1, 1, -1, 1)
         visible = (birth <= t) & (t < death) & self.real[:, None, None] & self.real[:, None, -size:, None]
@@ -77,10 +75,10 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
     def evict(self):
         super().evict()
         if not self.record_past:
-            assert self.num_keys <= self.windows["keep_window_size"]
+            assert self.num_keys <= self.windows.keep_window_size
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
         if self.history is not None:
             self.history, self.real = self.history[:, :, : self.num_rows], self.real[:, : self.num_rows]
-            assert self.num_keys <= self.windows["keep_window_size"]
+            assert self.num_keys <= self.windows.keep_window_size

@@ -1,24 +1,26 @@
-"""The engines that serve attention over intervals, best first.
+"""The backends, best first. Which of them serves a call is decided in `flash_dmattn.dispatch` alone.
 
 A backend is a module with
 
-    is_automatic(call) -> bool                       whether "auto" may take it for this call
     why_unavailable() -> str | None                  why it cannot run on this machine at all
-    reject(call) -> str | None                       why it refuses this call
-    forward(call) -> (out, lse, stats)               as the operator returns them
-    backward(call, out, stats, dout, dlse) -> (dquery, dkey, dvalue, dimportance or None)
+    is_automatic(device) -> bool                     whether "auto" may take it for tensors on that device
 
-and, if it decodes over fixed slots,
+and, for every job that it does, a function that says why it refuses a call, and one that does the work:
 
-    reject_decoding(call) -> str | None              why it refuses this step
-    decode(call) -> out                              changes the slots
+    reject(call), forward(call) -> (out, lse, stats)                                as the operator returns them
+    backward(call, out, stats, dout, dlse)                                          a gradient, or None, for each of
+                                                                                    call.DIFFERENTIABLE
+    reject_decoding(call), decode(call) -> out                                      changes the slots
+    reject_selection(importance, positions), select_visible(importance, ...)
+    reject_key_lists(call), build_key_lists(call, tile_size)
+    reject_order_statistics(sequence, low), kth_smallest_in_ranges(sequence, low, high, k)
+    reject_token_importance(value, *parameters), token_importance(value, ...)
 
-so a new engine is a new file here and a line below. One that differentiates itself has, in place of forward and
-backward,
+One whose backward does not serve all that its forward does has reject_backward(call), too: the next backend takes over,
+on the same saved tensors. One that differentiates itself has attend(call) -> (out, lse) in place of forward and
+backward, and is taken only when asked for by name.
 
-    attend(call) -> (out, lse)
-
-and is taken only when asked for by name.
+So a new backend is a new file here and a line below.
 """
 
 from flash_dmattn.backends import cuda, flex, reference, triton

@@ -6,13 +6,12 @@ import math
 import torch
 
 from flash_dmattn.backends.full_precision import in_full_precision
-from flash_dmattn.call import AttentionCall
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.calls import AttentionCall, DenseCall
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def is_automatic(call: AttentionCall | DenseCall) -> bool:
+def is_automatic(device: torch.device) -> bool:
     return False
 
 

@@ -1,4 +1,4 @@
-"""Key lists: which keys a run of queries has to look at, in O(N (1 + w / E)) integers. Two engines build them.
+"""Key lists: which keys a run of queries has to look at, in O(N (1 + w / E)) integers. Two backends build them.
 
 Queries are cut into epochs of E rows. The list of an epoch holds first the keys that are alive at its first row, the
 earliest to die first, then those born later in it, the earliest born first. Of such a list a query tile needs one
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn.visibility import NEVER
 
 LARGEST_BIAS = 2.3e38

@@ -13,14 +13,13 @@ import torch
 
 from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.backends.reference_decode import decode  # noqa: F401
-from flash_dmattn.call import AttentionCall
-from flash_dmattn.decode_call import DecodeCall
+from flash_dmattn.calls import AttentionCall, DecodeCall
 
 _MAX_TILE = 256  # query rows
 _MAX_LOGITS = 2**22  # logits of a tile, over batch and heads, that are alive at once
 
 
-def is_automatic(call: AttentionCall) -> bool:
+def is_automatic(device: torch.device) -> bool:
     return True
 
 

@@ -3,9 +3,9 @@
 import torch
 
 from flash_dmattn.backends.full_precision import in_full_precision
-from flash_dmattn.decode import find_victim
-from flash_dmattn.decode_call import DecodeCall
-from flash_dmattn.importance import comparable
+from flash_dmattn.calls import DecodeCall
+from flash_dmattn.eviction import find_victim
+from flash_dmattn.ranking import comparable, priority
 
 
 @in_full_precision
@@ -38,18 +38,14 @@ def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     importance = comparable(call.importance).to(slots.importance.dtype)
     victim = slots.victims.long().unsqueeze(-1)
     old_importance, old_position = slots.importance.gather(2, victim), slots.positions.gather(2, victim)
-    old_priority = _priority(call, old_importance, old_position, now).masked_fill(old_position < 0, -torch.inf)
-    takes = is_real & (_priority(call, importance, now, now) >= old_priority)  # the newer key wins a tie
+    windows = call.num_sink_tokens, call.local_window_size
+    old_priority = priority(old_importance, old_position, now, *windows)
+    takes = is_real & (priority(importance, now, now, *windows) >= old_priority)  # the newer key wins a tie
     slots.importance.scatter_(2, victim, torch.where(takes, importance, old_importance))
     slots.positions.scatter_(2, victim, torch.where(takes, now, old_position))
     rows = victim.unsqueeze(-1).expand(batch, num_heads, 1, head_dim)
     slots.keys.scatter_(2, rows, torch.where(takes.unsqueeze(-1), key, slots.keys.gather(2, rows)))
     slots.values.scatter_(2, rows, torch.where(takes.unsqueeze(-1), value, slots.values.gather(2, rows)))
-
-
-def _priority(call, importance, positions, now):
-    exempt = (positions < call.num_sink_tokens) | (now - positions < call.local_window_size)
-    return importance.masked_fill(exempt, torch.inf)
 
 
 def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:

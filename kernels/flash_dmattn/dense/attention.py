@@ -1,14 +1,13 @@
-"""Attention under a mask and a bias: what depends on the key alone goes to the interval engine, the rest is dense."""
+"""Attention under a mask and a bias: over intervals where both depend on the key alone, dense otherwise."""
 
 import torch
 
-from flash_dmattn.attention import attend_intervals
+from flash_dmattn.attention import attend
+from flash_dmattn.calls import AttentionCall, DenseCall
 from flash_dmattn.dense.arguments import check_dense
-from flash_dmattn.dense.call import DenseCall
-from flash_dmattn.dense.engines import ENGINES
 from flash_dmattn.dense.ops import dense_attention_op
 from flash_dmattn.dense.tiled_mask import TiledMask, without_expansion
-from flash_dmattn.dispatch import check_backend_name, choose_backend, differentiates_itself
+from flash_dmattn.dispatch import DENSE_ATTENTION, check_backend_name, choose, differentiates_itself
 from flash_dmattn.visibility import NEVER, Visibility
 
 _LONGEST_UNCOUNTED = 16384
@@ -36,7 +35,8 @@ def dense_attention(
         largest float32; a GPU adds 2.3e38 at most.
     is_causal: query i sees no key after i + Sk - Sq.
 
-    A mask and a bias without a query dimension, up to Sq = Sk, take O(N) memory and the interval engine's time.
+    A mask and a bias without a query dimension, up to Sq = Sk, take the O(N) memory and the time of attention over
+    intervals.
 
     Returns out (B, Sq, H, D) and lse (B, H, Sq). A query that sees no key gets out 0, lse -inf and no gradient. The
     gradient of attn_bias is summed over what is broadcast.
@@ -54,27 +54,34 @@ def dense_attention(
         attn_bias = without_expansion(attn_bias)
     if query.shape[1] <= key.shape[1] and _is_per_key(attn_mask) and _is_per_key(attn_bias):
         visibility, max_visible = _intervals(query, key, attn_mask, attn_bias, is_causal)
-        return attend_intervals(
+        call = AttentionCall.prepare(
             query,
             key,
             value,
             _importance(query, key, attn_mask, attn_bias),
             visibility,
-            key.shape[1] - query.shape[1],
-            None,
-            max_visible,
-            softmax_scale,
-            softcap,
-            deterministic,
-            True,
-            backend,
+            query_start=key.shape[1] - query.shape[1],
+            max_visible=max_visible,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            deterministic=deterministic,
         )
-    softmax_scale = query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    options = (is_causal, softmax_scale, float(softcap), deterministic)
+        return attend(call, backend)
+    call = DenseCall(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        attn_bias=attn_bias,
+        tiles=tiles,
+        is_causal=is_causal,
+        softmax_scale=query.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
+        softcap=float(softcap),
+        deterministic=deterministic,
+    )
     if differentiates_itself(backend):
-        call = DenseCall(query, key, value, attn_mask, attn_bias, *options, tiles)
-        return choose_backend(call, backend, ENGINES).attend(call)
-    return dense_attention_op(query, key, value, attn_mask, attn_bias, tiles, *options, backend)[:2]
+        return choose(DENSE_ATTENTION, call, backend).attend(call)
+    return dense_attention_op(*call.flatten(), backend)[:2]
 
 
 def _is_per_key(tensor: torch.Tensor | None) -> bool:

@@ -12,8 +12,8 @@ import triton.language as tl
 from flash_dmattn.backends.triton.backward_kernels import _delta, _load_row_stats, _score
 from flash_dmattn.backends.triton.configs import BlockConfig
 from flash_dmattn.backends.triton.tiles import gather_rows
+from flash_dmattn.calls import DenseCall
 from flash_dmattn.dense.bias_gradient import BiasGradient
-from flash_dmattn.dense.call import DenseCall
 from flash_dmattn.dense.configs import dkey_config, dquery_config, grains
 from flash_dmattn.dense.forward_kernels import shared_head, split_lane
 from flash_dmattn.dense.launch import constants, shared_arguments

@@ -2,7 +2,7 @@
 
 import torch
 
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.calls import DenseCall
 
 
 class BiasGradient:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from flash_dmattn.backends.triton.configs import BlockConfig
 from flash_dmattn.backends.triton.tiles import LOG2E, gather_rows, tanh
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.calls import DenseCall
 from flash_dmattn.dense.configs import forward_config, grains
 from flash_dmattn.dense.launch import constants, shared_arguments
 from flash_dmattn.dense.tiles import classify_tiles, list_tiles, load_bias, load_visible

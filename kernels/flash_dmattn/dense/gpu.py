@@ -1,18 +1,14 @@
-"""The GPU engine: kernels in Triton; with TRITON_INTERPRET=1 they run on a CPU, slowly, for tests."""
-
-import functools
-import logging
+"""The Triton backend: kernels in Triton; with TRITON_INTERPRET=1 they run on a CPU, slowly, for tests."""
 
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.backends.device import reject_lanes, reject_layout
+from flash_dmattn.calls import DenseCall
 
-logger = logging.getLogger("flash_dmattn")
 
-
-def is_automatic(call: DenseCall) -> bool:
-    return call.query.device.type == "cuda"
+def is_automatic(device: torch.device) -> bool:
+    return triton.is_automatic(device)
 
 
 def why_unavailable() -> str | None:
@@ -20,26 +16,19 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: DenseCall) -> str | None:
-    reason = triton.reject_query(call.query)
+    reason = triton.reject_query(call.query) or reject_lanes(call.query.shape[0] * call.query.shape[2])
     if reason is not None:
         return reason
-    lanes = call.query.shape[0] * call.query.shape[2]
-    if lanes > triton.MAX_LANES:
-        return f"{lanes} (batch, head) pairs are above {triton.MAX_LANES}"
     for name, tensor in (("attn_mask", call.attn_mask), ("attn_bias", call.attn_bias)):
         if tensor is not None and tensor.dtype not in (*triton.DTYPES, torch.bool):
             return f"{name} of dtype {tensor.dtype} is not supported (float16, bfloat16 and float32 are)"
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        if tensor.stride(-1) != 1:
-            return f"{name} is not contiguous in the head dim"
-    return None
+    return reject_layout(call)
 
 
 def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
     from flash_dmattn.dense.forward_kernels import run_forward
 
-    _say_what_serves()
     return triton.empty_forward(call.query) if call.is_empty else run_forward(call)
 
 
@@ -54,8 +43,3 @@ def backward(
     tensors = (call.query, call.key, call.value, *((call.attn_bias,) if needs_dbias else ()))
     gradients = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
     return *gradients[:3], gradients[3] if needs_dbias else None
-
-
-@functools.cache
-def _say_what_serves() -> None:
-    logger.info("flash_dmattn serves masks and biases by query with kernels written in Triton")

@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.calls import DenseCall
 from flash_dmattn.dense.tiles import mask_arguments, tensor_arguments
 
 

@@ -2,83 +2,60 @@
 
 import torch
 
-from flash_dmattn.dense.call import DenseCall
-from flash_dmattn.dense.engines import ENGINES
-from flash_dmattn.dispatch import choose_backend
-from flash_dmattn.ops import fake_attention, fake_like
+from flash_dmattn.calls import DenseCall
+from flash_dmattn.dispatch import DENSE_ATTENTION, choose
+from flash_dmattn.operators import (
+    define_gradient,
+    define_operator,
+    fake_attention,
+    fake_gradient,
+    first_derivative,
+    save_call,
+    spread_gradients,
+)
 
 
-@torch.library.custom_op("flash_dmattn::dense_attention", mutates_args=())
-def dense_attention_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    attn_bias: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    is_causal: bool,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq) as `interval_attention_op`; see `DenseCall`."""
-    call = DenseCall(query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic, tiles)
-    with torch.cuda.device_of(query):
-        return choose_backend(call, backend, ENGINES).forward(call)
+def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq) as `interval_attention_op`."""
+    call, backend = DenseCall.unflatten(arguments), arguments[-1]
+    with torch.cuda.device_of(call.query):
+        return choose(DENSE_ATTENTION, call, backend).forward(call)
 
 
-dense_attention_op.register_fake(fake_attention)
-
-
-@torch.library.custom_op("flash_dmattn::dense_attention_backward", mutates_args=())
-def dense_attention_backward_op(
-    dout: torch.Tensor,
-    dlse: torch.Tensor,
-    out: torch.Tensor,
-    stats: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    attn_bias: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    needs_dbias: bool,
-    is_causal: bool,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _attention_backward(dout, dlse, out, stats, needs_dbias, *arguments) -> tuple[torch.Tensor, ...]:
     """Returns the gradients of query, key, value and attn_bias; the last is empty unless it is needed."""
-    call = DenseCall(query, key, value, attn_mask, attn_bias, is_causal, softmax_scale, softcap, deterministic, tiles)
-    with torch.cuda.device_of(query):
-        engine = choose_backend(call, backend, ENGINES)
-        dquery, dkey, dvalue, dbias = engine.backward(call, out, stats, dout, dlse, needs_dbias)
+    call, backend = DenseCall.unflatten(arguments), arguments[-1]
+    with torch.cuda.device_of(call.query):
+        run = choose(DENSE_ATTENTION, call, backend).backward
+        dquery, dkey, dvalue, dbias = run(call, out, stats, dout, dlse, needs_dbias)
     return dquery, dkey, dvalue, stats.new_empty(0) if dbias is None else dbias
 
 
-@dense_attention_backward_op.register_fake
-def _(dout, dlse, out, stats, query, key, value, attn_mask, attn_bias, tiles, needs_dbias, *_):
-    dbias = fake_like(attn_bias) if needs_dbias else stats.new_empty(0)
-    return fake_like(query), fake_like(key), fake_like(value), dbias
+def _fake_attention_backward(dout, dlse, out, stats, needs_dbias, *arguments):
+    tensors = [arguments[index] for index in DenseCall.differentiable_indices]
+    if not needs_dbias:
+        tensors[-1] = None
+    return tuple(fake_gradient(tensor, stats) for tensor in tensors)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    tensors, options = inputs[:6], inputs[6:]
-    out, _, stats = output
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(out, stats, *tensors)
-    ctx.options = options
+    save_call(ctx, DenseCall, inputs, output)
 
 
 def _backward(ctx, dout, dlse, _):
-    out, stats, query, key, value, attn_mask, attn_bias, tiles = ctx.saved_tensors
-    needs_dbias = ctx.needs_input_grad[4]
-    dquery, dkey, dvalue, dbias = dense_attention_backward_op(
-        dout, dlse, out, stats, query, key, value, attn_mask, attn_bias, tiles, needs_dbias, *ctx.options
-    )
-    return dquery, dkey, dvalue, None, dbias if needs_dbias else None, *(None,) * 6
+    out, stats, *tensors = ctx.saved_tensors
+    needs_dbias = ctx.needs_input_grad[DenseCall.differentiable_indices[-1]]
+    arguments = (dout, dlse, out, stats, needs_dbias, *tensors, *ctx.options)
+    return spread_gradients(ctx, DenseCall, first_derivative(dense_attention_backward_op, *arguments))
 
 
-dense_attention_op.register_autograd(_backward, setup_context=_setup_context)
+dense_attention_op = define_operator("dense_attention", DenseCall, _attention, fake_attention, num_outputs=3)
+dense_attention_backward_op = define_operator(
+    "dense_attention_backward",
+    DenseCall,
+    _attention_backward,
+    _fake_attention_backward,
+    num_outputs=len(DenseCall.DIFFERENTIABLE),
+    before={**dict.fromkeys(("dout", "dlse", "out", "stats"), torch.Tensor), "needs_dbias": bool},
+)
+define_gradient("dense_attention", _backward, _setup_context)

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 
 from flash_dmattn.backends.full_precision import in_full_precision
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.calls import DenseCall
 
 _MAX_LOGITS = 2**22  # logits that are alive at once, over batch and heads
 
 
-def is_automatic(call: DenseCall) -> bool:
+def is_automatic(device: torch.device) -> bool:
     return True
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_dmattn.dense import gpu
+from flash_dmattn.calls import DenseCall
 from flash_dmattn.dense.arguments import check_dense
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.dispatch import DENSE_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class TiledMask:
     """What `tile_mask` returns, to be given as attn_mask.
 
     tiles: (1 or B, 1 or Hkv or H, row tiles, key tiles) uint8: 0 for a tile in which nobody sees anything, 2 where
-        everybody sees everything, 1 otherwise; None where no engine asks for them.
+        everybody sees everything, 1 otherwise; None where no backend asks for them.
     version: of attn_mask when it was read, None where torch keeps none.
     """
 
@@ -43,9 +43,20 @@ def tile_mask(query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor, *
     """
     check_dense(query, key, key, attn_mask, None, softcap=0.0, backend="auto")
     attn_mask = without_expansion(attn_mask)
-    call = DenseCall(query, key, key, attn_mask, None, is_causal, 1.0, 0.0, False)
+    call = DenseCall(
+        query=query,
+        key=key,
+        value=key,
+        attn_mask=attn_mask,
+        attn_bias=None,
+        tiles=None,
+        is_causal=is_causal,
+        softmax_scale=1.0,
+        softcap=0.0,
+        deterministic=False,
+    )
     tiles = None
-    if gpu.why_unavailable() is None and gpu.reject(call) is None and not call.is_empty:
+    if DENSE_ATTENTION.why_not("triton", call) is None and not call.is_empty:
         from flash_dmattn.dense.configs import grains
         from flash_dmattn.dense.tiles import classify_tiles
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flash_dmattn.dense.call import DenseCall
+from flash_dmattn.calls import DenseCall
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,27 @@
-"""The CUDA backend: forward and backward for Hopper GPUs, and for all others from compute capability 8.0 on.
-
-Where its backward does not serve, the Triton backend's takes over, on the same saved tensors, and the log says why.
-"""
-
-import functools
-import logging
+"""The CUDA backend: selection, key lists, forward and backward, for GPUs from compute capability 8.0 on."""
 
 import torch
 
 from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library, lists, target
-from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.cuda.lists import build_key_lists  # noqa: F401
+from flash_dmattn.backends.cuda.lists import reject as reject_key_lists  # noqa: F401
+from flash_dmattn.backends.cuda.selection import reject as reject_selection  # noqa: F401
+from flash_dmattn.backends.cuda.selection import select_visible  # noqa: F401
+from flash_dmattn.backends.device import why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
-from flash_dmattn.call import AttentionCall
-
-logger = logging.getLogger("flash_dmattn")
+from flash_dmattn.calls import AttentionCall
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_GROUP_SIZE = 16
 
 
-def is_automatic(call: AttentionCall) -> bool:
-    return call.query.device.type == "cuda"
+def is_automatic(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def why_unavailable() -> str | None:
-    # A GPU is asked for here as well: Triton's interpreter needs none.
-    return library.why_unavailable() or why_no_gpu() or triton.why_unavailable()
+    return library.why_unavailable() or why_no_gpu()
 
 
 def reject(call: AttentionCall) -> str | None:
@@ -71,17 +66,16 @@ def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and importance, in their dtypes; None without importance."""
+    return _backward_of(call).run_backward(call, out, stats, dout, dlse)
+
+
+def reject_backward(call: AttentionCall) -> str | None:
+    return _backward_of(call).reject_backward(call)
+
+
+def _backward_of(call: AttentionCall):
+    """Returns the module with the backward for the GPU's architecture."""
     from flash_dmattn.backends.cuda import sm80_backward_launch, sm90_backward_launch
 
     is_for_sm90a = target.find_target(call.query.device).is_for_sm90a
-    kernels = sm90_backward_launch if is_for_sm90a else sm80_backward_launch
-    reason = kernels.reject_backward(call)
-    if reason is not None:
-        _announce_triton(reason)
-        return triton.backward(call, out, stats, dout, dlse)
-    return kernels.run_backward(call, out, stats, dout, dlse)
-
-
-@functools.cache
-def _announce_triton(reason: str) -> None:
-    logger.info("flash_dmattn takes the backward of the triton backend (cuda: %s)", reason)
+    return sm90_backward_launch if is_for_sm90a else sm80_backward_launch

@@ -6,7 +6,7 @@ from flash_dmattn.backends.cuda.library import launch, load
 from flash_dmattn.backends.cuda.parameters import ForwardParameters, addresses, call_fields
 from flash_dmattn.backends.cuda.target import find_target
 from flash_dmattn.backends.key_lists import KeyLists, scale_importance
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 
 def tile_rows(call: AttentionCall) -> int:

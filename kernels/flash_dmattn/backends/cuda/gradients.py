@@ -6,7 +6,7 @@ import torch
 
 from flash_dmattn.backends.cuda.lists import build_key_lists
 from flash_dmattn.backends.key_lists import KeyLists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _UNLISTED_EPOCH_TILES = 32
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.device import why_no_gpu
 
 ABI_VERSION = 5
 """The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.device import reject_lanes
 from flash_dmattn.backends.key_lists import (
     KeyLists,
     allocate_key_lists,
@@ -17,7 +17,7 @@ from flash_dmattn.backends.key_lists import (
     is_listed,
     whole_sequence,
 )
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _MAX_EPOCH = 2048
 _POINTERS = (
@@ -58,10 +58,7 @@ class _Parameters(ctypes.Structure):
 
 def reject(call: AttentionCall) -> str | None:
     """Returns why the library does not build lists for a call, or None."""
-    lanes = call.query.shape[0] * call.num_interval_heads
-    if lanes > triton.MAX_LANES:
-        return f"{lanes} (batch, head) pairs are above {triton.MAX_LANES}"
-    return library.why_not_on(call.query.device)
+    return reject_lanes(call.query.shape[0] * call.num_interval_heads) or library.why_not_on(call.query.device)
 
 
 def build_key_lists(call: AttentionCall, tile_size: int) -> KeyLists:

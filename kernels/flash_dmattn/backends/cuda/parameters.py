@@ -9,7 +9,7 @@ import torch
 
 from flash_dmattn.backends.cuda.library import pointer
 from flash_dmattn.backends.key_lists import KeyLists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 
 def _pointers(*names: str) -> tuple:

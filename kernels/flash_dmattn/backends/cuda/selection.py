@@ -5,8 +5,8 @@ import functools
 
 import torch
 
-from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.device import MAX_LANES
 from flash_dmattn.visibility import NEVER
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,11 +38,13 @@ class _Parameters(ctypes.Structure):
     ]
 
 
-def reject(importance: torch.Tensor) -> str | None:
+def reject(importance: torch.Tensor, positions: torch.Tensor | None = None) -> str | None:
     """Returns why the library does not select by these importances, or None."""
+    if positions is not None:
+        return "the keys have positions of their own"
     if importance.dtype not in _TYPES:
         return f"dtype {importance.dtype} is not supported"
-    if importance.shape[0] * importance.shape[1] > triton.MAX_LANES or importance.numel() > NEVER:
+    if importance.shape[0] * importance.shape[1] > MAX_LANES or importance.numel() > NEVER:
         return f"{tuple(importance.shape)} are too many keys"
     return library.why_not_on(importance.device)
 

@@ -10,7 +10,7 @@ from flash_dmattn.backends.cuda.gradients import allocate_gradients, build_backw
 from flash_dmattn.backends.cuda.library import launch, load
 from flash_dmattn.backends.cuda.parameters import Sm80BackwardParameters, addresses, call_fields
 from flash_dmattn.backends.cuda.target import find_target
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _ROUNDS = 4
 _KEYS_OF_PROCESSOR = 1024  # eight tiles of keys

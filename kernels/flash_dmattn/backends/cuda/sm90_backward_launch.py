@@ -10,7 +10,7 @@ import torch
 from flash_dmattn.backends.cuda.gradients import allocate_gradients, build_backward_lists
 from flash_dmattn.backends.cuda.library import launch, load
 from flash_dmattn.backends.cuda.parameters import Sm90BackwardParameters, addresses, call_fields
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _SMALLEST_KEY_TILE = 64
 _LONGEST_QUERY_TILE = 2**29

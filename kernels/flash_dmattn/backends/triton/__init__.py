@@ -1,4 +1,4 @@
-"""The portable GPU engine: kernels in Triton, compiled at run time, for any NVIDIA GPU.
+"""The portable backend for GPUs: kernels in Triton, compiled at run time, for any NVIDIA GPU.
 
 With TRITON_INTERPRET=1 the same kernels run on a CPU, slowly, for tests; only when the backend is asked for by name.
 """
@@ -8,20 +8,16 @@ import os
 
 import torch
 
-from flash_dmattn.backends.gpu import why_no_gpu
+from flash_dmattn.backends.device import MAX_LANES, reject_lanes, reject_layout, why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
-from flash_dmattn.call import AttentionCall
-from flash_dmattn.decode_call import DecodeCall
-
-MAX_LANES = 65535
-"""Programs of a launch in its second and third dimension: one for every batch row and head."""
+from flash_dmattn.calls import AttentionCall, DecodeCall
 
 _MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def is_automatic(call: AttentionCall) -> bool:
-    return call.query.device.type == "cuda"
+def is_automatic(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @functools.cache
@@ -45,19 +41,13 @@ def reject_query(query: torch.Tensor) -> str | None:
 
 
 def reject(call: AttentionCall) -> str | None:
-    reason = reject_query(call.query)
+    reason = reject_query(call.query) or reject_lanes(call.query.shape[0] * call.num_interval_heads)
     if reason is not None:
         return reason
-    lanes = call.query.shape[0] * call.num_interval_heads
-    if lanes > MAX_LANES:
-        return f"{lanes} (batch, head) pairs are above {MAX_LANES}"
     group_size = call.query.shape[2] // call.num_interval_heads
     if group_size > 32:
         return f"{group_size} query heads per interval head are above 32"
-    for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        if tensor.stride(-1) != 1:
-            return f"{name} is not contiguous in the head dim"
-    return None
+    return reject_layout(call)
 
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,6 +88,38 @@ def decode(call: DecodeCall) -> torch.Tensor:
     from flash_dmattn.backends.triton.decode_kernel import run_decode
 
     return run_decode(call)
+
+
+def reject_order_statistics(sequence: torch.Tensor, low: torch.Tensor) -> str | None:
+    if low.shape != sequence.shape:
+        return "there is not one range per element"
+    return f"{sequence.shape[0]} rows are above {MAX_LANES}" if sequence.shape[0] > MAX_LANES else None
+
+
+def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k: int) -> torch.Tensor:
+    from flash_dmattn.backends.triton import order_statistics
+
+    return order_statistics.kth_smallest_in_ranges(sequence, low, high, k)
+
+
+def reject_token_importance(value: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
+    if value.shape[2] != 1 or value.stride(3) != 1:
+        return "there is not one token of contiguous values"
+    tensors = [value, *(parameter for parameter in parameters if parameter is not None)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "there is no gradient"
+    for tensor in tensors:
+        if tensor.dtype == torch.float64 or tensor.device != value.device:
+            return "not all tensors are on one device and of at most float32"
+    return None
+
+
+def token_importance(
+    value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, A: torch.Tensor, max_exponent: float | None
+) -> torch.Tensor:
+    from flash_dmattn.backends.triton.importance_kernel import run_importance
+
+    return run_importance(value, weight, bias, A, max_exponent)
 
 
 def empty_forward(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from flash_dmattn.backends.triton.tiles import (
     query_tile,
     tanh,
 )
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 
 def run_backward(

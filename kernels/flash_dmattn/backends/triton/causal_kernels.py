@@ -12,7 +12,7 @@ import triton.language as tl
 from flash_dmattn.backends.key_lists import LARGEST_BIAS
 from flash_dmattn.backends.triton.configs import BlockConfig, causal_config
 from flash_dmattn.backends.triton.tiles import LOG2E, gather_rows, tanh
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _LARGEST_TOTAL = 2.0**64
 _LARGEST_TOTAL_HALF = 2.0**15

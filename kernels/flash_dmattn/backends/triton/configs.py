@@ -1,7 +1,7 @@
 """Block shapes and schedules of the kernels, by head dim, dtype and the shared memory of the GPU.
 
 Huge: the H100's and B200's shared memory (227 KB); large: the A100's as well (164 KB); small: that of consumer GPUs
-(100 KB). The choices for an H100 were measured, docs/kernel_notes.md; the others only have to fit.
+(100 KB). The choices for an H100 were measured, docs/kernels.md; the others only have to fit.
 """
 
 import functools

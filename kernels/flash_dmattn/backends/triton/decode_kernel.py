@@ -13,7 +13,7 @@ import triton.language as tl
 
 from flash_dmattn.backends.triton.configs import DecodeConfig, decode_config
 from flash_dmattn.backends.triton.tiles import LOG2E, tanh
-from flash_dmattn.decode_call import DecodeCall
+from flash_dmattn.calls import DecodeCall
 
 NO_WINDOW = 2**31 - 1
 

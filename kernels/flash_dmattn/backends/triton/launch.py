@@ -5,10 +5,10 @@ from functools import cached_property
 import torch
 import triton
 
-from flash_dmattn.backends.cuda import lists as cuda_lists
 from flash_dmattn.backends.key_lists import KeyLists, is_listed
 from flash_dmattn.backends.triton.lists import build_key_lists
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
+from flash_dmattn.dispatch import KEY_LISTS, find
 
 
 class Launch:
@@ -21,7 +21,8 @@ class Launch:
 
     @cached_property
     def lists(self) -> KeyLists:
-        build = build_key_lists if cuda_lists.reject(self.call) else cuda_lists.build_key_lists
+        backend = find(KEY_LISTS, self.call.query.device, self.call)
+        build = build_key_lists if backend is None else backend.build_key_lists
         return build(self.call, self.tile_size)
 
     def shared_arguments(self) -> tuple:

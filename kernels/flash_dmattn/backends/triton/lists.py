@@ -15,7 +15,7 @@ from flash_dmattn.backends.key_lists import (
     whole_sequence,
 )
 from flash_dmattn.backends.triton.tiles import LOG2E, query_rows
-from flash_dmattn.call import AttentionCall
+from flash_dmattn.calls import AttentionCall
 
 _CHUNK = 1024
 

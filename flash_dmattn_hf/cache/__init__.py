@@ -1,0 +1,5 @@
+"""The constant-size, lossless key/value cache. Builds on the gates; the rooms above it build on this one."""
+
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
+
+__all__ = ["DynamicMaskCache"]

@@ -1,0 +1,61 @@
+"""The contents of a DynamicMaskCache as tensors and numbers, to be saved and continued from elsewhere."""
+
+from typing import Any
+
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.slots import STATE
+
+_NUMBERS = ("num_rows", "cumulative_length")
+"""What layers count, each those that it has."""
+
+
+def state_of_layer(layer: Any) -> dict[str, Any]:
+    """Returns copies of a layer's tensors, its counts and, of a constant-size layer, its windows.
+
+    Raises RuntimeError for tokens that were never attended to or can still be undone, TypeError for other layers.
+    """
+    state = {name: getattr(layer, name) for name in _NUMBERS if hasattr(layer, name)}
+    if isinstance(layer, DynamicMaskCacheLayer):
+        layer.check_attended()
+        if layer.record_past:
+            raise RuntimeError("tokens that can still be undone cannot be saved: call stop_past_recording() first")
+        names = STATE
+        state["windows"] = _windows_of(layer)
+    elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        names = ("keys", "values")
+    else:
+        raise TypeError(f"a cache with a {type(layer).__name__} cannot be saved: only keys and values can")
+    tensors = {name: getattr(layer, name).detach().clone() for name in names} if layer.is_initialized else {}
+    return {**state, "tensors": tensors}
+
+
+def check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
+    """Raises ValueError for the state of another kind of layer or one of other windows."""
+    windows = _windows_of(layer) if isinstance(layer, DynamicMaskCacheLayer) else None
+    if state.get("windows") != windows:
+        raise ValueError(f"state must be of a layer with the windows {windows}, got {state.get('windows')}")
+
+
+def _windows_of(layer: DynamicMaskCacheLayer) -> dict[str, int]:
+    """Returns what decides which keys a layer holds; its sliding window only hides them."""
+    windows = layer.windows._asdict()
+    del windows["sliding_window"]
+    return windows
+
+
+def load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
+    """Gives a layer of the same kind and windows copies of what `state_of_layer` returned, on the device of those."""
+    layer.reset()
+    tensors = state["tensors"]
+    if tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+    for name, tensor in tensors.items():
+        if isinstance(layer, DynamicMaskCacheLayer):
+            getattr(layer, name).copy_(tensor)
+        else:
+            setattr(layer, name, tensor.clone())
+    for name in _NUMBERS:
+        if name in state:
+            setattr(layer, name, state[name])

@@ -1,0 +1,160 @@
+"""Puts importance gates into a model's attention modules, finds them, and takes them out again."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from flash_dmattn_hf.config import DynamicMaskConfig
+from flash_dmattn_hf.gates import doge
+from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
+from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AttachReport:
+    """attached: names of the attention modules with a gate. skipped: name -> why it has none."""
+
+    attached: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGate]]:
+    """Yields name, attention module and gate for every module with a gate, in the model's order."""
+    for name, module in model.named_modules():
+        if is_attention(module) and (gate := get_gate(module)) is not None:
+            yield name, module, gate
+
+
+@dataclass
+class AttachPlan:
+    """What attaching will do to a model, decided once.
+
+    config: resolved settings. shapes: name of an attention module that gets or has a gate -> its shape.
+    skipped: name -> why it keeps its own attention. refused: name -> why dynamic masks would be wrong there.
+    """
+
+    config: DynamicMaskConfig
+    shapes: dict[str, AttentionShape] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
+    """Judges every attention module of a model; changes nothing."""
+    result = AttachPlan(config)
+    text_config = text_config_of(model)
+    for name, module, owner in _attention_modules(model):
+        if getattr(module, "config", owner) is not text_config:
+            result.skipped[name] = "it belongs to another part than the text model"
+            continue
+        verdict = judge(module, config, text_config)
+        if verdict.kind == "attach":
+            result.shapes[name] = verdict.shape
+        else:
+            reasons = result.skipped if verdict.kind == "native" else result.refused
+            reasons[name] = verdict.reason
+    return result
+
+
+def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
+    """Gives every attention module of a plan for this model a gate; existing gates stay.
+
+    Raises ValueError if no module qualifies, one that must have dynamic masks cannot, or a layer does not exist.
+    """
+    _check_layers(model, planned.config)
+    if planned.refused or not planned.shapes:
+        raise ValueError(refusal(model, planned))
+    num_new = 0
+    for name, shape in planned.shapes.items():
+        module = model.get_submodule(name)
+        if get_gate(module) is None:
+            _install(module, shape, planned.config)
+            num_new += 1
+    if num_new and not planned.config.add_importance_bias:
+        freeze_unused(model)
+        logger.warning("add_importance_bias=False: the importance cannot be trained, its parameters are frozen")
+    return AttachReport(list(planned.shapes), planned.skipped)
+
+
+def _check_layers(model: nn.Module, config: DynamicMaskConfig) -> None:
+    indices = {getattr(module, "layer_idx", None) for _, module, _ in _attention_modules(model)}
+    if absent := [index for index in config.layers or () if index not in indices]:
+        raise ValueError(f"layers must be indices of attention layers of {type(model).__name__}, got {absent}")
+
+
+def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Yields name, module and the config of the innermost model around it, for every attention module."""
+    owners = {"": model.config}
+    for name, module in model.named_modules():
+        parent = owners[name.rpartition(".")[0]] if name else model.config
+        owners[name] = module.config if isinstance(module, PreTrainedModel) else parent
+        if is_attention(module):
+            yield name, module, parent
+
+
+def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> None:
+    if is_native_doge(module):
+        module.dma = doge.DogeGate(module, shape, config)
+    else:
+        module.add_module(GATE_NAME, _make_gate(module, shape, config))
+
+
+def freeze_unused(model: nn.Module) -> None:
+    """Freezes the gates whose importance is not added to the logits: nothing could train them."""
+    for _, _, gate in iter_gates(model):
+        if not gate.config.add_importance_bias and isinstance(gate, ImportanceGate):
+            gate.requires_grad_(False)
+
+
+def detach(model: nn.Module) -> None:
+    """Removes every gate."""
+    for _, module, _ in list(iter_gates(model)):
+        delattr(module, GATE_NAME)
+
+
+def text_config_of(model: nn.Module) -> Any:
+    """Returns the config of the text decoder: the model's own, or the text part of a composite one."""
+    return text_part(model.config)
+
+
+def text_part(config: Any) -> Any:
+    """Returns the text part of a composite config, the config itself if it has none or several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
+
+
+def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
+    # on the device and in the dtype of its neighbours
+    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.get_default_device() if neighbour is None else neighbour.device
+    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
+    with torch.device(device):
+        gate = ImportanceGate(
+            config,
+            layer_idx=module.layer_idx,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            sliding_window=shape.sliding_window,
+            initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
+        ).to(dtype)
+    return gate.train(module.training)
+
+
+def refusal(model: nn.Module, planned: AttachPlan) -> str:
+    """Returns the sentence that says why a model cannot be attached to."""
+    reasons = planned.refused or planned.skipped
+    if not reasons:
+        return f"model must have causal attention modules, got {type(model).__name__}, which has none"
+    name, reason = next(iter(reasons.items()))
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return f"{type(model).__name__} cannot use flash_dmattn: {name}: {reason}{more}"

@@ -1,0 +1,152 @@
+"""The gate that gives every key its importance: the submodule `self_attn.dma` of an attention module."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization
+
+from flash_dmattn.token_importance import can_fuse, token_importance
+from flash_dmattn_hf.config import DynamicMaskConfig, Windows
+from flash_dmattn_hf.forms import FORMS
+
+GATE_NAME = "dma"
+"""Name of the gate inside its attention module."""
+
+
+def get_gate(module: nn.Module) -> "ImportanceGate | None":
+    """Returns the gate of an attention module, None if it has none."""
+    return getattr(module, GATE_NAME, None)
+
+
+class ValueProjection(nn.Module):
+    """The projection of a token's values to one number per importance head.
+
+    Deliberately no nn.Linear: quantizers and "all-linear" adapters must leave it alone.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """value: (..., in_features) float32 or float64. Returns (..., out_features), computed in that dtype."""
+        bias = None if self.bias is None else self.bias.to(value.dtype)
+        return F.linear(value, self.weight.to(value.dtype), bias)
+
+
+def compute_importance(
+    value: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str
+) -> torch.Tensor:
+    """Returns the importance that a form of `FORMS` computes from A and dt = dt_proj(concat_h v).
+
+    value: (B, Hkv, S, D). A: (Hi,). form: its name.
+    Returns (B, Hi, S) in float32, float64 for float64 values: in bfloat16 distinct keys would tie.
+    """
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    batch, _, seqlen, _ = value.shape
+    with torch.autocast(value.device.type, enabled=False):
+        tokens = value.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
+        # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
+        dt = dt_proj(tokens).transpose(1, 2).contiguous()
+        return FORMS[form](A.to(dtype).unsqueeze(-1), dt)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing hangs on a module's forward, such as a hook that brings its weights."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+class Gate:
+    """What every gate says about its layer to the attention function, the cache and the conversion.
+
+    config: resolved settings. layer_idx: index of the layer, as the cache counts.
+    num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
+    sliding_window: the layer's own window in tokens, None for full attention.
+    was_called: whether the attention function has ever been called for this layer.
+    """
+
+    config: DynamicMaskConfig
+    layer_idx: int
+    num_kv_heads: int
+    num_importance_heads: int
+    head_dim: int
+    sliding_window: int | None
+    was_called = False
+
+    @property
+    def windows(self) -> Windows:
+        """The windows of this layer, which everything reads here."""
+        config = self.config
+        return Windows(
+            config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window
+        )
+
+
+class ImportanceGate(Gate, nn.Module):
+    """Computes the importance of keys and carries the settings that attention and cache need.
+
+    Parameters: `A` (Hi,), `dt_proj.weight` (Hi, Hkv * D) and, if configured, `dt_proj.bias` (Hi,).
+
+    config: resolved settings. layer_idx: index of the layer, as the cache counts.
+    num_heads, num_kv_heads, head_dim: shape of the attention, head_dim that of the values.
+    sliding_window: the layer's own window in tokens, None for full attention.
+    initializer_range: standard deviation of dt_proj.weight before training.
+    """
+
+    def __init__(
+        self,
+        config: DynamicMaskConfig,
+        *,
+        layer_idx: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        sliding_window: int | None = None,
+        initializer_range: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_importance_heads = num_heads if config.importance_heads == "query" else num_kv_heads
+        self.sliding_window = sliding_window
+        self.initializer_range = initializer_range
+        self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
+        self.dt_proj = ValueProjection(num_kv_heads * head_dim, self.num_importance_heads, config.dt_proj_bias)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """value: (B, Hkv, S, D). Returns the importance (B, Hi, S) in float32, float64 for float64 values."""
+        expected = (self.num_kv_heads, self.head_dim)
+        if value.dim() != 4 or (value.shape[1], value.shape[3]) != expected:
+            raise ValueError(
+                f"value of layer {self.layer_idx} must have shape (B, {expected[0]}, S, {expected[1]}), "
+                f"got {tuple(value.shape)}; tensor parallelism is not supported"
+            )
+        form, projection = FORMS[self.config.importance], self.dt_proj
+        parameters = (projection.weight, projection.bias, self.A)
+        if form.is_fused and _is_plain(projection) and can_fuse(value, *parameters):
+            return token_importance(value, *parameters, form.max_exponent)
+        return compute_importance(value, projection, self.A, self.config.importance)
+
+    def initialize(self) -> None:
+        """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.
+
+        At A = 0 all keys tie; dt_proj must not be 0 as well, or nothing would ever have a gradient.
+        """
+        start = FORMS[self.config.importance].initial_A
+        if self.config.initializer_std > 0:
+            initialization.normal_(self.A, mean=start, std=self.config.initializer_std)
+        else:
+            initialization.constant_(self.A, start)
+        initialization.normal_(self.dt_proj.weight, mean=0.0, std=self.initializer_range)
+        if self.dt_proj.bias is not None:
+            initialization.zeros_(self.dt_proj.bias)
+
+    def extra_repr(self) -> str:
+        keep, sinks, local, sliding = self.windows
+        return (
+            f"importance={self.config.importance}, heads={self.num_importance_heads}, w={keep}, s={sinks}, r={local}, "
+            f"sliding_window={sliding}"
+        )

@@ -1,0 +1,223 @@
+"""The attention function that transformers calls for `attn_implementation="flash_dmattn"`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flash_dmattn import dynamic_mask_attention, interval_attention
+from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.config import Windows
+from flash_dmattn_hf.gates.eligibility import sliding_window_of
+from flash_dmattn_hf.gates.importance import get_gate
+from flash_dmattn_hf.integration.masks import tag_of
+
+UNSUPPORTED = {
+    "s_aux": "attention sinks (s_aux)",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "an indexer's indices",
+    "block_indices": "an indexer's blocks",
+    "cache": "continuous batching",
+}
+"""Arguments of an attention function that would change its result and that are not supported."""
+
+
+def dynamic_mask_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
+
+    query: (B, H, T, D). key, value: (B, Hkv, S, D), S >= T, the queries last.
+    attention_mask: what `masks.dynamic_mask_mask` returned.
+
+    Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
+    """
+    gate = get_gate(module)
+    cache_layer = hand_over.take(gate, key, value)
+    if gate is None:
+        windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
+    else:
+        windows = gate.windows
+    _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
+    tag = tag_of(attention_mask)
+    is_step = cache_layer is not None and query.shape[2] == 1
+    if not (is_step and tag is None):  # a static cache reduces the mask of one token
+        _check_sliding_window(module, windows.sliding_window, sliding_window, attention_mask, tag)
+    if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
+        attention_mask = None
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
+    documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    if gate is not None:
+        if not gate.was_called and not torch.compiler.is_compiling():
+            gate.was_called = True
+        if cache_layer is not None:
+            _refuse_documents(documents)
+            return _attend_cached(gate, cache_layer, query, attention_mask, options), None
+        _refuse_missing_keys(gate, query, key, attention_mask)
+        importance = gate(value)
+        options["add_importance_bias"] = gate.config.add_importance_bias
+    else:
+        importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
+        options["add_importance_bias"] = False
+    options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
+    if documents is not None:
+        return _attend_packed(query, key, value, importance, documents, options), None
+    padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
+    out = dynamic_mask_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        importance,
+        padding_mask=padding_mask,
+        **options,
+    )
+    return out, None
+
+
+def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
+    """Attends over the survivors and the new tokens of a cache layer, and lets it evict."""
+    padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    options["add_importance_bias"] = gate.config.add_importance_bias
+    if layer.takes_step:
+        return layer.step(query.transpose(1, 2), padding_mask, **options)
+    view = layer.view(padding_mask)
+    out = interval_attention(
+        query.to(view.value.dtype).transpose(1, 2),
+        view.key.to(view.value.dtype).transpose(1, 2),
+        view.value.transpose(1, 2),
+        view.importance,
+        view.visibility,
+        query_positions=view.query_positions,
+        max_visible=layer.windows.keep_window_size,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **options,
+    )
+    layer.evict()
+    return out
+
+
+def _attend_packed(query, key, value, importance, documents, options) -> torch.Tensor:
+    """Attends within documents: the whole batch becomes one row of documents."""
+    batch, _, seqlen, _ = query.shape
+
+    def one_row(tensor):  # (B, H, S, D) -> (1, B * S, H, D)
+        return tensor.transpose(1, 2).reshape(1, batch * seqlen, tensor.shape[1], tensor.shape[3])
+
+    out = dynamic_mask_attention(
+        one_row(query),
+        one_row(key),
+        one_row(value),
+        importance.transpose(0, 1).reshape(1, importance.shape[1], batch * seqlen),
+        cu_seqlens=documents,
+        **options,
+    )
+    return out.reshape(batch, seqlen, *out.shape[2:])
+
+
+def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> torch.Tensor | None:
+    """Returns cu_seqlens (num_docs + 1,) int32 over the rows of all batch entries, None if nothing is packed."""
+    batch, _, seqlen_q, _ = query.shape
+    if cu_seqlens is not None:
+        if batch != 1 or seqlen_q != key.shape[2]:
+            raise ValueError(
+                "cu_seq_lens_q needs one packed row without cached tokens, got a batch of "
+                f"{batch} with {seqlen_q} queries and {key.shape[2]} keys"
+            )
+        on_cpu = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if cu_seqlens_k is not None and on_cpu and not torch.equal(cu_seqlens, cu_seqlens_k):
+            raise ValueError(
+                f"cu_seq_lens_k must equal cu_seq_lens_q, got {cu_seqlens_k.tolist()} and {cu_seqlens.tolist()}"
+            )
+        return cu_seqlens.to(torch.int32)
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return None
+    numbers = attention_mask.expand(batch, -1)
+    if numbers.shape[1] != key.shape[2] or seqlen_q != key.shape[2]:
+        raise ValueError(f"packed position_ids must cover all {key.shape[2]} keys, got {numbers.shape[1]} positions")
+    starts = torch.ones_like(numbers, dtype=torch.bool)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    order = starts.flatten().cumsum(0) - 1
+    if torch.compiler.is_compiling():
+        bounds = torch.arange(order.shape[0] + 1, device=order.device)
+    else:
+        bounds = torch.arange(int(order[-1]) + 2, device=order.device)
+    return torch.searchsorted(order, bounds).to(torch.int32)
+
+
+def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
+    name = type(module).__name__
+    for argument, meaning in UNSUPPORTED.items():
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"{name} passes {meaning}, which flash_dmattn does not support")
+    if kwargs.get("output_attentions"):
+        raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')
+    if get_gate(module) is None and getattr(module, "is_causal", None) is not True:
+        raise ValueError(f"{name} is not causal self-attention, which flash_dmattn does not support")
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
+    if dropout:
+        raise ValueError(
+            f"config.{_dropout_field(module.config, dropout)} must be 0 to train with flash_dmattn, got {dropout}"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask must have shape (B, S) with flash_dmattn, got "
+            f"{tuple(attention_mask.shape)}: custom masks are not supported"
+        )
+    if key.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            f"{name} has keys of dim {key.shape[-1]} and values of dim {value.shape[-1]}: they must be equal"
+        )
+
+
+def _check_sliding_window(module, window, argument, attention_mask, tag) -> None:
+    """Raises ValueError if the layer's window, its argument and its mask do not say the same."""
+    given = [argument] if argument is not None else []
+    if tag is not None:
+        given.append(tag.sliding_window)
+    elif attention_mask is None and not given and not torch.compiler.is_compiling():
+        given.append(None)
+    for other in given:
+        if other != window:
+            raise ValueError(
+                f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {other} from "
+                f"the forward of {type(module).__name__}"
+            )
+
+
+def _dropout_field(config: Any, dropout: float) -> str:
+    """Returns the name of the config's attention dropout."""
+    names = [name for name, value in vars(config).items() if value == dropout and "drop" in name]
+    return next((name for name in names if "att" in name), names[0] if names else "attention_dropout")
+
+
+def _refuse_documents(documents: torch.Tensor | None) -> None:
+    if documents is not None:
+        raise ValueError("packed sequences cannot be combined with a DynamicMaskCache: pass use_cache=False")
+
+
+def _refuse_missing_keys(gate, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    num_missing = 0 if attention_mask is None else attention_mask.shape[1] - key.shape[2]
+    if num_missing > 0 and key.shape[2] == query.shape[2]:
+        raise RuntimeError(
+            f"layer {gate.layer_idx} must attend to {num_missing} cached tokens as well, but their cache did not reach "
+            "its attention function: the layer did not update the cache in this call, or did so in another thread"
+        )
+    if num_missing > 0:
+        raise ValueError(
+            f"the cache of layer {gate.layer_idx} dropped {num_missing} keys that "
+            "still compete for the window: use flash_dmattn_hf.DynamicMaskCache(model)"
+        )

@@ -1,0 +1,184 @@
+"""How generate() meets the constant-size cache: it picks ours, and refuses what would be wrong with it.
+
+Each function here takes an original of transformers and returns its replacement; `PATCHES` lists them for
+`registration`, which installs and removes them.
+"""
+
+import functools
+
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.continuous_batching import ContinuousMixin
+
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
+from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
+from flash_dmattn_hf.config import SECTION
+from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.names import NAMES, is_ours
+
+_CONSTANT = "the default DynamicMaskCache is of constant size anyway"
+_REFUSED = {
+    "quantized": f"quantized values have other importances; {_CONSTANT}",
+    "offloaded": f"evicting needs the keys on the device; {_CONSTANT}",
+    "offloaded_static": f"evicting needs the keys on the device; {_CONSTANT}",
+    "paged": "its paged cache holds the same tokens for all heads, flash_dmattn keeps other tokens per head",
+}
+
+
+def is_active(model: PreTrainedModel) -> bool:
+    """Whether the model's attention runs through flash_dmattn now: gates attached and implementation selected."""
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    return is_ours(implementation) and next(iter_gates(model), None) is not None
+
+
+def wrap_prepare_cache(original):
+    """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache or a StaticCache.
+
+    The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", and for a
+    cache passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
+    """
+
+    @functools.wraps(original)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if not is_active(self):
+            return original(self, generation_config, model_kwargs, *args, **kwargs)
+        _check_cache_implementation(generation_config.cache_implementation)
+        passed = model_kwargs.get("past_key_values")
+        if passed is not None:
+            check_cache(self, passed)
+        elif generation_config.cache_implementation == "static" and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = DynamicMaskCache(self, static=True)
+            return None
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        if passed is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            cache = model_kwargs["past_key_values"] = DynamicMaskCache(self)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        return result
+
+    return _prepare_cache_for_generation
+
+
+def wrap_assisted_decoding(original):
+    """Lets a cache return to its constant size when assisted decoding, which makes it record its past, is over.
+
+    The replacement raises ValueError for a cache that holds tokens already: transformers would process the whole
+    prompt a second time, on top of them.
+    """
+
+    @functools.wraps(original)
+    def _assisted_decoding(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if cache is None or not is_active(self):
+            return original(self, *args, **kwargs)
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values must be empty for assisted decoding and prompt lookup, got a cache of "
+                f"{cache.get_seq_length()} tokens: transformers would process the prompt again on top of them"
+            )
+        was_recording = isinstance(cache, DynamicMaskCache) and any(layer.record_past for layer in cache.mask_layers)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            if isinstance(cache, DynamicMaskCache) and not was_recording:
+                cache.stop_past_recording()
+
+    return _assisted_decoding
+
+
+def wrap_compiled_call(original):
+    """Makes generate() capture the forward of one token on a GPU, unless a `compile_config` wants it compiled."""
+
+    @functools.wraps(original)
+    def get_compiled_call(self, compile_config):
+        if not is_active(self):
+            return original(self, compile_config)
+        if compile_config is None:
+            devices = {parameter.device for parameter in self.parameters()}
+            if len(devices) > 1 or self.device.type != "cuda":  # a graph holds the kernels of one GPU
+                return self.__call__
+            return StepForward(self, CapturedForward(self))
+        return StepForward(self, original(self, compile_config))
+
+    return get_compiled_call
+
+
+def wrap_dynamic_cache(original):
+    """Makes `DynamicCache(config=...)` of a flash_dmattn model keep all keys of its sliding-window layers.
+
+    Keys older than a sliding window still compete for the top K, so a cache without importances must not drop
+    them. Models make such a cache themselves when they are called with use_cache=True and none.
+    """
+
+    @functools.wraps(original)
+    def __init__(self, ddp_cache_data=None, config=None, *args, **kwargs):
+        original(self, ddp_cache_data, config, *args, **kwargs)
+        if config is None or ddp_cache_data is not None or isinstance(self, DynamicMaskCache):
+            return
+        config = config.get_text_config(decoder=True)
+        section = getattr(config, SECTION, None)
+        if section is None or config._attn_implementation not in NAMES:
+            return
+        if any(_truncates(layer, section["keep_window_size"]) for layer in self.layers):
+            self.layers = [
+                DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.layers
+            ]
+
+    return __init__
+
+
+def wrap_init_continuous_batching(original):
+    """Refuses continuous batching with a ValueError."""
+
+    @functools.wraps(original)
+    def init_continuous_batching(self, *args, **kwargs):
+        if is_active(self):
+            raise ValueError(
+                f"continuous batching is not supported with flash_dmattn: {_REFUSED['paged']}; "
+                "call model.generate() on a padded batch"
+            )
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
+
+
+def check_cache(model: PreTrainedModel, cache) -> None:
+    """Raises ValueError unless generating with `cache` is right for a model that runs through flash_dmattn."""
+    if isinstance(cache, DynamicMaskCache):
+        if not cache.belongs_to(model):
+            raise ValueError("past_key_values must be a DynamicMaskCache of this very model, got that of another one")
+        return
+    if type(cache) is not DynamicCache:
+        raise ValueError(
+            "past_key_values must be a DynamicMaskCache or a DynamicCache with flash_dmattn, "
+            f"got a {type(cache).__name__}; use DynamicMaskCache(model), or pass none"
+        )
+    for _, _, gate in iter_gates(model):
+        if gate.layer_idx < len(cache.layers) and _truncates(
+            cache.layers[gate.layer_idx], gate.windows.keep_window_size
+        ):
+            raise ValueError(
+                f"past_key_values must keep all keys of layer {gate.layer_idx}, got a DynamicCache that drops those "
+                "beyond its sliding window although they still compete; use DynamicMaskCache(model), or pass none"
+            )
+
+
+def _truncates(layer, keep_window_size: int) -> bool:
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window > keep_window_size
+
+
+def _check_cache_implementation(name: str | None) -> None:
+    if name not in (None, "dynamic", "static"):
+        raise ValueError(
+            f"cache_implementation must be None, 'dynamic' or 'static' with flash_dmattn, got {name!r}: "
+            f"{_REFUSED.get(name, 'it is not known')}"
+        )
+
+
+PATCHES = [
+    (GenerationMixin, "_prepare_cache_for_generation", wrap_prepare_cache),
+    (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
+    (PreTrainedModel, "get_compiled_call", wrap_compiled_call),
+    (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
+    (DynamicCache, "__init__", wrap_dynamic_cache),
+]

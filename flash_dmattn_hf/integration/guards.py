@@ -1,0 +1,42 @@
+"""Models that do not tell their mask about position_ids cannot hold packed documents apart: they refuse them."""
+
+import inspect
+import re
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from flash_dmattn_hf.integration.masks import mark_documents
+from flash_dmattn_hf.names import is_ours
+
+_MASK_CALL = re.compile(r"create_(?:causal|sliding_window_causal)_mask\(\s*(.*?)\n\s*\)", re.DOTALL)
+_MASK_ARGUMENTS = re.compile(r"mask_kwargs = \{(.*?)\}", re.DOTALL)
+
+
+@cache
+def hides_positions(cls: type) -> bool:
+    """True if a model class creates its causal mask without position_ids, as its source says."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return False
+    calls = [call for call in _MASK_CALL.findall(source) if "**mask_kwargs" not in call]
+    return any("position_ids" not in call for call in calls + _MASK_ARGUMENTS.findall(source))
+
+
+def refuse_packed_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: raises ValueError if position_ids restart although nobody would notice."""
+    position_ids = kwargs.get("position_ids")
+    if torch.compiler.is_compiling() or not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
+        return
+    attention_mask = kwargs.get("attention_mask")
+    has_padding = attention_mask is not None and not bool(attention_mask.bool().all())
+    if has_padding or not is_ours(module.config.get_text_config()._attn_implementation):
+        return
+    if mark_documents(position_ids) is not None:
+        raise ValueError(
+            f"position_ids must rise by 1 for {type(module).__name__}, which does not tell its attention where "
+            "packed documents begin: pad them instead"
+        )

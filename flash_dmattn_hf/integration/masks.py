@@ -1,0 +1,178 @@
+"""The mask function: what transformers asks for instead of a T x T mask."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
+from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.names import NAMES
+
+_TAG = "_flash_dmattn_tag"
+_AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
+_SLIDING_CODE = masking_utils.sliding_window_overlay(1).__code__
+
+
+def dynamic_mask_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Returns None for plain causal attention, or what the attention function must know about the tokens.
+
+    attention_mask: (B, S) bool, True for real tokens; (B, S) int64 for the document number of every token of a
+        packed batch (as `mark_documents` gives it); or None.
+
+    Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides, or if there are cached
+    tokens, so that the attention function sees whether keys are missing; or the document numbers as they came. A mask
+    carries a tag (`tag_of`), by which the attention function checks that the layer slides as its mask does.
+
+    Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
+    """
+    window = _sliding_window(mask_function, local_size, use_vmap)
+    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
+        if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
+            raise ValueError(
+                "flash_dmattn does not support a static cache: use the default cache of generate()"
+            )
+        raise ValueError(
+            f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
+        )
+    length = kv_offset + kv_length
+    is_plain, is_full = window is None and not q_offset, False
+    if attention_mask is None:
+        if is_plain or (torch.compiler.is_compiling() and not kv_offset):
+            return None
+        all_real = torch.ones((1, 1), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, length)
+        return _tag(all_real, window, is_full=True)
+    if attention_mask.dtype == torch.bool:
+        if attention_mask.shape[-1] != length:
+            raise ValueError(
+                f"attention_mask must have {length} columns (cached and new tokens), got {attention_mask.shape[-1]}"
+            )
+        is_full = not is_tracing(attention_mask) and bool(attention_mask.all())
+        if is_full and is_plain:
+            return None
+    return _tag(attention_mask, window, is_full)
+
+
+@dataclass(frozen=True)
+class MaskTag:
+    """What a mask says beyond its entries: the sliding window in tokens, and whether all tokens are real."""
+
+    sliding_window: int | None
+    is_full: bool
+
+
+def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
+    """Returns the tag of a mask of `dynamic_mask_mask`, None if it has none or lost it on the way."""
+    return getattr(mask, _TAG, None)
+
+
+def _tag(mask: torch.Tensor, window: int | None, is_full: bool) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        return mask
+    mask = mask.view(mask.shape)  # the caller's own tensor stays as it is
+    setattr(mask, _TAG, MaskTag(window, is_full))
+    return mask
+
+
+def mark_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Returns the document number of every token where positions restart, None if they never do.
+
+    position_ids: (B, T). Returns (B, T) int64 or None. While tracing always the numbers.
+    """
+    return masking_utils.find_packed_sequence_indices(position_ids)
+
+
+def _sliding_window(mask_function: Callable, local_size: int | None, use_vmap: bool) -> int | None:
+    """Returns the window of a sliding mask, None for a causal one. Raises ValueError for every other."""
+    if mask_function is masking_utils.causal_mask_function:
+        return None
+    if not use_vmap and local_size is not None and _is_sliding(mask_function, local_size):
+        return local_size
+    raise ValueError(
+        "flash_dmattn supports causal, sliding-window, padding and packed masks only, got another mask function "
+        f"({getattr(mask_function, '__qualname__', type(mask_function).__name__)}), such as a prefix, image-block, "
+        "chunked, bidirectional or custom mask"
+    )
+
+
+def _is_sliding(mask_function: Callable, local_size: int) -> bool:
+    if getattr(mask_function, "__code__", None) is not _AND_CODE:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    overlay, causal = mask_function.__closure__[0].cell_contents
+    if overlay.__code__ is not _SLIDING_CODE or causal is not masking_utils.causal_mask_function:
+        return False
+    return overlay.__closure__[0].cell_contents == local_size
+
+
+def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
+    """Finds packed documents for our implementation, with or without a cache, and hands their numbers on as mask.
+
+    transformers looks for restarting positions only when there is neither a mask nor a cache, which a model in
+    eval mode makes by default.
+    """
+
+    @wraps(original)
+    def preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs):
+        if config._attn_implementation not in NAMES:
+            return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
+        if _is_static_step(inputs_embeds, attention_mask, past_key_values):
+            return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
+        result = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        is_final, mask, packed, q_length, kv_length, q_offset, kv_offset = result
+        if is_final:
+            return result
+        if packed is None and position_ids is not None and position_ids.dim() == 2:
+            packed = _packed_despite_cache(position_ids, mask, inputs_embeds.shape[0], q_offset)
+        if packed is not None:
+            return is_final, packed, None, q_length, kv_length, q_offset, kv_offset
+        return result
+
+    return preprocess
+
+
+def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any) -> bool:
+    """Whether one more token comes to a static cache, where only its own column of the mask is news.
+
+    What the mask function is was checked with the tokens before. Lengths are not looked at: a compiled forward must not
+    depend on them.
+    """
+    if not (isinstance(cache, DynamicMaskCache) and cache.is_static and inputs_embeds.shape[1] == 1):
+        return False
+    is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
+    return is_plain and all(layer.is_initialized for layer in cache.layers)
+
+
+def _last_column(attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if attention_mask is None else attention_mask[:, -1:].to(device=device, dtype=torch.bool)
+
+
+def _packed_despite_cache(
+    position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, q_offset: Any
+) -> torch.Tensor | None:
+    if is_tracing(position_ids) or isinstance(q_offset, torch.Tensor):
+        return None
+    if mask is not None and not bool(mask.all()):
+        return None
+    documents = mark_documents(position_ids.expand(batch, -1))
+    if documents is not None and q_offset:
+        raise ValueError("position_ids must rise by 1 after cached tokens: packed sequences need use_cache=False")
+    return documents

@@ -1,0 +1,96 @@
+"""Every change to transformers: what `register()` wraps and `unregister()` puts back."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
+
+from flash_dmattn_hf.gates import doge
+from flash_dmattn_hf.integration import generation, loading
+from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
+from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
+from flash_dmattn_hf.names import NAMES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Patch:
+    """One attribute of transformers that is replaced by `make_wrapper(original)`.
+
+    owner: class or module. attribute: its name. make_wrapper: gets the stored attribute, for a classmethod its
+    plain function, and returns the replacement.
+    """
+
+    owner: Any
+    attribute: str
+    make_wrapper: Callable[[Callable], Callable]
+    original: Any = field(default=None, repr=False)
+    is_applied: bool = False
+
+    def apply(self) -> None:
+        """Replaces the attribute; does nothing if that has been done."""
+        if self.is_applied:
+            return
+        self.original = vars(self.owner)[self.attribute]
+        is_classmethod = isinstance(self.original, classmethod)
+        wrapper = self.make_wrapper(self.original.__func__ if is_classmethod else self.original)
+        setattr(self.owner, self.attribute, classmethod(wrapper) if is_classmethod else wrapper)
+        self.is_applied = True
+
+    def undo(self) -> None:
+        """Puts the original object back; does nothing if the patch is not applied."""
+        if not self.is_applied:
+            return
+        setattr(self.owner, self.attribute, self.original)
+        self.original, self.is_applied = None, False
+
+
+def register() -> None:
+    """Makes `attn_implementation="flash_dmattn"` (and "dmattn") known to transformers. Idempotent."""
+    for name in NAMES:
+        AttentionInterface.register(name, dynamic_mask_attention_forward)
+        AttentionMaskInterface.register(name, dynamic_mask_mask)
+    for patch in _patches():
+        patch.apply()
+
+
+def unregister() -> None:
+    """Puts transformers back as it was before `register()`. Models that use the name can then not run."""
+    for patch in reversed(_PATCHES):
+        patch.undo()
+    _PATCHES.clear()
+    for name in NAMES:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+_PATCHES: list[Patch] = []
+
+
+def _patches() -> list[Patch]:
+    if not _PATCHES:
+        from transformers.models.doge.modeling_doge import DogeAttention
+
+        entries = [
+            (PreTrainedModel, "_check_and_adjust_attn_implementation", loading.wrap_check_implementation),
+            (PreTrainedModel, "post_init", loading.wrap_post_init),
+            (PreTrainedModel, "_initialize_weights", loading.wrap_initialize_weights),
+            (PreTrainedModel, "from_pretrained", loading.wrap_from_pretrained),
+            (PreTrainedModel, "_from_config", loading.wrap_load_time),
+            (PreTrainedModel, "set_attn_implementation", loading.wrap_set_implementation),
+            (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),
+            (masking_utils, "_preprocess_mask_arguments", wrap_preprocess_mask_arguments),
+            (DogeAttention, "forward", doge.wrap_forward),
+            *generation.PATCHES,
+        ]
+        _PATCHES.extend(Patch(*entry) for entry in entries)
+    return _PATCHES

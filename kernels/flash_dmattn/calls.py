@@ -1,0 +1,205 @@
+"""The calls: what every backend is given, one value per kind of work."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from flash_dmattn.operators import OperatorCall
+from flash_dmattn.ranking import comparable
+from flash_dmattn.visibility import NEVER, Visibility
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall(OperatorCall):
+    """The checked arguments of one attention over intervals.
+
+    query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D), query's dtype.
+    importance: (B, Hi, Sk) float32 (float64 for float64), contiguous, or None for no bias; NaN counts as -inf, +inf as
+        the largest float32.
+    birth, death: (B, Hi, Sk) int32, contiguous; Hi is Hkv or H. Both None: every key is visible from its own row on.
+    query_start: (B,) int32, contiguous, the row of the first query, the others follow; or None.
+    query_positions: (B, Sq) int32, contiguous, the row of every query, -1 for one that sees nothing; or None. When both
+        are given, query_positions is query_start + i except for its -1; when neither is, the queries are the last rows.
+    max_visible: n consecutive rows see no more than max_visible + n keys altogether; None when that is unknown.
+    softmax_scale: factor of the dot product. softcap: 0 is off.
+    deterministic: equal inputs must give bitwise equal gradients.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    importance: torch.Tensor | None
+    birth: torch.Tensor | None
+    death: torch.Tensor | None
+    query_start: torch.Tensor | None
+    query_positions: torch.Tensor | None
+    max_visible: int | None
+    softmax_scale: float
+    softcap: float
+    deterministic: bool
+
+    DIFFERENTIABLE = ("query", "key", "value", "importance")
+
+    @classmethod
+    def prepare(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        importance: torch.Tensor | None,
+        visibility: Visibility | None,
+        *,
+        query_start: int | torch.Tensor | None = None,
+        query_positions: torch.Tensor | None = None,
+        max_visible: int | None = None,
+        softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        deterministic: bool = False,
+    ) -> "AttentionCall":
+        """Returns the call of checked arguments, laid out as backends want them.
+
+        softmax_scale: None: D ** -0.5. The rest as above, but of any layout, and query_start may be an int.
+        """
+        batch, seqlen_q, _, head_dim = query.shape
+        if isinstance(query_start, torch.Tensor):
+            query_start = query_start.contiguous()
+        elif visibility is None and query_positions is None and query_start == key.shape[1] - seqlen_q:
+            query_start = None  # backends know that row without being told
+        elif query_start is not None:
+            query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
+        if importance is not None:
+            precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+            importance = importance.to(precision).contiguous()
+        birth, death = (None, None) if visibility is None else (bound.contiguous() for bound in visibility)
+        return cls(
+            query=query,
+            key=key,
+            value=value,
+            importance=importance,
+            birth=birth,
+            death=death,
+            query_start=query_start,
+            query_positions=None if query_positions is None else query_positions.contiguous(),
+            max_visible=max_visible,
+            softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+            softcap=float(softcap),
+            deterministic=deterministic,
+        )
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the rows of a sequence's queries follow each other."""
+        return self.query_start is not None or self.query_positions is None
+
+    @property
+    def num_interval_heads(self) -> int:
+        if self.birth is not None:
+            return self.birth.shape[1]
+        return self.key.shape[2] if self.importance is None else self.importance.shape[1]
+
+    def intervals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns birth and death, (B, Hi, Sk) int32, also where the call leaves them out."""
+        if self.birth is not None:
+            return self.birth, self.death
+        batch, seqlen_k = self.key.shape[:2]
+        birth = torch.arange(seqlen_k, device=self.key.device, dtype=torch.int32)
+        birth = birth.expand(batch, self.num_interval_heads, seqlen_k).contiguous()
+        return birth, torch.full_like(birth, NEVER)
+
+    def query_rows(self) -> torch.Tensor:
+        """Returns the row of every query, (B, Sq) int32; -1 sees nothing."""
+        if self.query_positions is not None:
+            return self.query_positions
+        steps = torch.arange(self.query.shape[1], device=self.query.device, dtype=torch.int32)
+        return self.first_rows()[:, None] + steps
+
+    def first_rows(self) -> torch.Tensor:
+        """Returns the row of each sequence's first query, (B,) int32, of a call that is ordered."""
+        if self.query_start is not None:
+            return self.query_start
+        first_row = self.key.shape[1] - self.query.shape[1]
+        return torch.full((self.query.shape[0],), first_row, dtype=torch.int32, device=self.query.device)
+
+    def with_comparable_importance(self) -> "AttentionCall":
+        """Returns the call without NaN and +inf in the importance, differentiably."""
+        return self if self.importance is None else replace(self, importance=comparable(self.importance))
+
+
+class Slots(NamedTuple):
+    """The state of one layer: w slots per head, in any order. Every tensor is changed in place.
+
+    keys, values: (B, Hc, w, D), contiguous, finite; Hc is Hkv, or H when importance is per query head.
+    importance: (B, Hc, w) float32 (float64 beside float64 keys), without NaN and +inf.
+    positions: (B, Hc, w) int32, true positions, -1 for an empty slot.
+    victims: (B, Hc) int32, the slot that the next token takes or competes for.
+    lengths: (B, Hc) int32, real tokens so far, the same for all heads of a batch row.
+    arrivals: (B, Hc) int32, 0 between steps: a backend's count of the programs that have finished a head.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    importance: torch.Tensor
+    positions: torch.Tensor
+    victims: torch.Tensor
+    lengths: torch.Tensor
+    arrivals: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCall(OperatorCall):
+    """The checked arguments of one step over fixed slots.
+
+    query: (B, 1, H, D). key, value: (B, 1, Hkv, D), query's dtype. importance: (B, Hc, 1) floating point, any value.
+    padding_mask: (B, 1) bool, False where a row has no token; None: all have one.
+    slots: the state, which the step changes.
+    The other fields as in `flash_dmattn.slots.decode_step`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    importance: torch.Tensor
+    padding_mask: torch.Tensor | None
+    slots: Slots
+    num_sink_tokens: int
+    local_window_size: int
+    sliding_window: int | None
+    softmax_scale: float
+    softcap: float
+    add_importance_bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseCall(OperatorCall):
+    """The checked arguments of one attention under a mask and a bias.
+
+    query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D), query's dtype.
+    attn_mask: (1 or B, 1 or Hkv or H, 1 or Sq, 1 or Sk), bool or floating point, zero hides a key; None hides nothing.
+    attn_bias: of such a shape, floating point, added to the logits (NaN as -inf, +inf as the largest float32); or None.
+    tiles: what `TiledMask` knows of attn_mask, None when nothing is known.
+    is_causal: query i sees no key after i + Sk - Sq.
+    softmax_scale: factor of the dot product. softcap: 0 is off.
+    deterministic: equal inputs must give bitwise equal gradients.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None
+    attn_bias: torch.Tensor | None
+    tiles: torch.Tensor | None
+    is_causal: bool
+    softmax_scale: float
+    softcap: float
+    deterministic: bool
+
+    DIFFERENTIABLE = ("query", "key", "value", "attn_bias")
+
+    @property
+    def group_size(self) -> int:
+        return self.query.shape[2] // self.key.shape[2]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.query.numel() == 0 or self.key.shape[1] == 0

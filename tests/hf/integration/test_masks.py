@@ -1,0 +1,195 @@
+"""Masks: causal, sliding, padding and packed ones are recognised, every other one raises."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache, masking_utils
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_chunked_causal_mask
+from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
+
+from flash_dmattn_hf import iter_gates
+from flash_dmattn_hf.integration.masks import MaskTag, dynamic_mask_mask, tag_of
+
+from ..converted import converted
+from ..dense_definition import by_definition
+from ..tiny import tiny_config, tokens
+
+
+def config_of(**values):
+    config = tiny_config("llama", **values)
+    config._attn_implementation = "flash_dmattn"
+    return config
+
+
+EMBEDS = torch.zeros(2, 6, 32)
+
+
+def arguments(attention_mask=None, **kwargs):
+    return {"inputs_embeds": EMBEDS, "attention_mask": attention_mask, "past_key_values": None, **kwargs}
+
+
+def test_plain_causal_needs_no_mask():
+    assert create_causal_mask(config_of(), **arguments()) is None
+    assert create_causal_mask(config_of(), **arguments(torch.ones(2, 6))) is None
+    assert create_causal_mask(config_of(), **arguments(position_ids=torch.arange(6)[None])) is None
+
+
+@pytest.mark.parametrize("padding", [None, torch.ones(2, 6)], ids=["none", "all_ones"])
+def test_sliding_masks_carry_their_window(padding):
+    mask = create_sliding_mask(config_of(sliding_window=3), **arguments(padding))
+    assert mask.dtype == torch.bool and mask.shape == (2, 6) and mask.all()
+    assert tag_of(mask) == MaskTag(sliding_window=3, is_full=True)
+
+
+@pytest.mark.parametrize("create", [create_causal_mask, create_sliding_mask], ids=["causal", "sliding"])
+def test_padding_gives_a_two_dimensional_bool_mask(create):
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
+    mask = create(config_of(sliding_window=3), **arguments(padding))
+    assert mask.dtype == torch.bool and torch.equal(mask, padding.bool())
+    assert tag_of(mask) == MaskTag(3 if create is create_sliding_mask else None, is_full=False)
+
+
+def test_packed_positions_give_document_numbers():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
+    mask = create_causal_mask(config_of(), **arguments(position_ids=positions))
+    assert mask.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]]
+
+
+def _everything(batch, head, q, k):
+    return q >= 0
+
+
+_BLOCKS = torch.tensor([[0, 0, 1, 1, 1, -1]] * 2)
+FOREIGN = {
+    "or_mask": lambda: create_causal_mask(config_of(), **arguments(or_mask_function=_everything)),
+    "and_mask": lambda: create_causal_mask(config_of(), **arguments(and_mask_function=_everything)),
+    "sliding_or_mask": lambda: create_sliding_mask(
+        config_of(sliding_window=3), **arguments(or_mask_function=_everything)
+    ),
+    "image_blocks": lambda: create_causal_mask(config_of(), **arguments(block_sequence_ids=_BLOCKS)),
+    "sliding_image_blocks": lambda: create_sliding_mask(
+        config_of(sliding_window=3), **arguments(block_sequence_ids=_BLOCKS)
+    ),
+    "bidirectional": lambda: create_bidirectional_mask(config_of(), EMBEDS, None),
+    "not_causal_config": lambda: create_causal_mask(config_of(is_causal=False), **arguments()),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_masks_raise(case):
+    with pytest.raises(ValueError, match="causal, sliding-window, padding and packed masks only"):
+        FOREIGN[case]()
+
+
+def test_chunked_masks_raise():
+    with pytest.raises(ValueError, match="chunk|packed masks only"):
+        create_chunked_causal_mask(config_of(attention_chunk_size=4), **arguments())
+    with pytest.raises(ValueError, match="packed masks only"):
+        create_chunked_causal_mask(config_of(attention_chunk_size=64), **arguments())
+
+
+def test_recognition_does_not_trust_the_flags():
+    two = masking_utils.and_masks(masking_utils.causal_mask_function, _everything)
+    chunked = masking_utils.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
+    other = masking_utils.sliding_window_causal_mask_function(4)
+    for function in (two, chunked, other, _everything):
+        with pytest.raises(ValueError, match="packed masks only"):
+            dynamic_mask_mask(2, 6, 6, mask_function=function, local_size=3, use_vmap=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_four_dimensional_masks_raise(dtype):
+    mask = torch.ones(2, 1, 24, 24).tril().to(dtype)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(B, S\)"):
+        converted()(tokens(), attention_mask=mask)
+
+
+def test_masks_of_the_wrong_length_raise():
+    with pytest.raises(ValueError, match="attention_mask"):
+        converted()(tokens(), attention_mask=torch.ones(2, 20, dtype=torch.long), use_cache=False)
+
+
+def test_a_static_cache_raises():
+    model = converted()
+    with pytest.raises(ValueError, match="static cache"):
+        model(tokens(), past_key_values=StaticCache(config=model.config, max_cache_len=64))
+
+
+PADDINGS = {
+    "left": [(0, 0, 5)],
+    "right": [(0, 19, 24)],
+    "interior": [(0, 8, 13), (1, 3, 4)],
+    "all_kinds": [(0, 0, 3), (0, 10, 12), (1, 20, 24), (1, 7, 15)],
+}
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+def test_padding_equals_the_definition(kind):
+    model = converted()
+    mask = torch.ones(2, 24, dtype=torch.long)
+    for row, start, stop in PADDINGS[kind]:
+        mask[row, start:stop] = 0
+    with torch.no_grad():
+        ours = model(tokens(), attention_mask=mask, use_cache=False).logits
+        with by_definition(model):
+            expected = model(tokens(), attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(ours[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", PADDINGS)
+def test_padding_takes_no_place_in_any_window(kind, model_type):
+    model, input_ids = converted(model_type), tokens()
+    mask = torch.ones(2, 24, dtype=torch.long)
+    for row, start, stop in PADDINGS[kind]:
+        mask[row, start:stop] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        padded = model(input_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for row in range(2):
+            real = mask[row].bool()
+            alone = model(input_ids[row, real][None], use_cache=False).logits[0]
+            torch.testing.assert_close(padded[row, real], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+def test_what_stands_in_padding_changes_nothing(kind):
+    model, input_ids = converted(), tokens()
+    mask = torch.ones(2, 24, dtype=torch.long)
+    for row, start, stop in PADDINGS[kind]:
+        mask[row, start:stop] = 0
+    with torch.no_grad():
+        first = model(input_ids, attention_mask=mask).logits
+        second = model(torch.where(mask.bool(), input_ids, 7), attention_mask=mask).logits
+    assert torch.equal(first[mask.bool()], second[mask.bool()])
+
+
+@pytest.mark.parametrize("steps", [[24], [12, 12], [9, 1, 1, 13]], ids=str)
+def test_a_plain_dynamic_cache_that_holds_all_keys_is_right(steps):
+    model, cache, start = converted(), DynamicCache(), 0
+    with torch.no_grad():
+        expected = model(tokens(), use_cache=False).logits
+        for step in steps:
+            logits = model(tokens()[:, start : start + step], past_key_values=cache).logits
+            torch.testing.assert_close(logits, expected[:, start : start + step], atol=1e-9, rtol=1e-9)
+            start += step
+
+
+def test_a_cache_that_dropped_competing_keys_raises():
+    model = converted("mistral")
+    cache = DynamicCache(config=tiny_config("mistral"))
+    assert cache.is_sliding == [True, True]
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+        with pytest.raises(ValueError, match="dropped 15 keys.*DynamicMaskCache"):
+            model(tokens(2, 1), past_key_values=cache)
+
+
+def test_native_sliding_layers_may_drop_their_keys():
+    model = converted("gemma2", keep_window_size=16)
+    assert [gate.sliding_window for _, _, gate in iter_gates(model)] == [None]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(tokens(), use_cache=False).logits
+        for start in range(0, 24, 6):
+            logits = model(tokens()[:, start : start + 6], past_key_values=cache).logits
+            torch.testing.assert_close(logits, expected[:, start : start + 6], atol=1e-9, rtol=1e-9)

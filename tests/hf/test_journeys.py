@@ -1,0 +1,96 @@
+"""How many files a call runs through: what somebody has to read who wants to know what happens."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import flash_dmattn
+import flash_dmattn_hf
+
+from .generation_models import greedy, make_model, make_prompt
+
+ROOTS = {package.__name__: Path(package.__file__).parent for package in (flash_dmattn_hf, flash_dmattn)}
+
+FORWARD = {
+    "integration/masks.py",
+    "integration/attention.py",
+    "cache/handover.py",
+    "gates/importance.py",
+    "forms.py",
+}
+"""Files of flash_dmattn_hf that one forward without a cache runs through, in the order in which they come."""
+DEFAULT_FORWARD = FORWARD | {"integration/generation.py"}
+"""With the DynamicCache that models in eval mode make by themselves."""
+STEP = FORWARD | {"cache/cache.py", "cache/layer.py", "cache/slots.py"}
+"""One token of `generate`, or of a loop of one's own, with a DynamicMaskCache."""
+CORE_OF_FORWARD, CORE_OF_STEP = 15, 11
+"""Most files of flash_dmattn in each, on a CPU with the reference backend, for a prompt longer than the window."""
+
+
+class Journey:
+    """Notes the files of both packages whose functions are called between start and stop."""
+
+    def __init__(self):
+        self.files = set()
+
+    def start(self):
+        sys.setprofile(self._note)
+
+    def stop(self):
+        sys.setprofile(None)
+
+    def _note(self, frame, event, argument):
+        if event == "call":
+            self.files.add(frame.f_code.co_filename)
+
+    def of(self, package):
+        paths = map(Path, self.files)
+        return {path.relative_to(ROOTS[package]).as_posix() for path in paths if path.is_relative_to(ROOTS[package])}
+
+    def check(self, expected, most_of_core):
+        assert self.of("flash_dmattn_hf") == expected
+        assert len(self.of("flash_dmattn")) <= most_of_core, sorted(self.of("flash_dmattn"))
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    monkeypatch.delenv("FLASH_DMATTN_BACKEND", raising=False)
+
+
+@pytest.mark.parametrize(
+    "options, expected", [({}, DEFAULT_FORWARD), ({"use_cache": False}, FORWARD)], ids=["default", "uncached"]
+)
+@torch.no_grad()
+def test_a_forward(options, expected):
+    model, (ids, _) = make_model("llama-sinks-local", on_grid=False), make_prompt()
+    model(ids, **options)
+    journey = Journey()
+    journey.start()
+    model(ids, **options)
+    journey.stop()
+    journey.check(expected, CORE_OF_FORWARD)
+
+
+class OneStep(LogitsProcessor):
+    """Follows the step between the third token and the fourth."""
+
+    def __init__(self, journey):
+        self.journey, self.num_tokens = journey, 0
+
+    def __call__(self, input_ids, scores):
+        self.num_tokens += 1
+        if self.num_tokens == 3:
+            self.journey.start()
+        elif self.num_tokens == 4:
+            self.journey.stop()
+        return scores
+
+
+def test_a_step_of_generate():
+    model, (ids, mask) = make_model("llama-sinks-local", on_grid=False), make_prompt()
+    journey = Journey()
+    greedy(model, ids, mask, new=6, logits_processor=LogitsProcessorList([OneStep(journey)]))
+    journey.check(STEP, CORE_OF_STEP)
