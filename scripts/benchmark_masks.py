@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import flash_dmattn
-from flash_dmattn.interface import reference_dmattn_func
+from flash_dmattn.dense.functions import reference_dmattn_func
 from flash_dmattn.utils.mask import create_mask
 
 MASKS = ("random", "blocks", "topk", "key", "full")

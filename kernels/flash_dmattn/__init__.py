@@ -7,8 +7,7 @@ attends over such intervals. `flash_dmattn_func` and its kin take any mask and a
 
 from flash_dmattn.attention import dynamic_mask_attention, interval_attention
 from flash_dmattn.backends.device import why_no_gpu
-from flash_dmattn.dispatch import explain_backends, explain_jobs, get_available_backends
-from flash_dmattn.interface import (
+from flash_dmattn.dense.functions import (
     flash_dmattn_func,
     flash_dmattn_func_auto,
     flash_dmattn_kvpacked_func,
@@ -16,12 +15,13 @@ from flash_dmattn.interface import (
     flex_dmattn_func,
     triton_dmattn_func,
 )
-from flash_dmattn.selection import select_visible
-from flash_dmattn.varlen import (
+from flash_dmattn.dense.varlen import (
     flash_dmattn_varlen_func,
     flash_dmattn_varlen_kvpacked_func,
     flash_dmattn_varlen_qkvpacked_func,
 )
+from flash_dmattn.dispatch import explain_backends, explain_jobs, get_available_backends
+from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 
 __all__ = [

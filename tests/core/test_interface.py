@@ -10,7 +10,7 @@ import torch
 
 import flash_dmattn
 from flash_dmattn import flash_dmattn_func, flash_dmattn_func_auto
-from flash_dmattn.interface import reference_dmattn_func
+from flash_dmattn.dense.functions import reference_dmattn_func
 
 from .dense_cases import definition
 
@@ -84,16 +84,17 @@ def test_auto_returns_the_function_of_a_backend(monkeypatch):
     assert isinstance(bound, functools.partial) and bound.keywords == {"is_causal": True}
     with pytest.raises(ValueError, match="'numpy'"):
         flash_dmattn_func_auto("numpy")
-    monkeypatch.setattr("flash_dmattn.interface.explain_backends", lambda: {"triton": "it is not installed"})
+    monkeypatch.setattr("flash_dmattn.dense.functions.explain_backends", lambda: {"triton": "it is not installed"})
     with pytest.raises(RuntimeError, match="'triton' is not available: it is not installed"):
         flash_dmattn_func_auto("triton")
 
 
 def test_the_gpu_function_serves_a_cpu_and_says_so(monkeypatch, caplog, inputs):
-    from flash_dmattn import dispatch, interface
+    from flash_dmattn import dispatch
+    from flash_dmattn.dense import functions
 
     dispatch._announce.cache_clear()
-    monkeypatch.setattr(interface, "explain_backends", lambda: {"triton": "no GPU"})
+    monkeypatch.setattr(functions, "explain_backends", lambda: {"triton": "no GPU"})
     with caplog.at_level(logging.INFO, "flash_dmattn"):
         for _ in range(2):
             function = flash_dmattn_func_auto(backend="cuda")

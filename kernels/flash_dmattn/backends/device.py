@@ -29,3 +29,8 @@ def reject_layout(call) -> str | None:
         if tensor.stride(-1) != 1:
             return f"{name} is not contiguous in the head dim"
     return None
+
+
+def strides(call) -> tuple[int, ...]:
+    """Returns the strides of query, key and value of a call, each over batch, rows and heads."""
+    return *call.query.stride()[:3], *call.key.stride()[:3], *call.value.stride()[:3]

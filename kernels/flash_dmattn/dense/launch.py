@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from flash_dmattn.backends.device import strides
 from flash_dmattn.calls import DenseCall
 from flash_dmattn.dense.tiles import mask_arguments, tensor_arguments
 
@@ -17,9 +18,7 @@ def shared_arguments(call: DenseCall) -> tuple:
         *tensor_arguments(call.attn_bias, call),
         call.softmax_scale,
         call.softcap,
-        *call.query.stride()[:3],
-        *call.key.stride()[:3],
-        *call.value.stride()[:3],
+        *strides(call),
         call.query.shape[1],
         call.key.shape[1],
     )

@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 import triton
 
+from flash_dmattn.backends.device import strides
 from flash_dmattn.backends.key_lists import KeyLists, is_listed
 from flash_dmattn.backends.triton.lists import build_key_lists
 from flash_dmattn.calls import AttentionCall
@@ -47,9 +48,7 @@ class Launch:
             *(unused if tensor is None else tensor for tensor in tensors),
             call.softmax_scale,
             call.softcap,
-            *call.query.stride()[:3],
-            *call.key.stride()[:3],
-            *call.value.stride()[:3],
+            *strides(call),
             call.query.shape[1],
             call.key.shape[1],
             lists.num_epochs,

@@ -6,8 +6,8 @@ from flash_dmattn.aliases import accept_aliases
 from flash_dmattn.attention import attend
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dense.attention import dense_attention
-from flash_dmattn.interface import check_dropout, unpack
-from flash_dmattn.packed_sequences import PackedSequences
+from flash_dmattn.dense.functions import check_dropout, unpack
+from flash_dmattn.dense.packed_sequences import PackedSequences
 
 
 @accept_aliases(q="query", k="key", v="value", softmax_scale="scale")
