@@ -1,39 +1,30 @@
 """The hand-over of new tokens from a cache layer to the attention function, which transformers does not give the cache.
 
 `DynamicMaskCacheLayer.update` offers its tokens, the attention function takes them. Both happen in one forward of one
-attention module, so an offer is kept per thread, and nothing about a call lives on a module.
+attention module, which nothing suspends in between, so an offer is kept per thread. Nothing of a call lives on a module.
 """
 
-import threading
 from typing import Any
 
 import torch
 
-
-class _Slot:
-    """What one thread offers: the cache layer with its new key and value, None when nothing is offered."""
-
-    offer: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+from flash_dmattn_hf.thread_slot import ThreadSlot
 
 
-class HandOver(threading.local):
-    """Holds at most one offer per thread; other threads neither see nor take it.
+class HandOver(ThreadSlot):
+    """Holds at most one offer per thread, (layer, key, value); other threads neither see nor take it.
 
     An offer is good for the tensors it was made with, and for the gate of its layer. What a forward that was
     interrupted left behind is dropped when the next forward of the thread makes its mask.
     """
 
-    def __init__(self) -> None:
-        # The compiler follows changes of this object, but loses those of a thread-local's own attributes.
-        self._slot = _Slot()
-
     def offer(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         """Offers the new tokens of a cache layer; key, value: (B, Hkv, T, D), as the model goes on with them."""
-        self._slot.offer = (layer, key, value)
+        self.slot.content = (layer, key, value)
 
     def withdraw(self) -> None:
         """Drops what this thread offers, if anything."""
-        self._slot.offer = None
+        self.slot.content = None
 
     def take(self, gate: Any | None, key: torch.Tensor, value: torch.Tensor) -> Any | None:
         """Returns the cache layer that offers its new tokens to an attention module, None if none does.
@@ -42,11 +33,11 @@ class HandOver(threading.local):
         Nothing is offered afterwards, whatever happens. Raises RuntimeError when the offer was made for another
         gate, or with other tensors.
         """
-        slot = self._slot
-        offer = slot.offer
+        slot = self.slot
+        offer = slot.content
         if offer is None:
             return None
-        slot.offer = None
+        slot.content = None
         layer, *offered = offer
         if layer.gate is not gate:
             raise RuntimeError(

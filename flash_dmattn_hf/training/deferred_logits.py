@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flash_dmattn_hf.thread_slot import ThreadSlot
+
 
 @dataclass(frozen=True)
 class DeferredLogits:
@@ -73,16 +75,24 @@ def _cannot_follow(operation: str) -> TypeError:
     )
 
 
+_deferring = ThreadSlot()
+"""The output layer that defers in this thread, with its options."""
+
+
 class DeferringLinear(nn.Linear):
-    """An output layer that, between `defer` and `resume`, returns a note of its output instead of its output."""
+    """An output layer that, between `defer` and `resume`, returns a note of its output instead of its output.
+
+    Only in the thread that asked for it: another may generate with the same model meanwhile.
+    """
 
     def defer(self, chunk_size: int | None, engine: str) -> None:
-        self._deferring = (chunk_size, engine)
+        _deferring.slot.content = (self, chunk_size, engine)
 
     def resume(self) -> None:
-        self._deferring = None
+        _deferring.slot.content = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor | DeferredLogits:
-        if getattr(self, "_deferring", None) is None:
+        deferring = _deferring.slot.content
+        if deferring is None or deferring[0] is not self:
             return super().forward(hidden)
-        return DeferredLogits(hidden, self.weight, self.bias, *self._deferring)
+        return DeferredLogits(hidden, self.weight, self.bias, *deferring[1:])

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import threading
 from types import MethodType
 
 import pytest
@@ -150,6 +151,22 @@ def test_calls_without_labels_are_as_before():
     with use_chunked_loss(model):
         assert torch.equal(model(input_ids).logits, expected)
         assert torch.equal(model.generate(input_ids, **options), generated)
+
+
+def test_another_thread_gets_its_logits_meanwhile():
+    model, input_ids, found = tiny_model("llama"), tokens(), []
+    expected, caller = model(input_ids).logits, threading.current_thread()
+
+    def call_in_another_thread(*_):
+        if threading.current_thread() is caller:
+            thread = threading.Thread(target=lambda: found.append(model(input_ids).logits))
+            thread.start()
+            thread.join()
+
+    model.model.register_forward_hook(call_in_another_thread)
+    with use_chunked_loss(model):
+        assert model(**labelled()).logits is None
+    assert torch.equal(found[0], expected)
 
 
 def test_it_is_undone_cleanly():
