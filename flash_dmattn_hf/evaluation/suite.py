@@ -40,7 +40,7 @@ def recall_suite(
         raise ValueError(f"model must be converted, got a {type(model).__name__} without an importance gate")
     if context_length < max(windows) + 2:
         raise ValueError(
-            f"context_length must be at least {max(windows) + 2}, for rows beyond the largest window of "
+            f"the longest context must be at least {max(windows) + 2} tokens, for rows beyond the largest window of "
             f"{max(windows)} keys, got {context_length}"
         )
     results = []
