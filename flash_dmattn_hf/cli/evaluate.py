@@ -72,17 +72,17 @@ def run(args: argparse.Namespace) -> None:
     windows = args.windows or [next(iter_gates(model))[2].config.keep_window_size]
 
     rows, num_tokens = [], 0
-    for label, _, _, measured, variant in rows_of(model, windows):
-        row = {"mask": label, "perplexity": {}}
-        with variant:
+    for mask in rows_of(model, windows):
+        row = {"mask": mask.label, "perplexity": {}}
+        with mask.variant:
             for context in contexts:
                 score = perplexity(
-                    measured,
+                    mask.model,
                     input_ids,
                     context_length=context,
                     score_last=score_last,
                     stretch_length=stretch_length,
-                    progress=None if args.quiet else f"{label}, context {context}",
+                    progress=None if args.quiet else f"{mask.label}, context {context}",
                 )
                 row["perplexity"][context] = score.perplexity
                 num_tokens = score.num_tokens

@@ -47,8 +47,8 @@ def recall_prompts(
 ) -> list[Prompt]:
     """Builds the prompts of a recall measurement: per task and context, `samples` for each depth.
 
-    A task without a depth gets as many prompts as one with. Every prompt depends on its task, context, depth,
-    number and `seed` alone, so a part of a measurement has the prompts of the whole.
+    A task without a depth gets as many prompts as one with. A prompt depends on the text, its task, context, depth
+    and number, and `seed`: a part of a measurement has the prompts of the whole.
 
     tokenizer: a fast one, because the tokens of an answer are found by their offsets.
     input_ids: (N,) or (1, N) integer token ids of the text around the statements, without special tokens.

@@ -62,17 +62,13 @@ def test_logits_of_all_rows_never_exist(model_type):
     assert max(sizes) == 8
 
 
-def test_a_wrapped_model_is_found():
-    class Wrapper(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def get_base_model(self):
-            return self.model
-
-    model, ids, rows = tiny_model("llama"), tokens(1, 9)[0], torch.tensor([3])
-    assert torch.equal(logits_of_rows(Wrapper(model), ids, rows), logits_of_rows(model, ids, rows))
+def test_a_model_with_an_adapter():
+    peft = pytest.importorskip("peft", reason="peft is an optional dependency")
+    options = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(converted(), options).double()
+    found = agreement(model, TEXT, context_length=100, first_row=16)
+    expected, _ = brute_force(model, model, TEXT.view(2, 100), 16)
+    assert found[:4] == pytest.approx(expected, abs=1e-10) and found.kld > 1e-3
 
 
 def test_a_model_without_an_output_layer_is_refused():
