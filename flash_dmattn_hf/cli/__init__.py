@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -19,7 +20,9 @@ BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfM
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for bad input (one sentence on stderr), 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
+    args.command_line = shlex.join(["flash-dmattn", *argv])
     if args.quiet or not sys.stderr.isatty():
         _silence_progress_bars()
     # a request to convert a repository's pickles on the Hub would be opened in the user's name

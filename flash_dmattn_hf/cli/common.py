@@ -57,6 +57,12 @@ def text_file(text: str) -> Path:
     return path
 
 
+def check_folder(path: Path | None, option: str) -> None:
+    """Raises ValueError if a file to write is not in an existing directory."""
+    if path is not None and not path.expanduser().absolute().parent.is_dir():
+        raise ValueError(f"{option} must be in an existing directory, got {path}")
+
+
 def choose_device(name: str | None) -> torch.device:
     """Returns the device; ValueError for one that torch does not know or that is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,34 +1,37 @@
-"""`flash-dmattn eval`: perplexity of a text, dense against sinks + window against the model's own importance."""
+"""`flash-dmattn eval`: dense against sinks + window against the model's own importance, on the user's text."""
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from flash_dmattn_hf.cli import common
+from flash_dmattn_hf.cli import common, recall
 from flash_dmattn_hf.cli.info import versions
 from flash_dmattn_hf.conversion.checkpoint import find_source
 from flash_dmattn_hf.conversion.convert import convert_model
-from flash_dmattn_hf.conversion.variants import dense, with_window, without_importance
 from flash_dmattn_hf.evaluation.perplexity import perplexity
+from flash_dmattn_hf.evaluation.rows import rows_of
 from flash_dmattn_hf.gates.attach import iter_gates
 
 DESCRIPTION = """\
 Cuts a text into stretches as long as the longest context and scores the end of each: as many tokens as half
 of the shortest context. A shorter context or window changes what the model sees, never which tokens are
 scored, so all numbers of the table can be compared. A dense MODEL is converted in memory, uncalibrated.
+With --suite recall it measures what the model still finds in a text, and how near it is to dense, instead.
 """
+CONTEXTS = [1024, 2048]
 
 
 def add_parser(commands, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the command line."""
     parser = commands.add_parser(
-        "eval", parents=[shared], help="perplexity at several windows and contexts", description=DESCRIPTION
+        "eval", parents=[shared], help="perplexity, or recall, at several windows", description=DESCRIPTION
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a directory, a .gguf file or a Hub id")
     parser.add_argument("--text", metavar="FILE", type=common.text_file, required=True, help="UTF-8 text to score")
+    parser.add_argument(
+        "--suite", choices=("perplexity", "recall"), default="perplexity", help="what to measure (default: %(default)s)"
+    )
     parser.add_argument(
         "--windows", metavar="W,W", type=common.positive_list, help="keep_window_size (default: the model's own)"
     )
@@ -36,23 +39,27 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
         "--contexts",
         metavar="N,N",
         type=common.positive_list,
-        default=[1024, 2048],
-        help="tokens given to the model (default: 1024,2048)",
+        help="tokens given to the model (default: 1024,2048, and 4096 with --suite recall)",
     )
     parser.add_argument(
         "--stretches", metavar="N", type=common.positive, default=8, help="stretches of the text (default: 8)"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there, too")
+    recall.add_options(parser.add_argument_group("recall"))
     common.add_model_options(parser.add_argument_group("model"))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table and writes the JSON file."""
-    stretch_length, score_last = max(args.contexts), min(args.contexts) // 2
+    """Prints the tables and writes the files of the chosen suite."""
+    common.check_folder(args.json, "--json")
+    if args.suite == "recall":
+        recall.run(args)
+        return
+    recall.refuse_options(args)
+    contexts = args.contexts or CONTEXTS
+    stretch_length, score_last = max(contexts), min(contexts) // 2
     if score_last < 1:
-        raise ValueError(f"--contexts must be at least 2, got {min(args.contexts)}")
-    if args.json is not None and not args.json.expanduser().absolute().parent.is_dir():
-        raise ValueError(f"--json must be in an existing directory, got {args.json}")
+        raise ValueError(f"--contexts must be at least 2, got {min(contexts)}")
     source = find_source(args.model, allow_pickle=args.allow_pickle)
     tokenizer = common.need_tokenizer(source)
     input_ids = common.read_tokens(tokenizer, args.text, args.stretches * stretch_length)
@@ -65,41 +72,26 @@ def run(args: argparse.Namespace) -> None:
     windows = args.windows or [next(iter_gates(model))[2].windows.keep_window_size]
 
     rows, num_tokens = [], 0
-    for label, variant in variants(model, windows):
-        row = {"mask": label, "perplexity": {}}
-        with variant:
-            for context in args.contexts:
+    for mask in rows_of(model, windows):
+        row = {"mask": mask.label, "perplexity": {}}
+        with mask.variant:
+            for context in contexts:
                 score = perplexity(
-                    model,
+                    mask.model,
                     input_ids,
                     context_length=context,
                     score_last=score_last,
                     stretch_length=stretch_length,
-                    progress=None if args.quiet else f"{label}, context {context}",
+                    progress=None if args.quiet else f"{mask.label}, context {context}",
                 )
                 row["perplexity"][context] = score.perplexity
                 num_tokens = score.num_tokens
         rows.append(row)
-    print(table(rows, args.contexts))
+    print(table(rows, contexts))
     print(f"perplexity of the same {num_tokens:,} tokens of {args.text} in every column and row")
     if args.json is not None:
         facts = {"model": args.model, "text": str(args.text), "num_tokens": num_tokens, "rows": rows}
         args.json.expanduser().write_text(json.dumps({**facts, "versions": versions()}, indent=2) + "\n")
-
-
-def variants(model, windows: list[int]) -> list[tuple[str, AbstractContextManager]]:
-    """Returns the rows of the table: a label, and the context manager in which the model is that row."""
-    rows = [("dense", dense(model))]
-    for window in windows:
-        rows.append((f"sinks + window, w = {window}", _sinks_and_window(model, window)))
-        rows.append((f"importance, w = {window}", with_window(model, window)))
-    return rows
-
-
-@contextmanager
-def _sinks_and_window(model, window: int) -> Iterator[None]:
-    with with_window(model, window), without_importance(model):
-        yield
 
 
 def table(rows: list[dict], contexts: list[int]) -> str:

@@ -10,6 +10,7 @@ from transformers import TextStreamer
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cli import common
 from flash_dmattn_hf.conversion.checkpoint import find_source
+from flash_dmattn_hf.evaluation.memory import bytes_of_cache
 
 DESCRIPTION = """\
 Generates text with a cache of constant size. The text goes to stdout, the numbers to stderr.
@@ -78,8 +79,7 @@ def cache_report(cache) -> str:
     if isinstance(cache, DynamicMaskCache):
         num_tokens = cache.get_seq_length()
         return f"cache: {cache.nbytes:,} bytes, at most {cache.max_keys} keys per head for {num_tokens} tokens"
-    tensors = [state for layer in cache.layers for state in vars(layer).values() if isinstance(state, torch.Tensor)]
-    return f"cache: {sum(t.nbytes for t in tensors):,} bytes, all {cache.get_seq_length()} keys (dense model)"
+    return f"cache: {bytes_of_cache(cache):,} bytes, all {cache.get_seq_length()} keys (dense model)"
 
 
 def _prompt_ids(tokenizer, args: argparse.Namespace) -> torch.Tensor:
