@@ -12,6 +12,7 @@ from flash_dmattn_hf.gates.attach import AttachReport, iter_gates
 from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
 from flash_dmattn_hf.integration.registration import register, unregister
 from flash_dmattn_hf.training.loss import use_chunked_loss
+from flash_dmattn_hf.versions import warn_if_untested
 
 __all__ = [
     "AttachReport",
@@ -29,4 +30,5 @@ __all__ = [
     "use_chunked_loss",
 ]
 
+warn_if_untested()
 register()

@@ -15,6 +15,7 @@ from .generation_models import greedy, make_model, make_prompt
 ROOTS = {package.__name__: Path(package.__file__).parent for package in (flash_dmattn_hf, flash_dmattn)}
 
 FORWARD = {
+    "arguments.py",
     "integration/masks.py",
     "integration/attention.py",
     "cache/handover.py",
