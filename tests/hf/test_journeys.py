@@ -17,6 +17,7 @@ ROOTS = {package.__name__: Path(package.__file__).parent for package in (flash_d
 FORWARD = {
     "arguments.py",
     "integration/masks.py",
+    "integration/mask_functions.py",
     "integration/attention.py",
     "cache/handover.py",
     "gates/importance.py",
