@@ -18,6 +18,7 @@ FORWARD = {
     "arguments.py",
     "integration/masks.py",
     "integration/mask_functions.py",
+    "integration/documents.py",
     "integration/attention.py",
     "cache/handover.py",
     "gates/importance.py",
@@ -26,7 +27,7 @@ FORWARD = {
 """Files of flash_dmattn_hf that one forward without a cache runs through, in the order in which they come."""
 DEFAULT_FORWARD = FORWARD | {"integration/generation.py"}
 """With the DynamicCache that models in eval mode make by themselves."""
-STEP = FORWARD | {"cache/cache.py", "cache/layer.py", "cache/slots.py"}
+STEP = FORWARD - {"integration/documents.py"} | {"cache/cache.py", "cache/layer.py", "cache/slots.py"}
 """One token of `generate`, or of a loop of one's own, with a DynamicMaskCache."""
 CORE_OF_FORWARD, CORE_OF_STEP = 15, 11
 """Most files of flash_dmattn in each, on a CPU with the reference backend, for a prompt longer than the window."""
