@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.padding import SeenPadding
 from flash_dmattn_hf.cache.state import check_state_of_layer, load_state_of_layer, state_of_layer
 from flash_dmattn_hf.gates.attach import iter_gates
 
@@ -43,6 +44,7 @@ class DynamicMaskCache(DynamicCache):
                 )
 
         self._last_updated = None
+        self.padding = SeenPadding()
         self.is_static = static
         if static and len(self.mask_layers) < len(self.layers):
             plain = next(index for index, layer in enumerate(self.layers) if layer not in self.mask_layers)
@@ -80,6 +82,26 @@ class DynamicMaskCache(DynamicCache):
         """Forgets the last `-tokens_to_remove` tokens without loss; ValueError for more than can be undone."""
         # Assisted decoding of transformers 5.17 passes a tensor, which would end up in the layers' lengths.
         super().crop(int(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        super().reset()
+        self.padding = SeenPadding()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Goes on with these rows of the batch, as beam search does."""
+        super().reorder_cache(beam_idx)
+        self.padding.transform(lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self.padding.transform(lambda mask: mask.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Goes on with these rows of the batch."""
+        super().batch_select_indices(indices)
+        self.padding.transform(lambda mask: mask[indices.to(mask.device)])
 
     @property
     def mask_layers(self) -> list[DynamicMaskCacheLayer]:
@@ -124,7 +146,8 @@ class DynamicMaskCache(DynamicCache):
 
         Raises RuntimeError for tokens that can still be undone, TypeError for layers that are not keys and values.
         """
-        return {"layers": [state_of_layer(layer) for layer in self.layers]}
+        padding = None if self.padding.mask is None else self.padding.mask.clone()
+        return {"layers": [state_of_layer(layer) for layer in self.layers], "padding": padding}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from the state of a cache of such a model, on the device of that state.
@@ -136,7 +159,7 @@ class DynamicMaskCache(DynamicCache):
         pairs = list(zip(self.layers, state["layers"], strict=True))
         for layer, saved in pairs:
             check_state_of_layer(layer, saved)
-        self._last_updated = None
+        self._last_updated, self.padding.mask = None, state.get("padding")
         for layer, saved in pairs:
             load_state_of_layer(layer, saved)
 

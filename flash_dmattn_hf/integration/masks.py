@@ -108,17 +108,32 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
         inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
         if _is_static_step(inputs_embeds, attention_mask, cache):
+            _admit_padding(cache, attention_mask, 1)
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
         result = original(**{**given, "position_ids": None})
         is_final, mask, _, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result
+        mask = _admit_padding(cache, mask, q_length)
         packed = _documents(position_ids, mask, inputs_embeds.shape[0], cache, q_offset)
-        if packed is not None:
-            return is_final, packed, None, q_length, kv_length, q_offset, kv_offset
-        return result
+        return is_final, mask if packed is None else packed, None, q_length, kv_length, q_offset, kv_offset
 
     return preprocess
+
+
+def _admit_padding(cache: Any, mask: torch.Tensor | None, q_length: int) -> torch.Tensor | None:
+    """Has a cache of constant size check that a mask says the same of its tokens as before; returns None if it is full.
+
+    Nothing can be read while a graph is made or captured, and what generate() prepares for that is one column.
+    """
+    if not isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
+        return mask
+    num_cached = cache.get_seq_length()
+    if mask is not None:
+        is_whole = mask.shape[1] == num_cached + q_length  # any other length is refused later
+        if not is_whole or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return mask
+    return cache.padding.admit(None if mask is None else mask.bool(), num_cached)
 
 
 def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any) -> bool:
