@@ -1,5 +1,6 @@
 """DynamicMaskCache: a DynamicCache of constant size that forgets nothing that is still needed."""
 
+import copy
 from typing import Any
 
 import torch
@@ -130,16 +131,50 @@ class DynamicMaskCache(DynamicCache):
         gates = {id(gate) for _, _, gate in iter_gates(model)}
         return all(id(layer._gate()) in gates for layer in self.mask_layers)
 
-    def to(self, device: torch.device | str) -> "DynamicMaskCache":
-        """Moves all layers that have a device to `device`, in place."""
+    def to(self, device: torch.device | str | int | None = None, *, non_blocking: bool = False) -> "DynamicMaskCache":
+        """Moves all layers that have a device to `device`, in place; None leaves them where they are.
+
+        Libraries such as accelerate call this for whatever they pass to a model.
+        """
+        if device is None:
+            return self
         for layer in self.layers:
             if isinstance(layer, DynamicMaskCacheLayer):
-                layer.to(device)
+                layer.to(device, non_blocking)
             else:
                 for name, state in vars(layer).items():
                     if isinstance(state, torch.Tensor):
-                        setattr(layer, name, state.to(device))
+                        setattr(layer, name, state.to(device, non_blocking=non_blocking))
         return self
+
+    def absorb(self, cache: DynamicCache, padding_mask: torch.Tensor | None) -> None:
+        """Starts anew from a cache of this model that holds all keys, as if its tokens had come here.
+
+        padding_mask: (B, tokens) bool, True for real tokens; None if all are.
+        """
+        self.reset()
+        padding_mask = self.padding.admit(padding_mask, 0)
+        for index, (layer, whole) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            if isinstance(layer, DynamicMaskCacheLayer):
+                layer.absorb(whole.keys, whole.values, padding_mask)
+            else:
+                self.layers[index] = whole
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        raise TypeError(
+            "a DynamicMaskCache cannot be pickled, it belongs to a model of this process: save its state_dict(), "
+            "and load that into a new DynamicMaskCache(model)"
+        )
+
+    def __copy__(self) -> "DynamicMaskCache":
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DynamicMaskCache":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
         """Returns copies of what the cache holds, for `torch.save`: its size does not depend on the number of tokens.

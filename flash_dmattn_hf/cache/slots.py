@@ -104,10 +104,10 @@ class SlotLayer(DynamicLayer):
         for name, state in self._state().items():
             state.fill_({"positions": -1, "row_is_real": True}.get(name, 0))
 
-    def to(self, device: torch.device | str) -> "SlotLayer":
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "SlotLayer":
         """Moves the layer's tensors; later updates move them to where the model is."""
         if self.is_initialized and self.keys.device != torch.device(device):
-            self._transform(lambda state: state.to(device))
+            self._transform(lambda state: state.to(device, non_blocking=non_blocking))
             self.device = self.keys.device
         return self
 

@@ -89,6 +89,24 @@ def wrap_assisted_decoding(original):
     return _assisted_decoding
 
 
+def wrap_update_model_kwargs(original):
+    """Lets a cache go on after a model has dropped it once and processed all tokens again.
+
+    Models with two rotary scales do so where the second one begins; their new cache would grow from there.
+    """
+
+    @functools.wraps(original)
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        cache, name = get_cache(model_kwargs), name_of_cache(outputs)
+        if isinstance(cache, DynamicMaskCache) and name is not None and type(outputs[name]) is DynamicCache:
+            mask = model_kwargs.get("attention_mask")
+            cache.absorb(outputs[name], None if mask is None else mask.bool())
+            outputs[name] = cache
+        return original(self, outputs, model_kwargs, *args, **kwargs)
+
+    return _update_model_kwargs_for_generation
+
+
 def wrap_compiled_call(original):
     """Makes generate() capture the forward of one token on a GPU, unless a `compile_config` wants it compiled."""
 
@@ -195,6 +213,7 @@ def _check_cache_implementation(name: str | None) -> None:
 PATCHES = [
     (GenerationMixin, "_prepare_cache_for_generation", wrap_prepare_cache),
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
+    (GenerationMixin, "_update_model_kwargs_for_generation", wrap_update_model_kwargs),
     (PreTrainedModel, "get_compiled_call", wrap_compiled_call),
     (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
     (DynamicCache, "__init__", wrap_dynamic_cache),

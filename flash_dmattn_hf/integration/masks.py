@@ -1,8 +1,9 @@
 """The mask function: what transformers asks for instead of a T x T mask."""
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.utils.import_utils import is_tracing
 from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
 from flash_dmattn_hf.names import NAMES
@@ -99,7 +101,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
     """
     names = parameter_names(original)
 
-    @wraps(original)
+    @functools.wraps(original)
     def preprocess(*args, **kwargs):
         given = by_name(names, args, kwargs)
         config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
@@ -115,6 +117,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         if is_final:
             return result
         mask = _admit_padding(cache, mask, q_length)
+        _look_at_growth(config, cache, q_offset)
         packed = _documents(position_ids, mask, inputs_embeds.shape[0], cache, q_offset)
         return is_final, mask if packed is None else packed, None, q_length, kv_length, q_offset, kv_offset
 
@@ -134,6 +137,24 @@ def _admit_padding(cache: Any, mask: torch.Tensor | None, q_length: int) -> torc
         if not is_whole or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             return mask
     return cache.padding.admit(None if mask is None else mask.bool(), num_cached)
+
+
+def _look_at_growth(config: Any, cache: Any, num_cached: Any) -> None:
+    section = getattr(config, SECTION, None)
+    if section is None or cache is None or isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
+        return
+    if isinstance(num_cached, int) and num_cached > section["keep_window_size"]:
+        _warn_of_growth()
+
+
+@functools.cache
+def _warn_of_growth() -> None:
+    """Warns once per process: who makes no cache, or a plain one, may not know that there is another."""
+    warnings.warn(
+        "this cache of a flash_dmattn model holds all keys and grows with every token: pass "
+        "past_key_values=flash_dmattn_hf.DynamicMaskCache(model) to keep keep_window_size keys per head, without loss",
+        stacklevel=2,
+    )
 
 
 def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any) -> bool:
