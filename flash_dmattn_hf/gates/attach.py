@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
-from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
-from flash_dmattn_hf.gates.source import offer_hidden_states, stop_offering
+from flash_dmattn_hf.gates.hidden_states import offer_hidden_states, stop_offering
+from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
+from flash_dmattn_hf.names import GATE_NAME
 
 logger = logging.getLogger(__name__)
 

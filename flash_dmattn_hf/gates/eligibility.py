@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.gates.source import takes_hidden_states
+from flash_dmattn_hf.gates.hidden_states import takes_hidden_states
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What the source of a class mentions if it looks its attention function up by name."""
