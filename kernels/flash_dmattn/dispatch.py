@@ -122,19 +122,20 @@ def choose(job: Job, call, name: str) -> ModuleType:
 
 def choose_backward(call, name: str) -> ModuleType:
     """Returns the backend that serves the backward: that of the forward, or the next one where that refuses."""
-    refusals = []
     forward = choose(ATTENTION, call, name)
+    reason = _why_no_backward(forward, call)
+    if reason is None:
+        return forward
+    refusals = []
     for name, backend in ATTENTION.backends.items():
-        if not hasattr(backend, "backward") or (backend is not forward and not refusals):
-            continue
-        reason = None if backend is forward else ATTENTION.why_not(name, call)
-        if reason is None and hasattr(backend, "reject_backward"):
-            reason = backend.reject_backward(call)
-        if reason is None:
-            if refusals:
+        if backend is forward:
+            refusals.append(f"{name}: {reason}")
+        elif refusals and hasattr(backend, "backward"):
+            reason = ATTENTION.why_not(name, call) or _why_no_backward(backend, call)
+            if reason is None:
                 _announce("the backward of attention", name, "; ".join(refusals))
-            return backend
-        refusals.append(f"{name}: {reason}")
+                return backend
+            refusals.append(f"{name}: {reason}")
     raise RuntimeError("no backend can serve this backward: " + "; ".join(refusals))
 
 
@@ -170,6 +171,11 @@ def _resolve(name: str) -> str:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         check_backend_name(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
     return name
+
+
+def _why_no_backward(backend: ModuleType, call) -> str | None:
+    reject = getattr(backend, "reject_backward", None)
+    return None if reject is None else reject(call)
 
 
 def _why_not_taken(backend: ModuleType, device: torch.device) -> str | None:

@@ -17,6 +17,7 @@ from flash_dmattn.operators import (
     spread_gradients,
 )
 
+_IMPORTANCE = AttentionCall.DIFFERENTIABLE.index("importance")
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
@@ -59,11 +60,11 @@ def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tenso
     """
     call, backend = AttentionCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):
-        gradients = choose_backward(call, backend).backward(call, out, stats, dout, dlse)
+        gradients = list(choose_backward(call, backend).backward(call, out, stats, dout, dlse))
+        gradients += [None] * (len(AttentionCall.DIFFERENTIABLE) - len(gradients))  # the last may be left out
         if call.importance is not None:
-            dquery, dkey, dvalue, dimportance, *others = gradients
-            gradients = dquery, dkey, dvalue, torch.where(call.importance < torch.inf, dimportance, 0), *others
-        return tuple(stats.new_empty(0) if gradient is None else gradient for gradient in gradients)
+            gradients[_IMPORTANCE] = torch.where(call.importance < torch.inf, gradients[_IMPORTANCE], 0)
+        return tuple([stats.new_empty(0) if gradient is None else gradient for gradient in gradients])
 
 
 def _fake_attention_backward(dout, dlse, out, stats, *arguments):

@@ -8,8 +8,9 @@ A backend is a module with
 and, for every job that it does, a function that says why it refuses a call, and one that does the work:
 
     reject(call), forward(call) -> (out, lse, stats)                                as the operator returns them
-    backward(call, out, stats, dout, dlse)                                          a gradient, or None, for each of
-                                                                                    call.DIFFERENTIABLE
+    backward(call, out, stats, dout, dlse)                                          gradients of call.DIFFERENTIABLE in
+                                                                                    its order, None where one is None;
+                                                                                    the last of them may be left out
     reject_decoding(call), decode(call) -> out                                      changes the slots
     reject_selection(importance, positions), select_visible(importance, ...)
     reject_key_lists(call), build_key_lists(call, tile_size)
