@@ -1,5 +1,6 @@
 """How many files a call runs through: what somebody has to read who wants to know what happens."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -76,9 +77,16 @@ class Journey:
         assert self.of("flash_dmattn") == expected_of_core
 
 
-@pytest.mark.parametrize("files", [[*FORWARD, *CORE_OF_FORWARD], [*STEP, *CORE_OF_STEP]], ids=["uncached", "step"])
-def test_a_journey_is_short(files):
-    assert len(files) <= MOST_FILES
+@pytest.mark.parametrize(
+    ("number", "files", "core"), [(1, FORWARD, CORE_OF_FORWARD), (2, STEP, CORE_OF_STEP)], ids=["uncached", "step"]
+)
+def test_a_journey_is_short_and_the_page_names_its_files(number, files, core):
+    assert len(files) + len(core) <= MOST_FILES
+    page = (Path(__file__).resolve().parents[2] / "docs/architecture.md").read_text()
+    table = page.split(f"## Journey {number}")[1].split("\n\n")[2]
+    named = re.findall(r"^\| \d+ \| `(.*?)`", table, re.MULTILINE)
+    expected = [f"flash_dmattn_hf/{file}" for file in files] + [f"kernels/flash_dmattn/{file}" for file in core]
+    assert sorted(named) == sorted(expected)
 
 
 @pytest.fixture(autouse=True)
