@@ -126,7 +126,7 @@ class ImportanceGate(Gate, nn.Module):
             )
         form, projection = FORMS[self.config.importance], self.dt_proj
         parameters = (projection.weight, projection.bias, self.A)
-        if form.is_fused and _is_plain(projection) and can_fuse(value, *parameters):
+        if form.is_fused and value.shape[2] == 1 and _is_plain(projection) and can_fuse(value, *parameters):
             return token_importance(value, *parameters, form.max_exponent)
         return compute_importance(value, projection, self.A, self.config.importance)
 

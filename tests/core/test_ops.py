@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flash_dmattn import dynamic_mask_attention, interval_attention, select_visible
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dense.attention import dense_attention
-from flash_dmattn.ops import can_call_directly, interval_attention_op, run_attention
+from flash_dmattn.dispatch import can_call_directly
+from flash_dmattn.ops import interval_attention_op, run_attention
 
 from .attention_cases import AttentionCase, documents, padding, window
 
