@@ -13,6 +13,7 @@ from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
 from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
+from flash_dmattn_hf.gates.source import offer_hidden_states, stop_offering
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
             num_new += 1
     if num_new and not planned.config.add_importance_bias:
         freeze_unused(model)
-        logger.warning("add_importance_bias=False: the importance cannot be trained, its parameters are frozen")
+        logger.warning(
+            "add_importance_bias=False: the importance is frozen; only flash_dmattn_hf.soft_selection can train it"
+        )
     return AttachReport(list(planned.shapes), planned.skipped)
 
 
@@ -104,10 +107,12 @@ def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig
         module.dma = doge.DogeGate(module, shape, config)
     else:
         module.add_module(GATE_NAME, _make_gate(module, shape, config))
+        if config.importance_input == "hidden":
+            offer_hidden_states(module)
 
 
 def freeze_unused(model: nn.Module) -> None:
-    """Freezes the gates whose importance is not added to the logits: nothing could train them."""
+    """Freezes the gates whose importance is not added to the logits: only a soft selection can train them."""
     for _, _, gate in iter_gates(model):
         if not gate.config.add_importance_bias and isinstance(gate, ImportanceGate):
             gate.requires_grad_(False)
@@ -117,6 +122,7 @@ def detach(model: nn.Module) -> None:
     """Removes every gate."""
     for _, module, _ in list(iter_gates(model)):
         delattr(module, GATE_NAME)
+        stop_offering(module)
 
 
 def text_config_of(model: nn.Module) -> Any:
@@ -144,6 +150,7 @@ def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConf
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            hidden_size=shape.hidden_size,
             sliding_window=shape.sliding_window,
             initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
         ).to(dtype)
