@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from flash_dmattn import Visibility, select_visible
-from flash_dmattn.eviction import cache_capacity, select_survivors
-from flash_dmattn.ranking import comparable
+from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
 from flash_dmattn.slots import decode_step, refresh_victims
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.slots import SlotLayer

@@ -152,7 +152,7 @@ class ImportanceGate(Gate, nn.Module):
             )
         form, projection = FORMS[self.config.importance], self.dt_proj
         parameters = (projection.weight, projection.bias, self.A)
-        if form.is_fused and _is_plain(projection) and can_fuse(source, *parameters):
+        if form.is_fused and source.shape[2] == 1 and _is_plain(projection) and can_fuse(source, *parameters):
             return token_importance(source, *parameters, form.max_exponent)
         return compute_importance(source, projection, self.A, self.config.importance)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.cache.handover import hand_over
@@ -163,7 +164,8 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> torch.Te
 def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
-        if kwargs.get(argument) is not None:
+        given = kwargs.get(argument)
+        if given is not None and not isinstance(given, Cache):  # a Cache has been updated by now; a paged one is none
             raise ValueError(f"{name} passes {meaning}, which flash_dmattn does not support")
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')

@@ -9,6 +9,7 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.names import NAMES
@@ -129,14 +130,19 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
     eval mode makes by default.
     """
 
+    names = parameter_names(original)
+
     @wraps(original)
-    def preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs):
-        if config._attn_implementation not in NAMES:
-            return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+    def preprocess(*args, **kwargs):
+        given = by_name(names, args, kwargs)
+        config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
+        if getattr(config, "_attn_implementation", None) not in NAMES:
+            return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        if _is_static_step(inputs_embeds, attention_mask, past_key_values):
+        inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
+        if _is_static_step(inputs_embeds, attention_mask, cache):
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
-        result = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        result = original(*args, **kwargs)
         is_final, mask, packed, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result

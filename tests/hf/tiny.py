@@ -1,10 +1,14 @@
 """Tiny random models of many families, made from nothing but their configs."""
 
 import copy
+import inspect
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.gptj import modeling_gptj
+
+from flash_dmattn_hf.gates.eligibility import INTERFACE
 
 VOCAB_SIZE = 99
 
@@ -110,6 +114,8 @@ FAMILIES: dict[str, dict] = {
     "qwen3_vl": {"text": "qwen3_vl_text", "vision": ("qwen3_vl_vision", _QWEN3_VISION)},
     "idefics3": {"text": "llama", "vision": ("idefics3_vision", _VISION)},
 }
+if INTERFACE in inspect.getsource(modeling_gptj):  # since transformers 5.24
+    FAMILIES["gptj"] = {**_GPT2, "rotary_dim": 4, "n_inner": 32}
 """Model type -> what its config needs beyond small sizes. "text" and "vision" mark composite models."""
 
 
