@@ -27,7 +27,7 @@ from flash_dmattn_hf.names import GATE_NAME, NAMES, is_ours
 
 
 def wrap_check_implementation(original: Callable) -> Callable:
-    """Admits our names without FlashAttention's checks, and makes ours the default where a config has our section."""
+    """Prepares a model for our implementation, and makes ours the default where a config has our section."""
 
     @wraps(original)
     def check(self, attn_implementation, is_init_check=False, *args, **kwargs):
@@ -38,8 +38,7 @@ def wrap_check_implementation(original: Callable) -> Callable:
                     f"{type(self).__name__} cannot use flash_dmattn: it chooses its attention class by the name of "
                     "the implementation, and has no class for flash_dmattn"
                 )
-            return self.get_correct_attn_implementation(attn_implementation, is_init_check)
-        if is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
+        elif is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
             if attn_implementation is None:
                 return NAMES[0]
             warnings.warn(

@@ -20,6 +20,7 @@ MOST_FILES = 14
 FORWARD = {
     "arguments.py",
     "integration/masks.py",
+    "integration/mask_functions.py",
     "integration/attention.py",
     "cache/handover.py",
     "gates/importance.py",

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertModel, DynamicCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
@@ -92,6 +92,15 @@ def test_refused_families(model_type):
     with pytest.raises(ValueError, match=sentence):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_dmattn")
         model(tokens())
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_encoder_decoders_are_refused_as_such(model_type):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    config = CONFIG_MAPPING[model_type](**sizes, decoder_start_token_id=0)
+    with torch.device("meta"), pytest.raises(ValueError, match="it is an encoder-decoder"):
+        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="flash_dmattn")
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt_oss"])
