@@ -9,7 +9,7 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
+from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
@@ -109,12 +109,13 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
 
     @wraps(original)
     def preprocess(*args, **kwargs):
-        given = by_name(names, args, kwargs)
-        config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
+        given = dict(zip(names, args)) | kwargs  # noqa: B905 - a call may leave parameters out
+        config, attention_mask = given.get("config"), given.get("attention_mask")
         if getattr(config, "_attn_implementation", None) not in NAMES:
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
         inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
+        cache = next((each for each in given.values() if isinstance(each, DynamicMaskCache)), None)
         if _is_static_step(inputs_embeds, attention_mask, cache):
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
         result = original(*args, **kwargs)
@@ -130,13 +131,13 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
     return preprocess
 
 
-def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any) -> bool:
+def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: DynamicMaskCache | None) -> bool:
     """Whether one more token comes to a static cache, where only its own column of the mask is news.
 
     What the mask function is was checked with the tokens before. Lengths are not looked at: a compiled forward must not
     depend on them.
     """
-    if not (isinstance(cache, DynamicMaskCache) and cache.is_static and inputs_embeds.shape[1] == 1):
+    if cache is None or not cache.is_static or inputs_embeds.shape[1] != 1:
         return False
     is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
     return is_plain and all(layer.is_initialized for layer in cache.layers)
