@@ -1,7 +1,7 @@
 """Training data with far reuse: running text, some of it with a span from far back repeated at its end.
 
-Running text alone gives keys that are far away almost no gradient, because the newest few hundred tokens predict most of
-what follows. A repeated span can only be predicted from its first appearance.
+Running text alone gives keys that are far away almost no gradient, because the newest few hundred tokens predict most
+of what follows. A repeated span can only be predicted from its first appearance.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ class FarReuse(Dataset):
         self, input_ids: torch.Tensor, *, length: int, count: int, seed: int = 0, leading: Sequence[int] = ()
     ) -> None:
         if input_ids.dim() != 1 or input_ids.is_floating_point():
-            raise ValueError(f"input_ids must be integers of shape (N,), got {input_ids.dtype} {tuple(input_ids.shape)}")
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be integers of shape (N,), got {input_ids.dtype} of shape {shape}")
         for name, number, smallest in (("length", length, 64), ("count", count, 1)):
             if type(number) is not int or number < smallest:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {number!r}")
