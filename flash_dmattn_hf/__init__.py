@@ -10,6 +10,7 @@ from flash_dmattn_hf.conversion.calibration import Calibration
 from flash_dmattn_hf.conversion.convert import ConversionReport, convert_model
 from flash_dmattn_hf.gates.attach import AttachReport, iter_gates
 from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
+from flash_dmattn_hf.gates.soft_selection import soft_selection
 from flash_dmattn_hf.integration.registration import register, unregister
 from flash_dmattn_hf.training.loss import use_chunked_loss
 
@@ -25,6 +26,7 @@ __all__ = [
     "get_gate",
     "iter_gates",
     "register",
+    "soft_selection",
     "unregister",
     "use_chunked_loss",
 ]

@@ -38,7 +38,7 @@ class DynamicMaskConfig:
     local_window_size: r, most recent tokens that are always seen; None: 3w // 4 and 0, in the same way.
     importance: the name of one of `forms.FORMS`: "log_zoh" for A * softplus(dt), "zoh" for its exponential.
     importance_heads: "kv" for one importance per key and kv head, "query" for one per query head.
-    add_importance_bias: add the importance to the logits; without it nothing trains the importance.
+    add_importance_bias: add the importance to the logits; without it only a soft selection trains the importance.
     dt_proj_bias: whether the projection of the values has a bias.
     initializer_std: A starts at 0, where all keys tie, or spreads around it with this standard deviation.
     layers: indices of the layers to attach to; None: all that are eligible.

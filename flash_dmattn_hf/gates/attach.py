@@ -79,7 +79,9 @@ def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
             num_new += 1
     if num_new and not planned.config.add_importance_bias:
         freeze_unused(model)
-        logger.warning("add_importance_bias=False: the importance cannot be trained, its parameters are frozen")
+        logger.warning(
+            "add_importance_bias=False: the importance is frozen; only flash_dmattn_hf.soft_selection can train it"
+        )
     return AttachReport(list(planned.shapes), planned.skipped)
 
 
@@ -107,7 +109,7 @@ def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig
 
 
 def freeze_unused(model: nn.Module) -> None:
-    """Freezes the gates whose importance is not added to the logits: nothing could train them."""
+    """Freezes the gates whose importance is not added to the logits: only a soft selection can train them."""
     for _, _, gate in iter_gates(model):
         if not gate.config.add_importance_bias and isinstance(gate, ImportanceGate):
             gate.requires_grad_(False)

@@ -1,5 +1,7 @@
 """The gate that gives every key its importance: the submodule `self_attn.dma` of an attention module."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -64,6 +66,7 @@ class Gate:
     num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
     sliding_window: the layer's own window in tokens, None for full attention.
     was_called: whether the attention function has ever been called for this layer.
+    soft_selections: those active, the innermost last (`gates.soft_selection`); copies and pickles have none.
     """
 
     config: DynamicMaskConfig
@@ -73,6 +76,10 @@ class Gate:
     head_dim: int
     sliding_window: int | None
     was_called = False
+    soft_selections: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "soft_selections"}
 
     @property
     def windows(self) -> Windows:

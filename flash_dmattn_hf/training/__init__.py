@@ -1,4 +1,4 @@
-"""Training models with dynamic masks: parameter groups for the importance, and a loss without logits."""
+"""Training models with dynamic masks: parameter groups for the importance, and schedules, and a loss without logits."""
 
 from flash_dmattn_hf.training.importance import (
     ImportanceCallback,
@@ -9,11 +9,14 @@ from flash_dmattn_hf.training.importance import (
     probe,
 )
 from flash_dmattn_hf.training.loss import use_chunked_loss
+from flash_dmattn_hf.training.temperature import TemperatureCallback, geometric_schedule
 
 __all__ = [
     "ImportanceCallback",
     "Probe",
+    "TemperatureCallback",
     "freeze_all_but_importance",
+    "geometric_schedule",
     "importance_parameters",
     "parameter_groups",
     "probe",

@@ -12,7 +12,6 @@ the best evicted key is the best of those dead so far, and the worst kept one is
 """
 
 import math
-from fractions import Fraction
 
 import torch
 
@@ -26,8 +25,8 @@ _SMALLEST_DEVIATION = 1e-6
 def num_visible(keep_window_size: int, num_sink_tokens: int, local_window_size: int, band: float) -> int:
     """Returns how many keys a row of a soft selection sees at most: sinks, local window, ceil(band * K) others."""
     exempt = num_sink_tokens + local_window_size
-    # A fraction, because 1.1 * 10 is above 11 in floating point.
-    return exempt + math.ceil(Fraction(str(band)) * (keep_window_size - exempt))
+    # Rounded, because 1.1 * 10 is above 11 in floating point.
+    return exempt + math.ceil(round(band * (keep_window_size - exempt), 6))
 
 
 def cut_softly(
