@@ -123,7 +123,9 @@ class DeferringLinear(nn.Linear):
         device_type, autocast = hidden.device.type, None
         if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
             autocast = torch.get_autocast_dtype(device_type)
-        return DeferredLogits(hidden, self.weight, self.bias, *deferring[1:], autocast=autocast)
+        # Views, because data parallelism looks for used parameters behind the outputs, and overlooks bare ones.
+        weight, bias = (None if p is None else p.view_as(p) for p in (self.weight, self.bias))
+        return DeferredLogits(hidden, weight, bias, *deferring[1:], autocast=autocast)
 
 
 def check_output_layer_of(model: nn.Module) -> nn.Linear:

@@ -44,8 +44,8 @@ class DistillationTrainer(Trainer):
     Added to the log: kld (unweighted), top1, temperature, gate_learning_rate, tokens_per_second, and of held-out text
     `held_out/kld`, `held_out/top1`, `held_out/gap` and one figure for each task of the prompts.
 
-    Raises ValueError for a model without gates, another vocabulary of the teacher, or an output layer that is no plain
-    linear layer.
+    Raises ValueError for a model without gates, another vocabulary of the teacher, an output layer that is no plain
+    linear layer, or a hard_share in which nothing would have a gradient.
     """
 
     def __init__(
@@ -62,6 +62,12 @@ class DistillationTrainer(Trainer):
         check_gates(model)
         in_gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
         trains_backbone = any(p.requires_grad and id(p) not in in_gates for p in model.parameters())
+        adds_bias = any(gate.config.add_importance_bias for _, _, gate in iter_gates(model))
+        if args.hard_share and not (trains_backbone or adds_bias):
+            raise ValueError(
+                f"hard_share must be 0, got {args.hard_share}: nothing would have a gradient under the hard mask, "
+                "because only the importance trains and it is not added to the logits"
+            )
         super().__init__(
             model,
             args,
@@ -85,7 +91,7 @@ class DistillationTrainer(Trainer):
         self._softly, self._soft = ExitStack(), None
         self._layers: list[StandardizedLayer] = []
         self._seen: list[torch.Tensor] = []
-        self._num_tokens, self._seconds = 0, 0.0
+        self._num_tokens, self._seconds, self._gate_rate = 0, 0.0, 0.0
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As of Trainer. The importance is trainable, and selected softly, until it returns."""
@@ -175,7 +181,7 @@ class DistillationTrainer(Trainer):
         figures = {
             "kld": kld,
             "top1": top1,
-            "gate_learning_rate": self.lr_scheduler.get_last_lr()[-1],
+            "gate_learning_rate": self._gate_rate,
             "tokens_per_second": self._num_tokens * self.accelerator.num_processes / max(seconds - self._seconds, 1e-9),
         }
         if self._soft is not None:
@@ -185,6 +191,7 @@ class DistillationTrainer(Trainer):
 
     def follow(self, share: float) -> None:
         """Sets the temperature for the step that begins when this share of the run is over."""
+        self._gate_rate = self.optimizer.param_groups[-1]["lr"]
         soft_share = 1 - self.args.hard_share
         if self._soft is not None and share < soft_share:
             self._soft.temperature = self.temperature_of(share / soft_share)
@@ -201,7 +208,9 @@ class DistillationTrainer(Trainer):
             figures = {} if known else {WINDOW_LOSS: self.held_out.window_loss(self.model, self.teacher)}
             window_loss = (known or list(figures.values()))[0]
             figures |= self.held_out.measure(self.model, self.teacher, window_loss)
+        should_log = self.control.should_log
         self.log(figures)
+        self.control.should_log = should_log  # any log entry would take the place of the one that is due
 
 
 class _Conductor(TrainerCallback):

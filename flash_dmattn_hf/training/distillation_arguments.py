@@ -30,6 +30,7 @@ class DistillationArguments(TrainingArguments):
     adam_beta2: float = 0.95
     max_grad_norm: float = 0.0
     remove_unused_columns: bool = False
+    train_sampling_strategy: str = "sequential"
     gate_learning_rate: float | None = None
     first_temperature: float | None = None
     last_temperature: float | None = None
