@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from flash_dmattn_hf.cli import common
-from flash_dmattn_hf.config import IMPORTANCE_HEADS, DynamicMaskConfig
+from flash_dmattn_hf.config import IMPORTANCE_HEADS, IMPORTANCE_INPUTS, DynamicMaskConfig
 from flash_dmattn_hf.conversion.atomic_directory import atomic_directory, check_destination
 from flash_dmattn_hf.conversion.calibration import Calibration
 from flash_dmattn_hf.conversion.checkpoint import find_source, load_tokenizer
@@ -60,6 +60,12 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
         default=defaults.importance_heads,
         help="one importance per kv head or per query head (default: %(default)s)",
     )
+    masks.add_argument(
+        "--importance-input",
+        choices=IMPORTANCE_INPUTS,
+        default=defaults.importance_input,
+        help="compute it from a token's values or from its hidden state (default: %(default)s)",
+    )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
         "--calibrate",
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         local_window_size=args.local_window_size,
         importance=args.importance,
         importance_heads=args.importance_heads,
+        importance_input=args.importance_input,
     ).resolve(dense=True)
     if args.calibration_tokens is not None and args.calibrate is None:
         raise ValueError("--calibration-tokens needs --calibrate TEXT")

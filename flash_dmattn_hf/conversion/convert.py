@@ -13,6 +13,8 @@ from flash_dmattn_hf.gates.attach import attach, detach, iter_gates, plan, text_
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.names import NAMES
 
+_SOURCES = {"value": "values", "hidden": "hidden state"}
+
 __all__ = ["ConversionReport", "LayerReport", "convert_model", "with_window"]
 
 
@@ -71,7 +73,8 @@ class ConversionReport:
             f"{self.model_class}: {len(self.layers)} of {len(self.layers) + len(self.skipped)} attention layers "
             "converted to dynamic masks",
             f"  window      {window} keys = {sinks} sinks + {local} most recent + {window - sinks - local} "
-            f"by importance ({config.importance}, one per {config.importance_heads} head)",
+            f"by importance ({config.importance} of the {_SOURCES[config.importance_input]}, one per "
+            f"{config.importance_heads} head)",
             f"  parameters  {self.parameters_added:,} added to {self.parameters_before:,}",
         ]
         if self.calibration_tokens:

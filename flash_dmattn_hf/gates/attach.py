@@ -13,6 +13,7 @@ from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
 from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
+from flash_dmattn_hf.gates.source import offer_hidden_states, stop_offering
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig
         module.dma = doge.DogeGate(module, shape, config)
     else:
         module.add_module(GATE_NAME, _make_gate(module, shape, config))
+        if config.importance_input == "hidden":
+            offer_hidden_states(module)
 
 
 def freeze_unused(model: nn.Module) -> None:
@@ -119,6 +122,7 @@ def detach(model: nn.Module) -> None:
     """Removes every gate."""
     for _, module, _ in list(iter_gates(model)):
         delattr(module, GATE_NAME)
+        stop_offering(module)
 
 
 def text_config_of(model: nn.Module) -> Any:
@@ -146,6 +150,7 @@ def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConf
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            hidden_size=shape.hidden_size,
             sliding_window=shape.sliding_window,
             initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
         ).to(dtype)

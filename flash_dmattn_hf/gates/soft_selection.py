@@ -121,8 +121,8 @@ class _Witness:
         self._before, self._has_gradient = parameter.detach().cpu().clone(), False
         self._handle = parameter.register_post_accumulate_grad_hook(self._see)
 
-    def _see(self, _: torch.Tensor) -> None:
-        self._has_gradient = True
+    def _see(self, parameter: torch.Tensor) -> None:
+        self._has_gradient = self._has_gradient or bool(parameter.grad.any())
 
     def leave(self) -> bool:
         """Ends watching; returns whether there were gradients, and the parameter is as it was."""

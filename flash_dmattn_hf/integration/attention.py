@@ -11,6 +11,7 @@ from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate
 from flash_dmattn_hf.gates.soft_selection import soft_options
+from flash_dmattn_hf.gates.source import importance_of
 from flash_dmattn_hf.integration.masks import tag_of
 
 UNSUPPORTED = {
@@ -67,7 +68,7 @@ def dynamic_mask_attention_forward(
             _refuse_documents(documents)
             return _attend_cached(gate, cache_layer, query, attention_mask, options), None
         _refuse_missing_keys(gate, query, key, attention_mask)
-        importance = gate(value)
+        importance = importance_of(gate, value)
         options.update(soft_options(gate), add_importance_bias=gate.config.add_importance_bias)
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)

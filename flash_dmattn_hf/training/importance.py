@@ -12,6 +12,7 @@ from flash_dmattn import Visibility, interval_attention, select_visible
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.gates.importance import Gate, get_gate
+from flash_dmattn_hf.gates.source import importance_of
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 IMPORTANCE_GROUP = "importance"
@@ -119,7 +120,7 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
 
     def attend(module, query, key, value, softmax_scale, softcap):
         gate = get_gate(module)
-        importance = gate(value)
+        importance = importance_of(gate, value)
         visibility = select_visible(importance, **gate.windows._asdict())
         seen.importance.append(importance[0].float().cpu())
         seen.visibility.append(Visibility(*(bound[0].cpu() for bound in visibility)))

@@ -3,9 +3,10 @@
 import torch
 
 from flash_dmattn import arguments
-from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, check_backend_name, choose, differentiates_itself
+from flash_dmattn.interval_arguments import check_query_rows, check_soft, check_visibility
 from flash_dmattn.ops import run_attention
 from flash_dmattn.selection import select_visible
 from flash_dmattn.soft_selection import cut_softly, num_visible
@@ -61,10 +62,10 @@ def interval_attention(
     """
     arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
     if visibility is not None:
-        arguments.check_visibility(visibility, query, key, importance)
-    arguments.check_query_rows(query_start, query_positions, query)
+        check_visibility(visibility, query, key, importance)
+    check_query_rows(query_start, query_positions, query)
     if soft is not None:
-        arguments.check_soft(soft, query, key, importance, visibility)
+        check_soft(soft, query, key, importance, visibility)
     arguments.check_count("max_visible", max_visible, 1)
     check_backend_name(backend)
     if query_positions is None and query_start is None:

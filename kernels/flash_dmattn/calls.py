@@ -94,6 +94,11 @@ class AttentionCall(OperatorCall):
             deterministic=deterministic,
         )
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Returns the tensors of the call one by one, None for each that it does without."""
+        intervals = self.birth, self.death, self.query_start, self.query_positions
+        return self.query, self.key, self.value, self.importance, *intervals, *(self.soft or (None, None, None))
+
     @property
     def is_ordered(self) -> bool:
         """Whether the rows of a sequence's queries follow each other."""

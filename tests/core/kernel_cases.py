@@ -1,4 +1,4 @@
-"""The attention problems that every engine with its own kernels is tested on, and how its results are judged."""
+"""The attention problems that every backend with its own kernels is tested on, and how its results are judged."""
 
 from dataclasses import dataclass, field
 
@@ -211,7 +211,7 @@ def check(case, seed, backend, gradients=True):
         if norm < 1e-6:
             assert got.norm() < 1e-4, name
             continue
-        # Beside 1e6 a float32 logit is a multiple of 1/16, and not of the same 1/16 in every engine.
+        # Beside 1e6 a float32 logit is a multiple of 1/16, and not of the same 1/16 in every backend.
         slack = 1e-2 if case.importance == "huge-ties" else 0
         allowed = 2 * (rounded - expected).norm() / norm + ROUNDING[case.dtype] + slack
         assert (got - expected).norm() / norm <= allowed, name

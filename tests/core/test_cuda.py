@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels"))
 from cuda_build import settings  # noqa: E402
 
 WHY_NOT = explain_backends()["cuda"] or library.why_not_on(torch.device("cuda", 0))
-on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA engine: {WHY_NOT}")]
+on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA backend: {WHY_NOT}")]
 pytestmark = on_the_gpu
 
 HEAD_DIMS = tuple(map(int, settings.HEAD_DIMS))
@@ -41,7 +41,7 @@ def seed():
 
 
 def random_case(number, seed):
-    """Returns one of the combinations of shapes and options that the engine must serve."""
+    """Returns one of the combinations of shapes and options that the backend must serve."""
     choose = random.Random(f"{seed} {number}")
     group = choose.randint(1, 16)
     num_kv_heads = choose.choice((1, 2, 3))
@@ -127,7 +127,7 @@ def test_two_forwards_are_bitwise_equal(seed):
 
 def forbid_triton(monkeypatch):
     def refuse(*_):
-        raise AssertionError("the backward of the Triton engine was called")
+        raise AssertionError("the backward of the Triton backend was called")
 
     monkeypatch.setattr(flash_dmattn.backends.triton, "backward", refuse)
 

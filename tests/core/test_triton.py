@@ -161,15 +161,15 @@ def test_tensors_of_a_gpu_that_is_not_current(backend, size, seed):
 
 @pytest.mark.parametrize(("length", "k"), [(1, 0), (7, 2), (1500, 37), (2100, 500)])
 def test_order_statistics_equal_those_of_torch(length, k, seed):
-    from flash_dmattn import order_statistics
-    from flash_dmattn.backends.triton import order_statistics as kernels
+    from flash_dmattn.backends.triton import order_statistics
+    from flash_dmattn.competition import kth_smallest_in_ranges
 
     generator = torch.Generator().manual_seed(seed)
     sequence = torch.stack([torch.randperm(length, generator=generator) for _ in range(2)])
     high = torch.arange(length).expand(2, length)
     low = torch.randint(0, length, (2, length), generator=generator).minimum(high)
-    expected = order_statistics.kth_smallest_in_ranges(sequence, low, high, k)
-    got = kernels.kth_smallest_in_ranges(sequence.to(DEVICE), low.to(DEVICE), high.to(DEVICE), k)
+    expected = kth_smallest_in_ranges(sequence, low, high, k)
+    got = order_statistics.kth_smallest_in_ranges(sequence.to(DEVICE), low.to(DEVICE), high.to(DEVICE), k)
     holds_enough = high - low > k
     assert torch.equal(got.cpu()[holds_enough], expected[holds_enough])
 

@@ -72,12 +72,13 @@ def test_convert_writes_an_ordinary_checkpoint(dense, text, tmp_path, capsys):
 
 def test_every_option_of_the_mask_arrives(dense, tmp_path):
     sizes = "--keep-window-size 24 --num-sink-tokens 2 --local-window-size 5".split()
-    forms = "--importance zoh --importance-heads query --dtype bfloat16".split()
+    forms = "--importance zoh --importance-heads query --importance-input hidden --dtype bfloat16".split()
     assert main(["convert", str(dense), str(tmp_path / "out"), *sizes, *forms]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     section = model.config.flash_dmattn
     assert [section[key] for key in ("keep_window_size", "num_sink_tokens", "local_window_size")] == [24, 2, 5]
     assert (section["importance"], section["importance_heads"]) == ("zoh", "query")
+    assert section["importance_input"] == "hidden"
     assert model.dtype == torch.bfloat16 and next(iter_gates(model))[2].A.shape == (4,)
 
 

@@ -15,9 +15,7 @@ from flash_dmattn.calls import AttentionCall, DecodeCall
 _MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-
-def is_automatic(device: torch.device) -> bool:
-    return device.type == "cuda"
+AUTOMATIC_ON = ("cuda",)
 
 
 @functools.cache
