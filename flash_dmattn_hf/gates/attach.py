@@ -105,10 +105,16 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
 def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> None:
     if is_native_doge(module):
         module.dma = doge.DogeGate(module, shape, config)
-    else:
-        module.add_module(GATE_NAME, _make_gate(module, shape, config))
-        if config.importance_input == "hidden":
-            offer_hidden_states(module)
+        return
+    # on the device and in the dtype of its neighbours
+    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.get_default_device() if neighbour is None else neighbour.device
+    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
+    with torch.device(device):
+        gate = _make_gate(module, shape, config).to(dtype)
+    module.add_module(GATE_NAME, gate.train(module.training))
+    if config.importance_input == "hidden":
+        offer_hidden_states(module)
 
 
 def freeze_unused(model: nn.Module) -> None:
@@ -138,23 +144,27 @@ def text_part(config: Any) -> Any:
         return config
 
 
+def parameter_shapes(model: nn.Module, planned: AttachPlan) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Returns layer_idx -> name of a gate's parameter -> its shape, for all gates of a plan for this model."""
+    result = {}
+    for name, shape in planned.shapes.items():
+        with torch.device("meta"):
+            gate = _make_gate(model.get_submodule(name), shape, planned.config)
+        result[gate.layer_idx] = {name: tuple(parameter.shape) for name, parameter in gate.named_parameters()}
+    return result
+
+
 def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
-    # on the device and in the dtype of its neighbours
-    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = torch.get_default_device() if neighbour is None else neighbour.device
-    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
-    with torch.device(device):
-        gate = ImportanceGate(
-            config,
-            layer_idx=module.layer_idx,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            hidden_size=shape.hidden_size,
-            sliding_window=shape.sliding_window,
-            initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
-        ).to(dtype)
-    return gate.train(module.training)
+    return ImportanceGate(
+        config,
+        layer_idx=module.layer_idx,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        sliding_window=shape.sliding_window,
+        initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
+    )
 
 
 def refusal(model: nn.Module, planned: AttachPlan) -> str:
