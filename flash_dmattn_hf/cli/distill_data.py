@@ -32,8 +32,8 @@ def read_data(
     end = torch.tensor([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=torch.long)
     pieces, count = [], 0
     for item in items:
-        before = count
-        for tokens in progress_bar(_documents(tokenizer, item, max_tokens, column, split), progress and f"reading {item}"):
+        before, documents = count, _documents(tokenizer, item, max_tokens, column, split)
+        for tokens in progress_bar(documents, progress and f"reading {item}", unit="document"):
             pieces += [tokens, end]
             count += len(tokens) + len(end)
             if count >= max_tokens:
@@ -51,7 +51,8 @@ def hold_out(input_ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.
     needed = HELD_OUT * length
     if len(input_ids) < needed:
         raise ValueError(
-            f"--data must hold at least {HELD_OUT} stretches of --length {length}, {needed} tokens, got {len(input_ids)}"
+            f"--data must hold at least {HELD_OUT} stretches of --length {length}, which are {needed} tokens, "
+            f"got {len(input_ids)}"
         )
     rounds = max(1, len(input_ids) // (needed * BLOCK_STRETCHES))
     blocks = input_ids[: len(input_ids) // (HELD_OUT * rounds) * HELD_OUT * rounds].view(rounds, HELD_OUT, -1)
@@ -86,7 +87,8 @@ def _load(item: str, path: Path, column: str, split: str):
         raise ImportError(f"--data {item} is no text file, and data sets need: pip install datasets") from error
     try:
         if path.is_file():
-            data = datasets.load_dataset(TABLES[path.suffix.lower()], data_files=str(path), split="train", streaming=True)
+            loader = TABLES[path.suffix.lower()]
+            data = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
         elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(str(path))
             data = data[split] if isinstance(data, dict) else data

@@ -33,7 +33,7 @@ class DistillProgress(TrainerCallback):
 
 
 def held_out_line(logs: dict[str, float]) -> str:
-    """Returns the held-out figures of a log entry as one line: those of `_NAMES`, then the share of each recall task."""
+    """Returns the held-out figures of a log entry as one line, the shares of the recall tasks last."""
     figures = {name.removeprefix("held_out/"): value for name, value in logs.items() if name.startswith("held_out/")}
     shown = [form.format(figures[name]) for name, form in _NAMES.items() if name in figures]
     tasks = [name for name in figures if name not in (*_NAMES, "loss", "dense_loss", "window_loss")]

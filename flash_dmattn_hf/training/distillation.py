@@ -74,7 +74,7 @@ class DistillationTrainer(Trainer):
             data_collator=_collate,
             train_dataset=train_dataset,
             processing_class=processing_class,
-            callbacks=[_Conductor(self), *callbacks],
+            callbacks=[*callbacks, _Conductor(self)],
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the accumulation steps
         self.teacher = make_teacher(
