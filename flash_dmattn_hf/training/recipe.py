@@ -129,6 +129,7 @@ class Recipe:
             pair = self.temperatures[stage]
             if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_positive, pair)):
                 raise ValueError(f"temperatures must be a first and a last one above 0 for each stage, got {pair!r}")
+            self.temperatures[stage] = tuple(pair)
 
     def mask(self) -> DynamicMaskConfig:
         """Returns the settings of the conversion. Raises ValueError for sizes that do not fit."""
