@@ -14,6 +14,7 @@ from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
 from flash_dmattn_hf.gates.soft_selection import soft_selection
 from flash_dmattn_hf.integration.registration import register, unregister
 from flash_dmattn_hf.training.loss import use_chunked_loss
+from flash_dmattn_hf.versions import warn_if_untested
 
 __all__ = [
     "AttachReport",
@@ -34,4 +35,5 @@ __all__ = [
     "use_chunked_loss",
 ]
 
+warn_if_untested()
 register()

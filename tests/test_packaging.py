@@ -15,6 +15,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
+from flash_dmattn_hf.versions import TESTED
+
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = Version("77")
 
@@ -115,7 +117,10 @@ def test_a_plain_install_brings(metadata, name):
     assert name in required
 
 
-@pytest.mark.parametrize(("version", "accepted"), [("5.16.9", False), ("5.17.0", True), ("5.23.0", True)])
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [("5.16.9", False), *((version, True) for version in TESTED), ("5.24.9", True), ("5.25.0", False)],
+)
 def test_the_range_of_transformers(metadata, version, accepted):
     (specifier,) = (
         r.specifier

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "flash_dmattn_hf"
 
 LEVELS = [
-    {"config", "forms", "names", "progress", "thread_slot"},
+    {"arguments", "config", "forms", "names", "progress", "thread_slot", "versions"},
     {"gates"},
     {"cache"},
     {"integration"},

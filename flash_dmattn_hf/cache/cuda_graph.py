@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers import PreTrainedModel
 
+from flash_dmattn_hf.arguments import get_cache, name_of_cache
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class StepForward:
         self.model, self.run = model, run
 
     def __call__(self, **inputs: Any) -> Any:
-        cache = inputs.get("past_key_values")
+        cache = get_cache(inputs)
         if not (isinstance(cache, DynamicMaskCache) and cache.takes_captured_steps and _is_one_token(inputs)):
             return self.model(**inputs)
         _refuse_several_gpus(cache)
@@ -51,14 +52,15 @@ class CapturedForward:
         self._kind, self._graph = None, None
 
     def __call__(self, **inputs: Any) -> Any:
-        cache = inputs.pop("past_key_values")
+        name = name_of_cache(inputs)
+        cache = inputs.pop(name)
         leaves, spec = tree_flatten(inputs)
-        kind = (spec, tuple(map(_kind_of, leaves)), cache.addresses())
+        kind = (spec, tuple(map(_kind_of, leaves)), name, cache.addresses())
         if kind != self._kind:
             self._kind, self._graph = kind, None
-            return self.model(**inputs, past_key_values=cache)
+            return self.model(**inputs, **{name: cache})
         if self._graph is None:
-            self._capture(leaves, spec, cache)
+            self._capture(leaves, spec, name, cache)
         else:
             for held, leaf in zip(self._inputs, leaves, strict=True):
                 if isinstance(leaf, torch.Tensor):
@@ -66,12 +68,12 @@ class CapturedForward:
         self._graph.replay()
         return tree_map_only(torch.Tensor, torch.clone, self._output)
 
-    def _capture(self, leaves: list[Any], spec: Any, cache: DynamicMaskCache) -> None:
+    def _capture(self, leaves: list[Any], spec: Any, name: str, cache: DynamicMaskCache) -> None:
         self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         graph = torch.cuda.CUDAGraph()
         try:
             with _capturing(graph, cache.mask_layers[0].keys.device):
-                self._output = self.model(**tree_unflatten(self._inputs, spec), past_key_values=cache)
+                self._output = self.model(**tree_unflatten(self._inputs, spec), **{name: cache})
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -7,6 +7,7 @@ import time
 import torch
 from transformers import TextStreamer
 
+from flash_dmattn_hf.arguments import get_cache
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cli import common
 from flash_dmattn_hf.conversion.checkpoint import find_source
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     )
     num_new = out.sequences.shape[1] - input_ids.shape[1]
     print(report(input_ids.shape[1], num_new, streamer.first - start, streamer.last - streamer.first), file=sys.stderr)
-    print(cache_report(out.past_key_values), file=sys.stderr)
+    print(cache_report(get_cache(out)), file=sys.stderr)
 
 
 def report(num_prompt: int, num_new: int, prefill: float, decode: float) -> str:

@@ -24,8 +24,8 @@ from flash_dmattn_hf.conversion.checkpoint import PICKLES, first_line, read_json
 from flash_dmattn_hf.conversion.convert import ConversionReport, LayerReport, convert_model
 from flash_dmattn_hf.gates.attach import iter_gates, parameter_shapes, plan, refusal, text_config_of
 from flash_dmattn_hf.gates.eligibility import is_native_doge
-from flash_dmattn_hf.gates.importance import GATE_NAME, Gate, ImportanceGate
-from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.gates.importance import Gate, ImportanceGate
+from flash_dmattn_hf.names import GATE_NAME, NAMES, is_ours
 
 WEIGHTS, HEADER = "importance.safetensors", "importance.json"
 FORMAT = 1

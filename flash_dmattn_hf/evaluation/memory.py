@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from flash_dmattn_hf.arguments import get_cache
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 
@@ -19,7 +20,7 @@ def cache_bytes(model: nn.Module, input_ids: torch.Tensor) -> int:
         pad_token_id=0,
         return_dict_in_generate=True,
     )
-    return bytes_of_cache(out.past_key_values)
+    return bytes_of_cache(get_cache(out))
 
 
 def bytes_of_cache(cache: Cache) -> int:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
-from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
-from flash_dmattn_hf.gates.source import offer_hidden_states, stop_offering
+from flash_dmattn_hf.gates.hidden_states import offer_hidden_states, stop_offering
+from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
+from flash_dmattn_hf.names import GATE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class AttachPlan:
     """What attaching will do to a model, decided once.
 
     config: resolved settings. shapes: name of an attention module that gets or has a gate -> its shape.
-    skipped: name -> why it keeps its own attention. refused: name -> why dynamic masks would be wrong there.
+    skipped: name -> why it keeps its own attention. refused: name -> why dynamic masks would be wrong there; the
+    name is empty for the whole model.
     """
 
     config: DynamicMaskConfig
@@ -49,6 +51,9 @@ class AttachPlan:
 
 def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
     """Judges every attention module of a model; changes nothing."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, and only decoder-only models have dynamic masks"
+        return AttachPlan(config, refused={"": reason})
     result = AttachPlan(config)
     text_config = text_config_of(model)
     for name, module, owner in _attention_modules(model):
@@ -174,4 +179,5 @@ def refusal(model: nn.Module, planned: AttachPlan) -> str:
         return f"model must have causal attention modules, got {type(model).__name__}, which has none"
     name, reason = next(iter(reasons.items()))
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    return f"{type(model).__name__} cannot use flash_dmattn: {name}: {reason}{more}"
+    place = f"{name}: " if name else ""
+    return f"{type(model).__name__} cannot use flash_dmattn: {place}{reason}{more}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flash_dmattn_hf.arguments import by_name, parameter_names, pop_cache
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.forms import PAPER_FORM
 from flash_dmattn_hf.gates.importance import Gate, compute_importance
@@ -51,20 +52,23 @@ def wrap_forward(original: Callable) -> Callable:
     """Returns DogeAttention.forward with a branch that hands key and value over without building a mask."""
     from transformers.models.doge import modeling_doge
 
+    names = parameter_names(original)[1:]
+
     @wraps(original)
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, *args, **kwargs):
         if getattr(self, "dma", None) is None or not is_ours(self.config._attn_implementation):
-            return original(
-                self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
-            )
+            return original(self, *args, **kwargs)
+        given = by_name(names, args, kwargs)
+        hidden_states, position_embeddings = given.pop("hidden_states"), given.pop("position_embeddings")
+        attention_mask, cache = given.pop("attention_mask", None), pop_cache(given)
         input_shape = hidden_states.shape[:-1]
         heads_shape = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(heads_shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
         query, key = modeling_doge.apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = modeling_doge.ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         out, weights = attend(
             self,
@@ -74,7 +78,7 @@ def wrap_forward(original: Callable) -> Callable:
             attention_mask=attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            **kwargs,
+            **given,
         )
         return self.o_proj(out.reshape(*input_shape, -1)), weights
 

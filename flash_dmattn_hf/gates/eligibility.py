@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.gates.source import takes_hidden_states
+from flash_dmattn_hf.gates.hidden_states import takes_hidden_states
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What the source of a class mentions if it looks its attention function up by name."""
 
-_CACHE_UPDATE = re.compile(r"past_key_values?\.update\(\s*([^()]*?),?\s*\)")
+_CACHE_UPDATE = re.compile(r"(?:past_key_values?|cache)\.update\(\s*([^()]*?),?\s*\)")
 _HARMLESS_ARGUMENTS = frozenset(
     "query key value attention_mask scaling dropout softcap sliding_window is_causal position_ids "
     "output_attentions cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()

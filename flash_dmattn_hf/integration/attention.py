@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
-from flash_dmattn_hf.gates.importance import get_gate
+from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
-from flash_dmattn_hf.gates.source import importance_of
 from flash_dmattn_hf.integration.masks import tag_of
 
 UNSUPPORTED = {
@@ -69,7 +69,9 @@ def dynamic_mask_attention_forward(
             return _attend_cached(gate, cache_layer, query, attention_mask, options), None
         _refuse_missing_keys(gate, query, key, attention_mask)
         importance = importance_of(gate, value)
-        options.update(soft_options(gate), add_importance_bias=gate.config.add_importance_bias)
+        options["add_importance_bias"] = gate.config.add_importance_bias
+        if gate.soft_selections:
+            options.update(soft_options(gate))
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False
@@ -162,7 +164,8 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> torch.Te
 def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
-        if kwargs.get(argument) is not None:
+        given = kwargs.get(argument)
+        if given is not None and not isinstance(given, Cache):  # a Cache has been updated by now; a paged one is none
             raise ValueError(f"{name} passes {meaning}, which flash_dmattn does not support")
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')

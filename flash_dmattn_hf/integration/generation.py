@@ -5,11 +5,14 @@ Each function here takes an original of transformers and returns its replacement
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousMixin
 
+from flash_dmattn_hf.arguments import by_name, get_cache, name_of_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 from flash_dmattn_hf.config import SECTION
@@ -43,15 +46,15 @@ def wrap_prepare_cache(original):
         if not is_active(self):
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         _check_cache_implementation(generation_config.cache_implementation)
-        passed = model_kwargs.get("past_key_values")
-        if passed is not None:
+        if (passed := get_cache(model_kwargs)) is not None:
             check_cache(self, passed)
-        elif generation_config.cache_implementation == "static" and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = DynamicMaskCache(self, static=True)
-            return None
-        result = original(self, generation_config, model_kwargs, *args, **kwargs)
-        if passed is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            cache = model_kwargs["past_key_values"] = DynamicMaskCache(self)
+            return original(self, generation_config, model_kwargs, *args, **kwargs)
+        static = generation_config.cache_implementation == "static"
+        with _dynamic(generation_config):
+            result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        name = name_of_cache(model_kwargs)
+        if name is not None and type(model_kwargs[name]) is DynamicCache:
+            cache = model_kwargs[name] = DynamicMaskCache(self, static=static)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return result
@@ -68,7 +71,7 @@ def wrap_assisted_decoding(original):
 
     @functools.wraps(original)
     def _assisted_decoding(self, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = get_cache(kwargs)
         if cache is None or not is_active(self):
             return original(self, *args, **kwargs)
         if cache.get_seq_length() > 0:
@@ -90,15 +93,15 @@ def wrap_compiled_call(original):
     """Makes generate() capture the forward of one token on a GPU, unless a `compile_config` wants it compiled."""
 
     @functools.wraps(original)
-    def get_compiled_call(self, compile_config):
+    def get_compiled_call(self, compile_config, *args, **kwargs):
         if not is_active(self):
-            return original(self, compile_config)
+            return original(self, compile_config, *args, **kwargs)
         if compile_config is None:
             devices = {parameter.device for parameter in self.parameters()}
             if len(devices) > 1 or self.device.type != "cuda":  # a graph holds the kernels of one GPU
                 return self.__call__
             return StepForward(self, CapturedForward(self))
-        return StepForward(self, original(self, compile_config))
+        return StepForward(self, original(self, compile_config, *args, **kwargs))
 
     return get_compiled_call
 
@@ -110,10 +113,14 @@ def wrap_dynamic_cache(original):
     them. Models make such a cache themselves when they are called with use_cache=True and none.
     """
 
+    names = parameter_names(original)[1:]
+
     @functools.wraps(original)
-    def __init__(self, ddp_cache_data=None, config=None, *args, **kwargs):
-        original(self, ddp_cache_data, config, *args, **kwargs)
-        if config is None or ddp_cache_data is not None or isinstance(self, DynamicMaskCache):
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        given = by_name(names, args, kwargs)
+        config = given.get("config")
+        if config is None or given.get("ddp_cache_data") is not None or isinstance(self, DynamicMaskCache):
             return
         config = config.get_text_config(decoder=True)
         section = getattr(config, SECTION, None)
@@ -165,6 +172,16 @@ def check_cache(model: PreTrainedModel, cache) -> None:
 
 def _truncates(layer, keep_window_size: int) -> bool:
     return isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window > keep_window_size
+
+
+@contextmanager
+def _dynamic(generation_config) -> Iterator[None]:
+    """Has transformers make a plain DynamicCache, whatever is asked for: it is replaced by one of ours."""
+    implementation, generation_config.cache_implementation = generation_config.cache_implementation, None
+    try:
+        yield
+    finally:
+        generation_config.cache_implementation = implementation
 
 
 def _check_cache_implementation(name: str | None) -> None:

@@ -9,13 +9,13 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
 from flash_dmattn_hf.names import NAMES
 
 _TAG = "_flash_dmattn_tag"
-_AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
-_SLIDING_CODE = masking_utils.sliding_window_overlay(1).__code__
 
 
 def dynamic_mask_mask(
@@ -42,7 +42,7 @@ def dynamic_mask_mask(
 
     Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
     """
-    window = _sliding_window(mask_function, local_size, use_vmap)
+    window = sliding_window_of_mask(mask_function, local_size, use_vmap)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
             raise ValueError(
@@ -98,30 +98,6 @@ def mark_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
     return masking_utils.find_packed_sequence_indices(position_ids)
 
 
-def _sliding_window(mask_function: Callable, local_size: int | None, use_vmap: bool) -> int | None:
-    """Returns the window of a sliding mask, None for a causal one. Raises ValueError for every other."""
-    if mask_function is masking_utils.causal_mask_function:
-        return None
-    if not use_vmap and local_size is not None and _is_sliding(mask_function, local_size):
-        return local_size
-    raise ValueError(
-        "flash_dmattn supports causal, sliding-window, padding and packed masks only, got another mask function "
-        f"({getattr(mask_function, '__qualname__', type(mask_function).__name__)}), such as a prefix, image-block, "
-        "chunked, bidirectional or custom mask"
-    )
-
-
-def _is_sliding(mask_function: Callable, local_size: int) -> bool:
-    if getattr(mask_function, "__code__", None) is not _AND_CODE:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    overlay, causal = mask_function.__closure__[0].cell_contents
-    if overlay.__code__ is not _SLIDING_CODE or causal is not masking_utils.causal_mask_function:
-        return False
-    return overlay.__closure__[0].cell_contents == local_size
-
-
 def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
     """Finds packed documents for our implementation, with or without a cache, and hands their numbers on as mask.
 
@@ -129,14 +105,19 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
     eval mode makes by default.
     """
 
+    names = parameter_names(original)
+
     @wraps(original)
-    def preprocess(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs):
-        if config._attn_implementation not in NAMES:
-            return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+    def preprocess(*args, **kwargs):
+        given = by_name(names, args, kwargs)
+        config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
+        if getattr(config, "_attn_implementation", None) not in NAMES:
+            return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        if _is_static_step(inputs_embeds, attention_mask, past_key_values):
+        inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
+        if _is_static_step(inputs_embeds, attention_mask, cache):
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
-        result = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        result = original(*args, **kwargs)
         is_final, mask, packed, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result

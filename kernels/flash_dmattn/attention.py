@@ -124,7 +124,8 @@ def dynamic_mask_attention(
     max_seqlen: the longest document; accepted because callers have it, no backend needs it.
     selection_temperature: above 0, for training: the cut of the selection is a gate with a slope, so that a key near it
         has a gradient (`flash_dmattn.soft_selection` has the equation). In standard deviations of the importance over
-        the sequence or document; a tensor () is not checked. As it falls the gate becomes the hard mask, which None is.
+        the sequence or document; a tensor () is not checked and gets no gradient. As it falls the gate becomes the hard
+        mask, which None is.
     selection_band: with a temperature, at least 1: how many contested keys a query sees, in multiples of K; None: all.
 
     Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
@@ -149,16 +150,20 @@ def dynamic_mask_attention(
         "cu_seqlens": cu_seqlens,
     }
     arguments.check_soft_selection(selection_temperature, selection_band, is_causal)
-    shown, soft = keep_window_size, None
+    shown, soft, kept = keep_window_size, None, None
     if selection_temperature is not None and seqlen_k > keep_window_size:  # else nobody is ever evicted
-        arguments.check_selection(importance, **selection)
+        kept = select_visible(importance, **{**selection, "sliding_window": None})
         windows = keep_window_size, num_sink_tokens, local_window_size
-        soft = cut_softly(importance, selection_temperature, seqlen_q, *windows, padding_mask, cu_seqlens)
+        soft = cut_softly(
+            importance, kept.death, selection_temperature, seqlen_q, *windows, padding_mask, cu_seqlens, backend
+        )
         shown = NEVER if selection_band is None else min(num_visible(*windows, selection_band), NEVER)
     is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None
     if is_plain and seqlen_k <= shown:
         arguments.check_selection(importance, **selection)
         visibility = None  # every key stays visible
+    elif kept is not None and shown == keep_window_size and sliding_window is None:
+        visibility = kept
     else:
         visibility = select_visible(importance, **{**selection, "keep_window_size": shown})
     query_positions = None

@@ -69,7 +69,8 @@ ORDER_STATISTICS = Job(
     "order statistics", "reject_order_statistics", ("kth_smallest_in_ranges",), otherwise="reference"
 )
 TOKEN_IMPORTANCE = Job("token importance", "reject_token_importance", ("token_importance",), otherwise="reference")
-JOBS = (ATTENTION, DENSE_ATTENTION, DECODING, SELECTION, KEY_LISTS, ORDER_STATISTICS, TOKEN_IMPORTANCE)
+SOFT_CUT = Job("soft cuts", "reject_cut", ("cut",), otherwise="reference")
+JOBS = (ATTENTION, DENSE_ATTENTION, DECODING, SELECTION, KEY_LISTS, ORDER_STATISTICS, TOKEN_IMPORTANCE, SOFT_CUT)
 
 
 def explain_backends() -> dict[str, str | None]:
@@ -163,6 +164,15 @@ def find(job: Job, device: torch.device, *call) -> ModuleType | None:
         raise RuntimeError("no backend can serve this call: " + "; ".join(refusals))
     announce(job, job.otherwise, "; ".join(refusals))
     return None
+
+
+def prefer(job: Job, name: str, device: torch.device, *call) -> ModuleType | None:
+    """Returns the backend of that name if it accepts a call, else the one that `find` returns."""
+    asked = _resolve(name)
+    if asked == job.otherwise or (asked in job.backends and job.why_not(asked, *call) is None):
+        announce(job, asked, f"{asked!r} was asked for")
+        return job.backends.get(asked)
+    return find(job, device, *call)
 
 
 def can_call_directly(*tensors: torch.Tensor | None) -> bool:

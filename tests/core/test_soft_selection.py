@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flash_dmattn
-from flash_dmattn import dynamic_mask_attention
+from flash_dmattn import dynamic_mask_attention, select_visible
 from flash_dmattn.backends import triton
 from flash_dmattn.soft_selection import cut_softly, num_visible
 from tests.core import soft_definition
@@ -113,6 +113,7 @@ def problem(seqlen=60, heads=2):
 
 
 WINDOWS = {"keep_window_size": 16, "num_sink_tokens": 2, "local_window_size": 5}
+FEW = {"keep_window_size": 9, "num_sink_tokens": 1, "local_window_size": 3}
 
 
 @pytest.mark.parametrize("add_importance_bias", [True, False])
@@ -145,7 +146,7 @@ def test_nothing_is_gated_up_to_the_window():
 
 def test_gradcheck_of_the_gate():
     query, key, value, importance = (tensor[:, :20] if tensor.dim() == 4 else tensor[..., :20] for tensor in problem())
-    cut = cut_softly(importance, 0.7, 20, keep_window_size=9, num_sink_tokens=1, local_window_size=3)
+    cut = cut_softly(importance, select_visible(importance, **FEW).death, 0.7, 20, **FEW)
     is_gated = cut.threshold.isfinite()
     assert is_gated.any() and not is_gated.all()
 
@@ -162,8 +163,7 @@ def test_the_gradient_of_a_threshold_goes_to_the_two_keys_that_set_it():
     importance = torch.randn(1, 1, 20, dtype=torch.float64)
     attached = importance.clone().requires_grad_()
     analytic = torch.autograd.grad(
-        cut_softly(attached, 0.7, 20, keep_window_size=9, num_sink_tokens=1, local_window_size=3).threshold[..., -1],
-        attached,
+        cut_softly(attached, select_visible(attached, **FEW).death, 0.7, 20, **FEW).threshold[..., -1], attached
     )[0]
     assert (analytic != 0).sum() == 2
     assert math.isclose(analytic.sum().item(), 1 / (0.7 * importance.std(correction=0).item()), rel_tol=1e-9)

@@ -18,7 +18,9 @@ ROOTS = {package.__name__: Path(package.__file__).parent for package in (flash_d
 MOST_FILES = 14
 """Of both packages together, in an uncached forward and in one step of `generate`."""
 FORWARD = {
+    "arguments.py",
     "integration/masks.py",
+    "integration/mask_functions.py",
     "integration/attention.py",
     "cache/handover.py",
     "gates/importance.py",

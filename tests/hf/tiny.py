@@ -1,14 +1,18 @@
 """Tiny random models of many families, made from nothing but their configs."""
 
 import copy
+import inspect
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.gptj import modeling_gptj
+
+from flash_dmattn_hf.gates.eligibility import INTERFACE
 
 VOCAB_SIZE = 99
 
-_BASE = {
+BASE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -110,6 +114,8 @@ FAMILIES: dict[str, dict] = {
     "qwen3_vl": {"text": "qwen3_vl_text", "vision": ("qwen3_vl_vision", _QWEN3_VISION)},
     "idefics3": {"text": "llama", "vision": ("idefics3_vision", _VISION)},
 }
+if INTERFACE in inspect.getsource(modeling_gptj):  # since transformers 5.24
+    FAMILIES["gptj"] = {**_GPT2, "rotary_dim": 4, "n_inner": 32}
 """Model type -> what its config needs beyond small sizes. "text" and "vision" mark composite models."""
 
 
@@ -117,10 +123,10 @@ def tiny_config(model_type: str, **overrides):
     """Returns a small config of the model type, without any attention implementation chosen."""
     special = copy.deepcopy(FAMILIES.get(model_type, {}))
     if "text" not in special:
-        return CONFIG_MAPPING[model_type](**{**_BASE, **special, **overrides})
+        return CONFIG_MAPPING[model_type](**{**BASE, **special, **overrides})
     vision_type, vision = special["vision"]
     return CONFIG_MAPPING[model_type](
-        text_config=CONFIG_MAPPING[special["text"]](**{**_BASE, **overrides}),
+        text_config=CONFIG_MAPPING[special["text"]](**{**BASE, **overrides}),
         vision_config=CONFIG_MAPPING[vision_type](**vision),
         image_token_id=VOCAB_SIZE - 1,
     )

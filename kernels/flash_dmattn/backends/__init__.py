@@ -18,6 +18,8 @@ runs everywhere, or that refuses no call of a job, leaves out the function that 
     reject_key_lists(call), build_key_lists(call, tile_size)
     reject_order_statistics(sequence, low), kth_smallest_in_ranges(sequence, low, high, k)
     reject_token_importance(value, *parameters), token_importance(value, ...)
+    reject_cut(call), cut(call) -> (score, threshold, contested_from, cut, scale)   as the operator returns them
+    cut_backward(call, cut, scale, dscore, dthreshold) -> dimportance
 
 One whose backward does not serve all that its forward does has reject_backward(call): the next backend takes over, on
 the same saved tensors. One that differentiates itself has attend(call) -> (out, lse) in place of forward and

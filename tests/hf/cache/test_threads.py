@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flash_dmattn_hf import DynamicMaskCache
+from flash_dmattn_hf.arguments import pop_cache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.gates.importance import get_gate
 
@@ -149,11 +150,12 @@ def test_a_cache_that_a_layer_does_not_use_is_an_error(model, monkeypatch):
     past = DynamicMaskCache(model)
     model(ids[:, :19], past_key_values=past)
     forward = type(attention_module(model)).forward
-    monkeypatch.setattr(
-        attention_module(model),
-        "forward",
-        lambda *args, past_key_values=None, **kwargs: forward(attention_module(model), *args, **kwargs),
-    )
+
+    def without_cache(*args, **kwargs):
+        pop_cache(kwargs)
+        return forward(attention_module(model), *args, **kwargs)
+
+    monkeypatch.setattr(attention_module(model), "forward", without_cache)
     for mask in (None, torch.ones_like(ids)):
         with pytest.raises(RuntimeError, match="layer 0 must attend to 19 cached tokens as well"):
             model(ids[:, 19:], attention_mask=mask, past_key_values=past)

@@ -6,16 +6,18 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertModel, DynamicCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 
 from flash_dmattn_hf import DynamicMaskCache, DynamicMaskConfig, dynamic_mask_config, iter_gates
 from flash_dmattn_hf.gates.attach import attach, detach, plan
 from flash_dmattn_hf.integration import attention
+from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 
 from ..converted import converted
-from ..tiny import tiny_config, tiny_model, tokens
+from ..tiny import FAMILIES, tiny_config, tiny_model, tokens
 
 _SMALL = {
     "vocab_size": 99,
@@ -62,7 +64,7 @@ REFUSED = {
         "attention_chunk_size",
     ),
     "falcon": ({}, _NOT_DISPATCHED),
-    "gptj": (_GPT, _NOT_DISPATCHED),
+    **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _NOT_DISPATCHED)}),
     "gpt_neo": (
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
         _NOT_DISPATCHED,
@@ -92,7 +94,16 @@ def test_refused_families(model_type):
         model(tokens())
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_encoder_decoders_are_refused_as_such(model_type):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    config = CONFIG_MAPPING[model_type](**sizes, decoder_start_token_id=0)
+    with torch.device("meta"), pytest.raises(ValueError, match="it is an encoder-decoder"):
+        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="flash_dmattn")
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_oss"])
 def test_refused_families_are_refused_while_loading(model_type, tmp_path):
     values, sentence = REFUSED[model_type]
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**_SMALL, **values})).save_pretrained(tmp_path)
@@ -165,13 +176,26 @@ def test_attention_dropout_is_refused_at_the_first_training_step(model_type, fie
         model.train()(tokens())
 
 
-UNSUPPORTED = ["s_aux", "sinks", "position_bias", "indices", "block_indices", "cache"]
+UNSUPPORTED = {
+    **dict.fromkeys(["s_aux", "sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
+    "cache": PagedAttentionCache.__new__(PagedAttentionCache),  # continuous batching, under whatever name
+}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_arguments_that_would_change_the_result_are_refused(name):
+    module = converted().model.layers[0].self_attn
+    query, key = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8)
     with pytest.raises(ValueError, match="does not support"):
-        converted()(tokens(), **{name: torch.zeros(4)})
+        dynamic_mask_attention_forward(module, query, key, key, None, **{name: UNSUPPORTED[name]})
+
+
+def test_a_cache_that_an_attention_module_passes_on_is_no_continuous_batching():
+    """Modules that pass on all arguments they do not name pass their cache, which they have updated by then."""
+    module = converted().model.layers[0].self_attn
+    query, key = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8)
+    out, _ = dynamic_mask_attention_forward(module, query, key, key, None, cache=DynamicCache())
+    assert out.shape == (1, 5, 4, 8)
 
 
 def test_another_sliding_window_than_the_configured_one_is_refused():
@@ -183,8 +207,6 @@ def test_another_sliding_window_than_the_configured_one_is_refused():
 
 
 def test_different_dims_of_key_and_value_are_refused():
-    from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
-
     module = converted().model.layers[0].self_attn
     query, key, value = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4)
     with pytest.raises(ValueError, match="keys of dim 8 and values of dim 4"):
@@ -192,8 +214,6 @@ def test_different_dims_of_key_and_value_are_refused():
 
 
 def test_values_sharded_by_head_are_refused():
-    from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
-
     module = converted().model.layers[0].self_attn
     query, key = torch.zeros(1, 2, 5, 8), torch.zeros(1, 1, 5, 8)
     with pytest.raises(ValueError, match="tensor parallelism"):

@@ -1,0 +1,25 @@
+"""Which versions of transformers this package was tested with, and the warning about others."""
+
+import warnings
+
+import transformers
+from packaging.version import Version
+
+TESTED = ("5.17.0", "5.23.0", "5.24.0")
+"""Versions that the whole of tests/hf was run with, oldest first; pyproject.toml requires what lies between."""
+
+
+def is_covered(version: str) -> bool:
+    """Whether a version of transformers lies between the oldest and the newest tested one, patches of that included."""
+    oldest, newest = Version(TESTED[0]), Version(TESTED[-1])
+    return oldest <= Version(version) and Version(version).release[:2] <= newest.release[:2]
+
+
+def warn_if_untested(version: str = transformers.__version__) -> None:
+    """Warns, by name, about a version of transformers that the tests did not cover; the import does so once."""
+    if not is_covered(version):
+        warnings.warn(
+            f"flash_dmattn_hf was tested with transformers {TESTED[0]} to {TESTED[-1]}, not with "
+            f"{version}, which is installed: install a tested one if something breaks",
+            stacklevel=2,
+        )
