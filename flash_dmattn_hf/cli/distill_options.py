@@ -50,7 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="lora_rank",
         help="train an adapter instead of all weights and merge it (default rank: 16)",
     )
-    training.add_argument("--batch-size", type=common.positive, metavar="B", help="stretches of a step (default: 8)")
+    training.add_argument("--batch-size", type=common.positive, metavar="B", help="stretches of a forward (default: 8)")
+    training.add_argument(
+        "--gradient-accumulation-steps", type=common.positive, metavar="N", help="forwards of a step (default: 1)"
+    )
     training.add_argument("--learning-rate", type=float, metavar="X", help="of the backbone (default: 1e-4)")
     training.add_argument(
         "--gradient-checkpointing", action="store_true", default=None, help="less memory, a third more time"

@@ -113,10 +113,12 @@ class Results:
     def write(self, folder: Path, facts: dict) -> None:
         """Writes results.json, results.txt and log.jsonl."""
         folder.mkdir()
-        results = {**facts, "rows": self._state["rows"]}
+        logs = self._state["logs"]
+        steps = {stage: max(entry["step"] for entry in log) for stage, log in logs.items()}
+        results = {**facts, "steps_of_stages": steps, "rows": self._state["rows"]}
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "results.txt").write_text(self.table + "\n", encoding="utf-8")
-        lines = [{"stage": stage, **entry} for stage, log in self._state["logs"].items() for entry in log]
+        lines = [{"stage": stage, **entry} for stage, log in logs.items() for entry in log]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def _save(self) -> None:

@@ -62,6 +62,8 @@ class DistillationTrainer(Trainer):
         check_gates(model)
         in_gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
         trains_backbone = any(p.requires_grad and id(p) not in in_gates for p in model.parameters())
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # or the Trainer would use DataParallel, whose threads share one output layer
         adds_bias = any(gate.config.add_importance_bias for _, _, gate in iter_gates(model))
         if args.hard_share and not (trains_backbone or adds_bias):
             raise ValueError(

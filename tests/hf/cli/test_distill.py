@@ -66,6 +66,7 @@ def test_both_stages_end_in_an_ordinary_checkpoint_with_its_figures(folder, tmp_
     log = [json.loads(line) for line in (out / "distillation" / "log.jsonl").read_text().splitlines()]
     measured = [entry["stage"] for entry in log if "held_out/kld" in entry]
     assert measured == ["importance"] * 4 + ["all"] * 5  # three steps cross a quarter of the first stage
+    assert results["steps_of_stages"] == {"importance": 3, "all": 9}
     assert results["recipe"]["steps"] == 12 and results["device"] == "cpu"
     assert results["data"] == [str(folder / "text.txt")]
     assert [entry["held_out/kld"] for entry in log if "held_out/kld" in entry][-1] == pytest.approx(

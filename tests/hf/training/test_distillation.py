@@ -311,8 +311,9 @@ def weights_after(folder, **options):
         {"gradient_checkpointing": True},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"dataloader_num_workers": 2},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
-    ids=["gradient checkpointing", "accumulation", "workers"],
+    ids=["gradient checkpointing", "accumulation", "workers", "torch_compile"],
 )
 def test_the_option_changes_no_weight(tmp_path, options):
     got, expected = weights_after(tmp_path / "with", **options), weights_after(tmp_path / "without")
