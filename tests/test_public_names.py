@@ -28,6 +28,7 @@ NAMES = {
         unregister use_chunked_loss
     """,
     "flash_dmattn_hf.training": """
+        DistillationArguments DistillationTrainer FarReuse HeldOut Recipe chunked_distillation_loss train_stage
         ImportanceCallback TemperatureCallback freeze_all_but_importance geometric_schedule importance_parameters
         parameter_groups probe use_chunked_loss
     """,
