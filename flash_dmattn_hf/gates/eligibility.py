@@ -60,7 +60,7 @@ def uses_attention_interface(module: nn.Module) -> bool:
 
 def chooses_class_by_name(cls: type) -> bool:
     """True if the file of a model class looks its attention class up by the name of the implementation."""
-    pattern = r"\b(?!\w*VISION)\w*ATTENTION_CLASSES\[(config\._)?attn_implementation\]"
+    pattern = r"\b(?!\w*VISION)\w*ATTENTION_CLASSES\[(?:config\._)?attn_implementation\]"
     return re.search(pattern, _module_source(cls)) is not None
 
 

@@ -9,9 +9,10 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from flash_dmattn_hf.arguments import parameter_names
+from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
 from flash_dmattn_hf.names import NAMES
 
@@ -90,40 +91,29 @@ def _tag(mask: torch.Tensor, window: int | None, is_full: bool) -> torch.Tensor:
     return mask
 
 
-def mark_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """Returns the document number of every token where positions restart, None if they never do.
-
-    position_ids: (B, T). Returns (B, T) int64 or None. While tracing always the numbers.
-    """
-    return masking_utils.find_packed_sequence_indices(position_ids)
-
-
 def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
-    """Finds packed documents for our implementation, with or without a cache, and hands their numbers on as mask.
+    """Finds packed documents for our implementation, with or without a mask or a cache, and hands their numbers on.
 
-    transformers looks for restarting positions only when there is neither a mask nor a cache, which a model in
-    eval mode makes by default.
+    transformers looks for them only when there is neither a mask nor a cache, which a model in eval mode makes by
+    default, and takes every gap in the positions for a new document.
     """
-
     names = parameter_names(original)
 
     @wraps(original)
     def preprocess(*args, **kwargs):
-        given = dict(zip(names, args)) | kwargs  # noqa: B905 - a call may leave parameters out
-        config, attention_mask = given.get("config"), given.get("attention_mask")
+        given = by_name(names, args, kwargs)
+        config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
         if getattr(config, "_attn_implementation", None) not in NAMES:
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
         inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
-        cache = next((each for each in given.values() if isinstance(each, DynamicMaskCache)), None)
         if _is_static_step(inputs_embeds, attention_mask, cache):
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
-        result = original(*args, **kwargs)
-        is_final, mask, packed, q_length, kv_length, q_offset, kv_offset = result
+        result = original(**{**given, "position_ids": None})
+        is_final, mask, _, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result
-        if packed is None and position_ids is not None and position_ids.dim() == 2:
-            packed = _packed_despite_cache(position_ids, mask, inputs_embeds.shape[0], q_offset)
+        packed = _documents(position_ids, mask, inputs_embeds.shape[0], cache, q_offset)
         if packed is not None:
             return is_final, packed, None, q_length, kv_length, q_offset, kv_offset
         return result
@@ -131,13 +121,13 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
     return preprocess
 
 
-def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: DynamicMaskCache | None) -> bool:
+def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any) -> bool:
     """Whether one more token comes to a static cache, where only its own column of the mask is news.
 
     What the mask function is was checked with the tokens before. Lengths are not looked at: a compiled forward must not
     depend on them.
     """
-    if cache is None or not cache.is_static or inputs_embeds.shape[1] != 1:
+    if not (isinstance(cache, DynamicMaskCache) and cache.is_static and inputs_embeds.shape[1] == 1):
         return False
     is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
     return is_plain and all(layer.is_initialized for layer in cache.layers)
@@ -147,14 +137,33 @@ def _last_column(attention_mask: torch.Tensor | None, device: torch.device) -> t
     return None if attention_mask is None else attention_mask[:, -1:].to(device=device, dtype=torch.bool)
 
 
-def _packed_despite_cache(
-    position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, q_offset: Any
-) -> torch.Tensor | None:
-    if is_tracing(position_ids) or isinstance(q_offset, torch.Tensor):
+def _documents(position_ids: Any, mask: torch.Tensor | None, batch: int, cache: Any, q_offset: Any) -> Any:
+    """Returns the document numbers of a packed batch, as `mark_documents` gives them, None if nothing is packed.
+
+    Where tokens are cached already, positions are just positions.
+    """
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
         return None
-    if mask is not None and not bool(mask.all()):
+    if is_tracing(position_ids):
+        return _documents_while_tracing(position_ids, mask, batch, cache)
+    if isinstance(q_offset, torch.Tensor) or q_offset:
         return None
-    documents = mark_documents(position_ids.expand(batch, -1))
-    if documents is not None and q_offset:
-        raise ValueError("position_ids must rise by 1 after cached tokens: packed sequences need use_cache=False")
-    return documents
+    if mask is not None and mask.shape[-1] != position_ids.shape[1]:
+        return None  # the length of the mask is refused later
+    numbers = mark_documents(position_ids.expand(batch, -1), mask)
+    return numbers if bool(has_documents(numbers)) else None
+
+
+def _documents_while_tracing(position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, cache: Any) -> Any:
+    """As `_documents`, without a look at the positions: always numbers if there may be documents.
+
+    With a mask there is only a check: which tokens are real decides about shapes.
+    """
+    if cache is not None:
+        return None
+    if mask is None:
+        return mark_documents(position_ids.expand(batch, -1))
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and mask.shape[-1] == position_ids.shape[1]:
+        packed = has_documents(mark_documents(position_ids.expand(batch, -1), mask))
+        torch._assert_async(~packed, "packed position_ids with an attention_mask cannot be compiled: pass no mask")
+    return None
