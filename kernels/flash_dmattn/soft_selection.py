@@ -124,9 +124,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dscore, dthreshold, *_):
-    arguments = (dscore, dthreshold, *ctx.saved_tensors, *ctx.options)
-    run = _cut_backward if can_call_directly(dscore, dthreshold, *ctx.saved_tensors) else _first_derivative
-    return spread_gradients(ctx, CutCall, (run(*arguments),))
+    tensors = (dscore, dthreshold, *ctx.saved_tensors)  # checkpointing hands the saved ones out once
+    run = _cut_backward if can_call_directly(*tensors) else _first_derivative
+    return spread_gradients(ctx, CutCall, (run(*tensors, *ctx.options),))
 
 
 def _first_derivative(*arguments) -> torch.Tensor:
