@@ -13,7 +13,8 @@ SECTION = "flash_dmattn"
 
 _NUMBERS = {"keep_window_size": 1, "num_sink_tokens": 0, "local_window_size": 0}
 IMPORTANCE_HEADS = ("kv", "query")
-_CHOICES = {"importance": FORMS, "importance_heads": IMPORTANCE_HEADS}
+IMPORTANCE_INPUTS = ("value", "hidden")
+_CHOICES = {"importance": FORMS, "importance_heads": IMPORTANCE_HEADS, "importance_input": IMPORTANCE_INPUTS}
 _SWITCHES = ("add_importance_bias", "dt_proj_bias")
 
 _load_time_values: ContextVar[dict[str, Any] | None] = ContextVar("flash_dmattn_load_time_values", default=None)
@@ -38,10 +39,12 @@ class DynamicMaskConfig:
     local_window_size: r, most recent tokens that are always seen; None: 3w // 4 and 0, in the same way.
     importance: the name of one of `forms.FORMS`: "log_zoh" for A * softplus(dt), "zoh" for its exponential.
     importance_heads: "kv" for one importance per key and kv head, "query" for one per query head.
-    add_importance_bias: add the importance to the logits; without it nothing trains the importance.
-    dt_proj_bias: whether the projection of the values has a bias.
+    add_importance_bias: add the importance to the logits; without it only a soft selection trains the importance.
+    dt_proj_bias: whether the projection of a token to its importance has a bias.
     initializer_std: A starts at 0, where all keys tie, or spreads around it with this standard deviation.
     layers: indices of the layers to attach to; None: all that are eligible.
+    importance_input: what the importance of a token is computed from: "value" for the values of all its kv heads,
+        "hidden" for the hidden state that the query, key and value projections of the layer read.
 
     Raises ValueError for a value outside these ranges or s + r > w.
     """
@@ -55,6 +58,7 @@ class DynamicMaskConfig:
     dt_proj_bias: bool = False
     initializer_std: float = 0.0
     layers: tuple[int, ...] | None = None
+    importance_input: str = "value"
 
     def __post_init__(self) -> None:
         for name, smallest in _NUMBERS.items():

@@ -211,7 +211,7 @@ def kernel_milliseconds(forward, runs: int = 5) -> float:
         for _ in range(runs):
             forward()
         torch.cuda.synchronize()
-    names = ("_forward", "forward_kernel")  # of the Triton and of the CUDA engine
+    names = ("_forward", "forward_kernel")  # of the Triton and of the CUDA backend
     kernels = [event for event in profile.key_averages() if any(name in event.key for name in names)]
     return sum(event.self_device_time_total for event in kernels) / 1e3 / runs
 

@@ -343,8 +343,8 @@ def check(arguments, shape: dict) -> None:
     got = torch.cat(logits, dim=1).float()
     allowed, error = ((each - exact).norm() / exact.norm() for each in (rounded, got))
     if not error <= 1.5 * allowed + 1e-3:
-        raise RuntimeError(f"steps are wrong: relative error {error:.2e}, of the reference engine {allowed:.2e}")
-    print(f"checked {CHECK_STEPS} captured steps: error {error:.1e}, of the reference engine in one pass {allowed:.1e}")
+        raise RuntimeError(f"steps are wrong: relative error {error:.2e}, of the reference backend {allowed:.2e}")
+    print(f"checked {CHECK_STEPS} captured steps: error {error:.1e}, of the reference in one pass {allowed:.1e}")
 
 
 if __name__ == "__main__":

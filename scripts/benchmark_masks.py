@@ -131,7 +131,7 @@ def engines(shape: Shape) -> dict[str, Callable[[Inputs], torch.Tensor]]:
 def why_not(engine: str) -> str | None:
     """Returns why an engine cannot run on this machine, or None."""
     if engine == "cuda":
-        return None if flash_dmattn.CUDA_AVAILABLE else "there is no GPU engine here"
+        return None if flash_dmattn.CUDA_AVAILABLE else "there is no GPU backend here"
     return flash_dmattn.explain_backends().get(engine)
 
 

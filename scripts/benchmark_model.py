@@ -27,7 +27,7 @@ from flash_dmattn_hf.training.loss import use_chunked_loss
 DENSE = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 CHECK_LAYERS = 4
 DENSE_WARMUP = 32768
-"""Tokens of the step that warms up a dense engine: a whole step of 128K takes long."""
+"""Tokens of the step that warms up dense attention: a whole step of 128K takes long."""
 CHECKED_GRADIENTS = ("q_proj", "v_proj", "dma.A", "dma.dt_proj", "embed_tokens")
 GIB = 2**30
 
@@ -38,10 +38,10 @@ def main() -> None:
     train = parts.add_parser("train", help="forward and backward")
     train.add_argument("--seqlens", type=int, nargs="+", default=[32768, 131072])
     train.add_argument("--engines", nargs="+", default=["flash_dmattn", *DENSE], choices=["flash_dmattn", *DENSE])
-    train.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for dense engines")
-    train.add_argument("--flash-limit", type=int, default=131072, help="longest sequence for SDPA's flash engine")
+    train.add_argument("--dense-limit", type=int, default=131072, help="longest sequence for dense attention")
+    train.add_argument("--flash-limit", type=int, default=131072, help="longest sequence for SDPA's flash attention")
     train.add_argument("--runs", type=int, default=2, help="timed steps of flash_dmattn")
-    train.add_argument("--dense-runs", type=int, default=1, help="timed steps of dense engines")
+    train.add_argument("--dense-runs", type=int, default=1, help="timed steps of dense attention")
     train.add_argument("--loss-engine", default="torch", choices=["auto", "liger", "torch"])
     train.add_argument("--loss-chunk-size", type=int, help="tokens whose logits exist at once")
     prefill = parts.add_parser("prefill", help="a long context in chunks, then decoding")
@@ -167,7 +167,7 @@ def print_training(row: dict) -> None:
 
 
 def check_training(arguments) -> None:
-    """Raises unless engine and chunked loss are as near to float32 as the reference engine with whole logits."""
+    """Raises unless model and chunked loss are as near to float32 as the reference backend with whole logits."""
     model = make_model(arguments, CHECK_LAYERS).train()
     tokens = make_tokens(arguments, arguments.keep_window_size + 1024)
     with reference_engine():
@@ -180,7 +180,7 @@ def check_training(arguments) -> None:
     for name, expected in exact.items():
         allowed, error = ((each[name] - expected).norm() / expected.norm() for each in (rounded, got))
         if not error <= 1.5 * allowed + 1e-3:
-            raise RuntimeError(f"{name} is wrong: relative error {error:.2e}, of the reference engine {allowed:.2e}")
+            raise RuntimeError(f"{name} is wrong: relative error {error:.2e}, of the reference backend {allowed:.2e}")
     print(f"checked loss and {len(exact) - 1} gradients of {CHECK_LAYERS} layers at {tokens.shape[1]} tokens")
 
 
@@ -274,7 +274,7 @@ def read(model: LlamaForCausalLM, cache: DynamicMaskCache, tokens: torch.Tensor,
 
 
 def check_prefill(arguments) -> None:
-    """Raises unless reading in chunks is as near to float32 as one pass of the reference engine."""
+    """Raises unless reading in chunks is as near to float32 as one pass of the reference backend."""
     model = make_model(arguments, CHECK_LAYERS).eval()
     tokens = make_tokens(arguments, arguments.keep_window_size + 1024)
     with reference_engine():
@@ -285,8 +285,8 @@ def check_prefill(arguments) -> None:
     got = read(model, DynamicMaskCache(model), tokens, 700).float()
     allowed, error = ((each - exact).norm() / exact.norm() for each in (rounded, got))
     if not error <= 1.5 * allowed + 1e-3:
-        raise RuntimeError(f"chunks are wrong: relative error {error:.2e}, of the reference engine {allowed:.2e}")
-    print(f"checked reading in chunks: error {error:.1e}, of the reference engine in one pass {allowed:.1e}")
+        raise RuntimeError(f"chunks are wrong: relative error {error:.2e}, of the reference backend {allowed:.2e}")
+    print(f"checked reading in chunks: error {error:.1e}, of the reference backend in one pass {allowed:.1e}")
 
 
 if __name__ == "__main__":

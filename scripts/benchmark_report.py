@@ -1,4 +1,7 @@
-"""What the benchmarks share: the header that says where figures come from, timing, and the JSON file."""
+"""What the benchmarks share: the header that says where figures come from, timing, and the JSON file.
+
+An "engine" of a benchmark is one of the things compared: a backend of flash_dmattn, or an attention of torch.
+"""
 
 import datetime
 import importlib.metadata

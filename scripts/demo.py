@@ -293,7 +293,7 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str, dtype: str
     in_float32, _ = compare(model, reference, stretches[:2])
     in_float64, _ = compare(model.double(), reference.double(), stretches[:2])
     reference.float()
-    print(f"uncalibrated, float32: logits differ from dense by at most {in_float32:.2g}, the rounding of its engine")
+    print(f"uncalibrated, float32: logits differ from dense by at most {in_float32:.2g}, the rounding of its backend")
     claims.at_most(f"uncalibrated: logits differ from dense up to {window} tokens, in float64", in_float64, 1e-4)
     shutil.rmtree(output / "uncalibrated")
     step("convert, uncalibrated")

@@ -67,7 +67,7 @@ def test_an_engine_that_is_not_there_is_an_error(tmp_path):
     command = [sys.executable, str(SCRIPTS / "benchmark_grad.py"), "--test-type", "cuda"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 1 and "no GPU engine" in done.stdout
+    assert done.returncode == 1 and "no GPU backend" in done.stdout
 
 
 def test_models_that_train_side_by_side_do_not_touch_each_other(monkeypatch):

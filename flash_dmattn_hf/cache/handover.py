@@ -1,7 +1,7 @@
 """The hand-over of new tokens from a cache layer to the attention function, which transformers does not give the cache.
 
 `DynamicMaskCacheLayer.update` offers its tokens, the attention function takes them. Both happen in one forward of one
-attention module, and nothing suspends it in between, so an offer is kept per thread. Modules keep nothing of a call.
+attention module, which nothing suspends in between, so an offer is kept per thread and not on a module.
 """
 
 from typing import Any

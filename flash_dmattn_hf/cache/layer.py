@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 
 from flash_dmattn import Visibility, select_visible
-from flash_dmattn.eviction import cache_capacity, select_survivors
-from flash_dmattn.ranking import comparable
+from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
 from flash_dmattn.slots import decode_step, refresh_victims
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.slots import SlotLayer
 from flash_dmattn_hf.cache.tail import ROWS, Tail
+from flash_dmattn_hf.gates.importance import importance_of
 
 
 class CacheView(NamedTuple):
@@ -81,7 +81,7 @@ class DynamicMaskCacheLayer(SlotLayer):
             self._change_windows(gate)
         if not self.is_counted_outside:
             self._make_room(key_states, value_states)
-        self._new = (key_states.to(self.dtype), value_states, gate(value_states))
+        self._new = (key_states.to(self.dtype), value_states, importance_of(gate, value_states))
         self._num_new = key_states.shape[2]
         hand_over.offer(self, key_states, value_states)
         return key_states, value_states

@@ -1,4 +1,4 @@
-"""`flash-dmattn info`: versions, and which engines run here."""
+"""`flash-dmattn info`: versions, and which backends run here."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import flash_dmattn
 def add_parser(commands, shared: argparse.ArgumentParser) -> None:
     """Adds the command to the command line."""
     parser = commands.add_parser(
-        "info", parents=[shared], help="versions and engines", description="Says which engines run here, and why not."
+        "info", parents=[shared], help="versions and backends", description="Says which backends run here, and why not."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

@@ -1,8 +1,8 @@
-"""Calibration: an importance that predicts, from the values, which keys will be attended to from far away.
+"""Calibration: an importance that predicts, from a token itself, whether it will be attended to from far away.
 
-Per layer and importance head, ridge regression of log(mean attention mass that a key receives from
-queries at least `local_window_size` away) on the values of the key's token. The fit becomes `dt_proj`; A
-is positive and so small that the biases of any two tokens differ by less than 1e-3: the ranking is learned
+Per layer and importance head, ridge regression of log(mean attention mass that a key receives from queries at least
+`local_window_size` away) on the values of the key's token, or on its hidden state (`importance_input`). The fit becomes
+`dt_proj`; A is positive and so small that the biases of any two tokens differ by less than 1e-3: the ranking is learned
 while the logits stay those of the dense model.
 """
 
@@ -17,7 +17,7 @@ from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
 from flash_dmattn_hf.evaluation.perplexity import cut
 from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.attach import iter_gates
-from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.gates.importance import ImportanceGate, source_of
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 from flash_dmattn_hf.progress import progress_bar
 
@@ -65,8 +65,8 @@ class CalibrationResult(NamedTuple):
 def calibrate(model: nn.Module, calibration: Calibration) -> CalibrationResult:
     """Sets A and dt_proj of every gate of `model` from the attention of the dense model on a text.
 
-    Reads the text twice: for the regression, then for the range of the predictions. Memory: two F x F
-    float64 matrices per layer, F = Hkv * D, however long the text. Raises ValueError when the text is too
+    Reads the text twice: for the regression, then for the range of the predictions. Memory: two F x F float64
+    matrices per layer, F = Hkv * D or the hidden size, however long the text. Raises ValueError when the text is too
     short; no parameter has changed then.
     """
     layers = {module: (name, gate) for name, module, gate in iter_gates(model)}
@@ -77,7 +77,7 @@ def calibrate(model: nn.Module, calibration: Calibration) -> CalibrationResult:
 
     statistics = {
         module: [
-            RidgeStatistics(gate.num_kv_heads * gate.head_dim, gate.num_importance_heads, gate.A.device)
+            RidgeStatistics(gate.dt_proj.weight.shape[1], gate.num_importance_heads, gate.A.device)
             for _ in range(2)
         ]
         for module, gate in gates.items()
@@ -111,7 +111,7 @@ def required_tokens(gate, stretch_length: int) -> int:
             f"stretch_length must exceed num_sink_tokens + local_window_size + {MIN_FAR_QUERIES} = {reach} "
             f"for calibration, got {stretch_length}; a smaller local_window_size would do as well"
         )
-    samples = max(MIN_SAMPLES, SAMPLES_PER_FEATURE * gate.num_kv_heads * gate.head_dim)
+    samples = max(MIN_SAMPLES, SAMPLES_PER_FEATURE * gate.dt_proj.weight.shape[1])
     return -(-samples // usable) * stretch_length
 
 
@@ -143,7 +143,7 @@ def cut_text(gates, calibration: Calibration, longest: int | None) -> torch.Tens
 
 
 class _Collector:
-    """Dense attention that adds (values, log mean far mass) of its keys to the statistics of its layer."""
+    """Dense attention that adds (token, log mean far mass) of its keys to the statistics of its layer."""
 
     def __init__(self, gates: dict, statistics: dict):
         self.gates, self.statistics = gates, statistics
@@ -164,7 +164,7 @@ class _Collector:
         count = far_queries(length, gate.windows.local_window_size, gate.windows.sliding_window, value.device)
         mean_mass = mass.view(gate.num_importance_heads, -1, length).mean(1) / count.clamp(min=1)
         log_mass = (mean_mass + MASS_FLOOR).log().T  # (T, Hi)
-        tokens = _concat_heads(value)
+        tokens = _tokens(gate, value)
         usable = usable_keys(gate, length, value.device)
         order = torch.arange(length, device=value.device) + self.tokens_read[module]
         held_out = order // HELD_OUT_BLOCK % 5 == 4
@@ -183,7 +183,7 @@ class _Ranges:
         self.low, self.high = {}, {}
 
     def __call__(self, module, query, key, value, softmax_scale, softcap):
-        prediction = _concat_heads(value).double() @ self.weights[module].T
+        prediction = _tokens(self.gates[module], value).double() @ self.weights[module].T
         low, high = prediction.amin(0), prediction.amax(0)
         self.low[module] = torch.minimum(low, self.low.get(module, low))
         self.high[module] = torch.maximum(high, self.high.get(module, high))
@@ -202,8 +202,8 @@ class _Ranges:
 def _write(gate, weight: torch.Tensor, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
     """Turns a fit into the gate's parameters.
 
-    weight: (Hi, F). mean, low, high: (Hi,), the mean and the range of weight @ value. A positive factor and
-    a shift keep the ranking, so dt = scale * (weight @ value [- mean]) with |dt| <= MAX_DT.
+    weight: (Hi, F). mean, low, high: (Hi,), the mean and the range of weight @ token. A positive factor and
+    a shift keep the ranking, so dt = scale * (weight @ token [- mean]) with |dt| <= MAX_DT.
     """
     shift = mean if gate.dt_proj.bias is not None else torch.zeros_like(mean)
     reach = torch.maximum((low - shift).abs(), (high - shift).abs())
@@ -228,9 +228,9 @@ def _read(model: nn.Module, stretches: torch.Tensor, compute, label: str | bool)
         model.train(was_training)
 
 
-def _concat_heads(value: torch.Tensor) -> torch.Tensor:
-    """(1, Hkv, T, D) -> (T, Hkv * D), the input of dt_proj."""
-    return value[0].transpose(0, 1).flatten(1)
+def _tokens(gate: ImportanceGate, value: torch.Tensor) -> torch.Tensor:
+    """Returns (T, F), the input of dt_proj, for the tokens with these values (1, Hkv, T, D)."""
+    return source_of(gate, value)[0].transpose(0, 1).flatten(1)
 
 
 def _longest_input(model: nn.Module) -> int | None:

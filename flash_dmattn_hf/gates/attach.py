@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
-from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
+from flash_dmattn_hf.gates.hidden_states import offer_hidden_states, stop_offering
+from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
+from flash_dmattn_hf.names import GATE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,9 @@ def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
             num_new += 1
     if num_new and not planned.config.add_importance_bias:
         freeze_unused(model)
-        logger.warning("add_importance_bias=False: the importance cannot be trained, its parameters are frozen")
+        logger.warning(
+            "add_importance_bias=False: the importance is frozen; only flash_dmattn_hf.soft_selection can train it"
+        )
     return AttachReport(list(planned.shapes), planned.skipped)
 
 
@@ -106,12 +110,20 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
 def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> None:
     if is_native_doge(module):
         module.dma = doge.DogeGate(module, shape, config)
-    else:
-        module.add_module(GATE_NAME, _make_gate(module, shape, config))
+        return
+    # on the device and in the dtype of its neighbours
+    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.get_default_device() if neighbour is None else neighbour.device
+    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
+    with torch.device(device):
+        gate = _make_gate(module, shape, config).to(dtype)
+    module.add_module(GATE_NAME, gate.train(module.training))
+    if config.importance_input == "hidden":
+        offer_hidden_states(module)
 
 
 def freeze_unused(model: nn.Module) -> None:
-    """Freezes the gates whose importance is not added to the logits: nothing could train them."""
+    """Freezes the gates whose importance is not added to the logits: only a soft selection can train them."""
     for _, _, gate in iter_gates(model):
         if not gate.config.add_importance_bias and isinstance(gate, ImportanceGate):
             gate.requires_grad_(False)
@@ -121,6 +133,7 @@ def detach(model: nn.Module) -> None:
     """Removes every gate."""
     for _, module, _ in list(iter_gates(model)):
         delattr(module, GATE_NAME)
+        stop_offering(module)
 
 
 def text_config_of(model: nn.Module) -> Any:
@@ -136,22 +149,27 @@ def text_part(config: Any) -> Any:
         return config
 
 
+def parameter_shapes(model: nn.Module, planned: AttachPlan) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Returns layer_idx -> name of a gate's parameter -> its shape, for all gates of a plan for this model."""
+    result = {}
+    for name, shape in planned.shapes.items():
+        with torch.device("meta"):
+            gate = _make_gate(model.get_submodule(name), shape, planned.config)
+        result[gate.layer_idx] = {name: tuple(parameter.shape) for name, parameter in gate.named_parameters()}
+    return result
+
+
 def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
-    # on the device and in the dtype of its neighbours
-    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = torch.get_default_device() if neighbour is None else neighbour.device
-    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
-    with torch.device(device):
-        gate = ImportanceGate(
-            config,
-            layer_idx=module.layer_idx,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            sliding_window=shape.sliding_window,
-            initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
-        ).to(dtype)
-    return gate.train(module.training)
+    return ImportanceGate(
+        config,
+        layer_idx=module.layer_idx,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        sliding_window=shape.sliding_window,
+        initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
+    )
 
 
 def refusal(model: nn.Module, planned: AttachPlan) -> str:

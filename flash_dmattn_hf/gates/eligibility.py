@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
+from flash_dmattn_hf.gates.hidden_states import takes_hidden_states
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What the source of a class mentions if it looks its attention function up by name."""
@@ -23,11 +24,13 @@ _HARMLESS_ARGUMENTS = frozenset(
 @dataclass(frozen=True)
 class AttentionShape:
     """num_heads, num_kv_heads: heads of query and of key and value. head_dim: of the values.
+    hidden_size: of what the projections read, None if it is not known.
     sliding_window: the layer's own window in tokens, None for full attention."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    hidden_size: int | None
     sliding_window: int | None
 
 
@@ -83,6 +86,8 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
     if settings.layers is not None and module.layer_idx not in settings.layers:
         return Verdict("native", f"layer {module.layer_idx} is not among layers={list(settings.layers)}")
     shape = read_shape(module)
+    if settings.importance_input == "hidden" and (reason := _lacks_hidden_states(module, shape)):
+        return Verdict("refuse", f'{name} {reason}, so importance_input must be "value"')
     window = shape.sliding_window
     if window is not None and window <= settings.keep_window_size:
         return Verdict(
@@ -129,6 +134,15 @@ def _unsupported_feature(module: nn.Module) -> str | None:
     return None
 
 
+def _lacks_hidden_states(module: nn.Module, shape: AttentionShape) -> str | None:
+    """Returns why no importance can be computed from the hidden states of a module, None if it can."""
+    if is_native_doge(module):
+        return "computes its importance from the values"
+    if shape.hidden_size is None or not takes_hidden_states(module):
+        return "is not called with hidden_states of a known size first"
+    return None
+
+
 def _interface_calls(source: str) -> list[str]:
     """Returns the argument lists of the calls of the attention function that a class makes."""
     return re.findall(r"= attention_interface\(\n(.*?)\n\s+\)\n", source, re.DOTALL)
@@ -149,7 +163,8 @@ def read_shape(module: nn.Module) -> AttentionShape:
     width = getattr(getattr(module, "v_proj", None), "out_features", None)
     if width is not None and width % head_dim == 0:
         num_kv_heads = width // head_dim
-    return AttentionShape(num_heads, num_kv_heads, head_dim, sliding_window_of(module))
+    hidden_size = getattr(getattr(module, "q_proj", None), "in_features", None) or _first(config, "hidden_size")
+    return AttentionShape(num_heads, num_kv_heads, head_dim, hidden_size, sliding_window_of(module))
 
 
 def sliding_window_of(module: nn.Module) -> int | None:

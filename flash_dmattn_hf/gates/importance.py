@@ -1,5 +1,7 @@
 """The gate that gives every key its importance: the submodule `self_attn.dma` of an attention module."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,9 +10,8 @@ from transformers import initialization
 from flash_dmattn.token_importance import can_fuse, token_importance
 from flash_dmattn_hf.config import DynamicMaskConfig, Windows
 from flash_dmattn_hf.forms import FORMS
-
-GATE_NAME = "dma"
-"""Name of the gate inside its attention module."""
+from flash_dmattn_hf.gates.hidden_states import take_hidden_states
+from flash_dmattn_hf.names import GATE_NAME
 
 
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
@@ -18,8 +19,23 @@ def get_gate(module: nn.Module) -> "ImportanceGate | None":
     return getattr(module, GATE_NAME, None)
 
 
-class ValueProjection(nn.Module):
-    """The projection of a token's values to one number per importance head.
+def source_of(gate: "Gate", value: torch.Tensor) -> torch.Tensor:
+    """Returns what a gate reads of the tokens that its layer attends to, (B, heads, S, dim); once for each forward.
+
+    value: (B, Hkv, S, D), as the cache or the attention function is given them. Returns it, or for
+    importance_input="hidden" the hidden states as those of one head, (B, 1, S, hidden size).
+    Raises what `take_hidden_states` raises.
+    """
+    return value if gate.config.importance_input == "value" else take_hidden_states(gate, value).unsqueeze(1)
+
+
+def importance_of(gate: "Gate", value: torch.Tensor) -> torch.Tensor:
+    """Returns the importance (B, Hi, S) of the tokens with these values (B, Hkv, S, D); as `source_of`, once."""
+    return gate(source_of(gate, value))
+
+
+class ImportanceProjection(nn.Module):
+    """The projection of a token, its values or its hidden state, to one number per importance head.
 
     Deliberately no nn.Linear: quantizers and "all-linear" adapters must leave it alone.
     """
@@ -29,24 +45,22 @@ class ValueProjection(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """value: (..., in_features) float32 or float64. Returns (..., out_features), computed in that dtype."""
-        bias = None if self.bias is None else self.bias.to(value.dtype)
-        return F.linear(value, self.weight.to(value.dtype), bias)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: (..., in_features) float32 or float64. Returns (..., out_features), computed in that dtype."""
+        bias = None if self.bias is None else self.bias.to(tokens.dtype)
+        return F.linear(tokens, self.weight.to(tokens.dtype), bias)
 
 
-def compute_importance(
-    value: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str
-) -> torch.Tensor:
-    """Returns the importance that a form of `FORMS` computes from A and dt = dt_proj(concat_h v).
+def compute_importance(source: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str) -> torch.Tensor:
+    """Returns the importance that a form of `FORMS` computes from A and dt = dt_proj(all heads of a token).
 
-    value: (B, Hkv, S, D). A: (Hi,). form: its name.
-    Returns (B, Hi, S) in float32, float64 for float64 values: in bfloat16 distinct keys would tie.
+    source: (B, heads, S, dim), as `source_of` returns it. A: (Hi,). form: its name.
+    Returns (B, Hi, S) in float32, float64 for a float64 source: in bfloat16 distinct keys would tie.
     """
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    batch, _, seqlen, _ = value.shape
-    with torch.autocast(value.device.type, enabled=False):
-        tokens = value.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
+    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    batch, _, seqlen, _ = source.shape
+    with torch.autocast(source.device.type, enabled=False):
+        tokens = source.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
         # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
         dt = dt_proj(tokens).transpose(1, 2).contiguous()
         return FORMS[form](A.to(dtype).unsqueeze(-1), dt)
@@ -64,6 +78,7 @@ class Gate:
     num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
     sliding_window: the layer's own window in tokens, None for full attention.
     was_called: whether the attention function has ever been called for this layer.
+    soft_selections: those active, the innermost last (`gates.soft_selection`); copies and pickles have none.
     """
 
     config: DynamicMaskConfig
@@ -73,6 +88,10 @@ class Gate:
     head_dim: int
     sliding_window: int | None
     was_called = False
+    soft_selections: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "soft_selections"}
 
     @property
     def windows(self) -> Windows:
@@ -86,10 +105,11 @@ class Gate:
 class ImportanceGate(Gate, nn.Module):
     """Computes the importance of keys and carries the settings that attention and cache need.
 
-    Parameters: `A` (Hi,), `dt_proj.weight` (Hi, Hkv * D) and, if configured, `dt_proj.bias` (Hi,).
+    Parameters: `A` (Hi,), `dt_proj.weight` (Hi, Hkv * D or hidden size) and, if configured, `dt_proj.bias` (Hi,).
 
     config: resolved settings. layer_idx: index of the layer, as the cache counts.
     num_heads, num_kv_heads, head_dim: shape of the attention, head_dim that of the values.
+    hidden_size: of what the layer's projections read; needed for importance_input="hidden".
     sliding_window: the layer's own window in tokens, None for full attention.
     initializer_range: standard deviation of dt_proj.weight before training.
     """
@@ -102,6 +122,7 @@ class ImportanceGate(Gate, nn.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        hidden_size: int | None = None,
         sliding_window: int | None = None,
         initializer_range: float = 0.02,
     ) -> None:
@@ -114,21 +135,26 @@ class ImportanceGate(Gate, nn.Module):
         self.sliding_window = sliding_window
         self.initializer_range = initializer_range
         self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
-        self.dt_proj = ValueProjection(num_kv_heads * head_dim, self.num_importance_heads, config.dt_proj_bias)
+        self.source_shape = (num_kv_heads, head_dim) if config.importance_input == "value" else (1, hidden_size)
+        in_features = self.source_shape[0] * self.source_shape[1]
+        self.dt_proj = ImportanceProjection(in_features, self.num_importance_heads, config.dt_proj_bias)
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """value: (B, Hkv, S, D). Returns the importance (B, Hi, S) in float32, float64 for float64 values."""
-        expected = (self.num_kv_heads, self.head_dim)
-        if value.dim() != 4 or (value.shape[1], value.shape[3]) != expected:
+    def forward(self, source: torch.Tensor) -> torch.Tensor:
+        """Returns the importance (B, Hi, S) in float32, float64 for a float64 source.
+
+        source: values (B, Hkv, S, D), or for importance_input="hidden" the hidden states (B, 1, S, hidden size).
+        """
+        expected = self.source_shape
+        if source.dim() != 4 or (source.shape[1], source.shape[3]) != expected:
             raise ValueError(
-                f"value of layer {self.layer_idx} must have shape (B, {expected[0]}, S, {expected[1]}), "
-                f"got {tuple(value.shape)}; tensor parallelism is not supported"
+                f"{self.config.importance_input} of layer {self.layer_idx} must have shape "
+                f"(B, {expected[0]}, S, {expected[1]}), got {tuple(source.shape)}; tensor parallelism is not supported"
             )
         form, projection = FORMS[self.config.importance], self.dt_proj
         parameters = (projection.weight, projection.bias, self.A)
-        if form.is_fused and _is_plain(projection) and can_fuse(value, *parameters):
-            return token_importance(value, *parameters, form.max_exponent)
-        return compute_importance(value, projection, self.A, self.config.importance)
+        if form.is_fused and source.shape[2] == 1 and _is_plain(projection) and can_fuse(source, *parameters):
+            return token_importance(source, *parameters, form.max_exponent)
+        return compute_importance(source, projection, self.A, self.config.importance)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.
@@ -147,6 +173,6 @@ class ImportanceGate(Gate, nn.Module):
     def extra_repr(self) -> str:
         keep, sinks, local, sliding = self.windows
         return (
-            f"importance={self.config.importance}, heads={self.num_importance_heads}, w={keep}, s={sinks}, r={local}, "
-            f"sliding_window={sliding}"
+            f"importance={self.config.importance}, input={self.config.importance_input}, "
+            f"heads={self.num_importance_heads}, w={keep}, s={sinks}, r={local}, sliding_window={sliding}"
         )

@@ -10,7 +10,8 @@ from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
-from flash_dmattn_hf.gates.importance import get_gate
+from flash_dmattn_hf.gates.importance import get_gate, importance_of
+from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 
@@ -68,8 +69,10 @@ def dynamic_mask_attention_forward(
             _refuse_documents(documents)
             return _attend_cached(gate, cache_layer, query, attention_mask, options), None
         _refuse_missing_keys(gate, query, key, attention_mask)
-        importance = gate(value)
+        importance = importance_of(gate, value)
         options["add_importance_bias"] = gate.config.add_importance_bias
+        if gate.soft_selections:
+            options.update(soft_options(gate))
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False

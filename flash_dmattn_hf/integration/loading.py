@@ -12,7 +12,7 @@ from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_conf
 from flash_dmattn_hf.gates import attach
 from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
-from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate
+from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.gates.offload import materialize
 from flash_dmattn_hf.integration.preparation import (
     leave_other_parts_native,
@@ -23,7 +23,7 @@ from flash_dmattn_hf.integration.preparation import (
     submodels,
     uses_dynamic_masks,
 )
-from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.names import GATE_NAME, NAMES, is_ours
 
 
 def wrap_check_implementation(original: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """Training with an unmodified Trainer: an own learning rate for the importance, and a log of what it does."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from transformers import TrainerCallback
 from flash_dmattn import Visibility, interval_attention, select_visible
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.eligibility import is_native_doge
-from flash_dmattn_hf.gates.importance import get_gate
+from flash_dmattn_hf.gates.importance import Gate, get_gate, importance_of
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 IMPORTANCE_GROUP = "importance"
@@ -52,12 +53,19 @@ def parameter_groups(
     learning_rate: of all other parameters. importance_learning_rate: of A and dt_proj.
     weight_decay: of parameters with two or more dimensions outside of the importance.
 
-    Raises ValueError if the model has no gates or nothing to train.
+    With add_importance_bias=False the importance is frozen outside of a soft selection, and so left out there, which
+    is warned of. Raises ValueError if the model has no gates or nothing to train.
     """
     for name, rate in (("learning_rate", learning_rate), ("importance_learning_rate", importance_learning_rate)):
         if not rate >= 0:
             raise ValueError(f"{name} must be at least 0, got {rate}")
     importance = [parameter for _, parameter in importance_parameters(model) if parameter.requires_grad]
+    if not importance and not any(map(_can_have_gradient, iter_gates(model))):
+        warnings.warn(
+            "the importance is frozen, so it is in no parameter group: with add_importance_bias=False it is only "
+            "trainable inside soft_selection, so make the groups there",
+            stacklevel=2,
+        )
     known = set(map(id, importance))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups = [
@@ -76,20 +84,25 @@ def parameter_groups(
 def freeze_all_but_importance(model: nn.Module) -> int:
     """Leaves only the importance trainable and returns how many numbers that are.
 
-    Raises ValueError if the model has no gates, or if add_importance_bias is False: the loss then does not depend
-    on the importance, so nothing could be learned. Nothing is frozen in that case.
+    Raises ValueError if the model has no gates, or if add_importance_bias is False and no soft selection is active:
+    the loss then does not depend on the importance, so nothing could be learned. Nothing is frozen in that case.
     """
     importance = [parameter for _, parameter in importance_parameters(model)]
-    for name, _, gate in iter_gates(model):
-        if not gate.config.add_importance_bias:
+    for entry in iter_gates(model):
+        if not _can_have_gradient(entry):
             raise ValueError(
-                f"add_importance_bias must be True to train the importance alone, got False at {name}: "
-                "the loss would have no gradient"
+                f"add_importance_bias must be True to train the importance alone, got False at {entry[0]}: "
+                "the loss would have no gradient outside of soft_selection"
             )
     model.requires_grad_(False)
     for parameter in importance:
         parameter.requires_grad_(True)
     return sum(parameter.numel() for parameter in importance)
+
+
+def _can_have_gradient(entry: tuple[str, nn.Module, Gate]) -> bool:
+    _, _, gate = entry
+    return gate.config.add_importance_bias or bool(gate.soft_selections)
 
 
 class Probe(NamedTuple):
@@ -106,7 +119,7 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
 
     def attend(module, query, key, value, softmax_scale, softcap):
         gate = get_gate(module)
-        importance = gate(value)
+        importance = importance_of(gate, value)
         visibility = select_visible(importance, **gate.windows._asdict())
         seen.importance.append(importance[0].float().cpu())
         seen.visibility.append(Visibility(*(bound[0].cpu() for bound in visibility)))

@@ -1,10 +1,37 @@
-"""Argument checks of the public functions: ValueErrors that name the argument, what came and what is needed."""
+"""Arguments of the public functions: their second names, and checks.
 
+The checks raise ValueErrors that name the argument, what came and what is needed.
+"""
+
+import functools
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 
-from flash_dmattn.visibility import SoftCut, Visibility
+
+def accept_aliases(**aliases: str) -> Callable:
+    """Returns a decorator: a function then takes each argument also by its alias, `alias="argument"`.
+
+    Aliases are for code that was written against other versions. Giving both an argument and its alias is a TypeError.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        place = {name: index for index, name in enumerate(inspect.signature(function).parameters)}
+
+        @functools.wraps(function)
+        def with_aliases(*args, **kwargs):
+            for alias, name in aliases.items():
+                if alias in kwargs:
+                    if name in kwargs or place[name] < len(args):
+                        raise TypeError(f"{function.__name__}() got both {name!r} and its alias {alias!r}")
+                    kwargs[name] = kwargs.pop(alias)
+            return function(*args, **kwargs)
+
+        return with_aliases
+
+    return decorate
 
 
 def check_selection(
@@ -20,7 +47,7 @@ def check_selection(
     positions: torch.Tensor | None = None,
 ) -> None:
     """Raises ValueError unless the arguments of `select_visible` fit each other."""
-    _check_tensor("importance", importance)
+    check_tensor("importance", importance)
     if importance.dim() != 3:
         raise ValueError(f"importance must have shape (B, Hi, Sk), got {tuple(importance.shape)}")
     if not importance.is_floating_point():
@@ -32,11 +59,11 @@ def check_selection(
         raise ValueError(f"sliding_window must be None when is_causal=False, got {sliding_window}")
     batch, _, seqlen_k = importance.shape
     if padding_mask is not None:
-        _check_like("padding_mask", padding_mask, (batch, seqlen_k), importance.device)
+        check_like("padding_mask", padding_mask, (batch, seqlen_k), importance.device)
         if padding_mask.dtype != torch.bool:
             raise ValueError(f"padding_mask must be bool (True = real token), got {padding_mask.dtype}")
     if positions is not None:
-        _check_like("positions", positions, tuple(importance.shape), importance.device)
+        check_like("positions", positions, tuple(importance.shape), importance.device)
         if positions.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"positions must be int32, got {positions.dtype}")
         if cu_seqlens is not None:
@@ -70,7 +97,7 @@ def check_windows(
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, device: torch.device, name: str = "cu_seqlens") -> None:
     """Raises ValueError unless cu_seqlens is an integer vector on `device` and the batch is packed."""
-    _check_tensor(name, cu_seqlens)
+    check_tensor(name, cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{name} must have shape (num_docs + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -104,7 +131,7 @@ def check_attention(
 ) -> None:
     """Raises ValueError unless query, key, value and importance fit each other."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape (B, S, heads, D), got {tuple(tensor.shape)}")
         if tensor.dtype != query.dtype:
@@ -128,7 +155,7 @@ def check_attention(
     if seqlen_q > seqlen_k and not allow_longer_query:
         raise ValueError(f"query must not be longer than key, got {seqlen_q} rows against {seqlen_k}")
     if importance is not None:
-        _check_tensor("importance", importance)
+        check_tensor("importance", importance)
         shapes = [(batch, num_kv_heads, seqlen_k), (batch, num_heads, seqlen_k)]
         if tuple(importance.shape) not in shapes:
             wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
@@ -156,27 +183,6 @@ def check_count(name: str, number: int | None, smallest: int) -> None:
         raise ValueError(f"{name} must be None or an integer of at least {smallest}, got {number!r}")
 
 
-def check_visibility(
-    visibility: Visibility,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    importance: torch.Tensor | None,
-) -> None:
-    """Raises ValueError unless birth and death are int32 (B, Hi, Sk) for key's heads or query's heads."""
-    batch, seqlen_k, num_kv_heads, _ = key.shape
-    heads = (num_kv_heads, query.shape[2]) if importance is None else (importance.shape[1],)
-    shapes = [(batch, count, seqlen_k) for count in dict.fromkeys(heads)]
-    for name, tensor in zip(("visibility.birth", "visibility.death"), visibility, strict=True):
-        _check_tensor(name, tensor)
-        if tuple(tensor.shape) not in shapes or tensor.shape != visibility[0].shape:
-            wanted = " or ".join(str(shape) for shape in shapes)
-            raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
-
-
 def check_soft_selection(temperature: float | torch.Tensor | None, band: float | None, is_causal: bool) -> None:
     """Raises ValueError unless a selection can be softened like this; None as temperature is always fine."""
     if temperature is None:
@@ -193,62 +199,15 @@ def check_soft_selection(temperature: float | torch.Tensor | None, band: float |
         raise ValueError("selection_temperature needs is_causal=True")
 
 
-def check_soft(
-    soft: SoftCut,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    importance: torch.Tensor | None,
-    visibility: Visibility | None,
-) -> None:
-    """Raises ValueError unless a soft cut has the heads of importance and visibility, query's and key's rows."""
-    given = importance if visibility is None else visibility.birth
-    heads = (key.shape[2], query.shape[2]) if given is None else (given.shape[1],)
-    _check_tensor("soft.score", soft.score)
-    shapes = [(key.shape[0], count, key.shape[1]) for count in dict.fromkeys(heads)]
-    if tuple(soft.score.shape) not in shapes:
-        wanted = " or ".join(map(str, shapes))
-        raise ValueError(f"soft.score must have shape {wanted}, got {tuple(soft.score.shape)}")
-    rows = (*soft.score.shape[:2], query.shape[1])
-    _check_like("soft.threshold", soft.threshold, rows, query.device)
-    _check_like("soft.contested_from", soft.contested_from, tuple(soft.score.shape), query.device)
-    for name in ("score", "threshold"):
-        if not getattr(soft, name).is_floating_point():
-            raise ValueError(f"soft.{name} must be floating point, got {getattr(soft, name).dtype}")
-    if soft.score.device != query.device:
-        raise ValueError(f"soft.score must be on query's device {query.device}, got {soft.score.device}")
-    if soft.contested_from.dtype != torch.int32:
-        raise ValueError(f"soft.contested_from must be int32, got {soft.contested_from.dtype}")
-
-
-def check_query_rows(
-    query_start: int | torch.Tensor | None, query_positions: torch.Tensor | None, query: torch.Tensor
-) -> None:
-    """Raises ValueError unless at most one of query_start and query_positions is given, with the right shape."""
-    batch, seqlen_q = query.shape[:2]
-    if query_start is not None and query_positions is not None:
-        raise ValueError("query_start and query_positions must not be given together: got both")
-    if query_positions is not None:
-        _check_like("query_positions", query_positions, (batch, seqlen_q), query.device)
-        if query_positions.dtype != torch.int32:
-            raise ValueError(f"query_positions must be int32, got {query_positions.dtype}")
-    if query_start is not None and not isinstance(query_start, torch.Tensor):
-        if isinstance(query_start, bool) or not isinstance(query_start, int | torch.SymInt):
-            raise ValueError(f"query_start must be an int or int32, got {query_start!r}")
-        if not -(2**31) <= query_start < 2**31:
-            raise ValueError(f"query_start must be an int of 32 bits, got {query_start}")
-    if isinstance(query_start, torch.Tensor):
-        _check_like("query_start", query_start, (batch,), query.device)
-        if query_start.dtype != torch.int32:
-            raise ValueError(f"query_start must be an int or int32, got {query_start.dtype}")
-
-
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+def check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError unless an argument is a tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
 
 
-def _check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    _check_tensor(name, tensor)
+def check_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError unless an argument is a tensor of that shape on that device."""
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.device != device:

@@ -3,9 +3,10 @@
 import torch
 
 from flash_dmattn import arguments
-from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, check_backend_name, choose, differentiates_itself
+from flash_dmattn.interval_arguments import check_query_rows, check_soft, check_visibility
 from flash_dmattn.ops import run_attention
 from flash_dmattn.selection import select_visible
 from flash_dmattn.soft_selection import cut_softly, num_visible
@@ -61,10 +62,10 @@ def interval_attention(
     """
     arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
     if visibility is not None:
-        arguments.check_visibility(visibility, query, key, importance)
-    arguments.check_query_rows(query_start, query_positions, query)
+        check_visibility(visibility, query, key, importance)
+    check_query_rows(query_start, query_positions, query)
     if soft is not None:
-        arguments.check_soft(soft, query, key, importance, visibility)
+        check_soft(soft, query, key, importance, visibility)
     arguments.check_count("max_visible", max_visible, 1)
     check_backend_name(backend)
     if query_positions is None and query_start is None:
@@ -123,7 +124,8 @@ def dynamic_mask_attention(
     max_seqlen: the longest document; accepted because callers have it, no backend needs it.
     selection_temperature: above 0, for training: the cut of the selection is a gate with a slope, so that a key near it
         has a gradient (`flash_dmattn.soft_selection` has the equation). In standard deviations of the importance over
-        the sequence or document; a tensor () is not checked. As it falls the gate becomes the hard mask, which None is.
+        the sequence or document; a tensor () is not checked and gets no gradient. As it falls the gate becomes the hard
+        mask, which None is.
     selection_band: with a temperature, at least 1: how many contested keys a query sees, in multiples of K; None: all.
 
     Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
@@ -148,16 +150,20 @@ def dynamic_mask_attention(
         "cu_seqlens": cu_seqlens,
     }
     arguments.check_soft_selection(selection_temperature, selection_band, is_causal)
-    shown, soft = keep_window_size, None
+    shown, soft, kept = keep_window_size, None, None
     if selection_temperature is not None and seqlen_k > keep_window_size:  # else nobody is ever evicted
-        arguments.check_selection(importance, **selection)
+        kept = select_visible(importance, **{**selection, "sliding_window": None})
         windows = keep_window_size, num_sink_tokens, local_window_size
-        soft = cut_softly(importance, selection_temperature, seqlen_q, *windows, padding_mask, cu_seqlens)
+        soft = cut_softly(
+            importance, kept.death, selection_temperature, seqlen_q, *windows, padding_mask, cu_seqlens, backend
+        )
         shown = NEVER if selection_band is None else min(num_visible(*windows, selection_band), NEVER)
     is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None
     if is_plain and seqlen_k <= shown:
         arguments.check_selection(importance, **selection)
         visibility = None  # every key stays visible
+    elif kept is not None and shown == keep_window_size and sliding_window is None:
+        visibility = kept
     else:
         visibility = select_visible(importance, **{**selection, "keep_window_size": shown})
     query_positions = None

@@ -94,6 +94,11 @@ class AttentionCall(OperatorCall):
             deterministic=deterministic,
         )
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Returns the tensors of the call one by one, None for each that it does without."""
+        intervals = self.birth, self.death, self.query_start, self.query_positions
+        return self.query, self.key, self.value, self.importance, *intervals, *(self.soft or (None, None, None))
+
     @property
     def is_ordered(self) -> bool:
         """Whether the rows of a sequence's queries follow each other."""
@@ -133,6 +138,39 @@ class AttentionCall(OperatorCall):
     def with_comparable_importance(self) -> "AttentionCall":
         """Returns the call without NaN and +inf in the importance, differentiably."""
         return self if self.importance is None else replace(self, importance=comparable(self.importance))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutCall(OperatorCall):
+    """The checked arguments of one soft cut.
+
+    importance: (B, Hi, Sk) floating point, any value, any layout.
+    death: (B, Hi, Sk) int32, contiguous, of the causal selection that is made soft.
+    contested_from: (B, Hi, Sk) int32, contiguous, the first row at which a key competes; None: local_window_size rows
+        after its own, for a sink never. It must be given where padding stands between the two.
+    padding_mask: (B, Sk) bool, contiguous, True for real tokens; None: all are.
+    cu_seqlens: (docs + 1,) integers, contiguous; None: one document.
+    temperature: () floating point, without a gradient; None: it is fixed_temperature.
+    seqlen_q: the queries are the last rows. has_kept_keys: whether a place is left beside sinks and local window.
+    """
+
+    importance: torch.Tensor
+    death: torch.Tensor
+    contested_from: torch.Tensor | None
+    padding_mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    temperature: torch.Tensor | None
+    fixed_temperature: float
+    seqlen_q: int
+    num_sink_tokens: int
+    local_window_size: int
+    has_kept_keys: bool
+
+    DIFFERENTIABLE = ("importance",)
+
+    @property
+    def num_documents(self) -> int:
+        return 1 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
 class Slots(NamedTuple):

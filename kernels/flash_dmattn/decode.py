@@ -1,5 +1,5 @@
-"""The documented place of what a cache needs to give up keys; the code is in eviction.py."""
+"""The documented place of what a cache needs to give up keys; the code is in ranking.py."""
 
-from flash_dmattn.eviction import cache_capacity, find_victim, select_survivors
+from flash_dmattn.ranking import cache_capacity, find_victim, select_survivors
 
 __all__ = ["cache_capacity", "find_victim", "select_survivors"]

@@ -1,4 +1,7 @@
-"""Which backend does a job. Every choice of this package is made here, and said once at INFO; others only ask."""
+"""Which backend does a job. Every choice of this package is made here, and said once at INFO; others only ask.
+
+This file also says whether a call needs a torch operator around the backend.
+"""
 
 import functools
 import logging
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flash_dmattn.backends import BACKENDS
 from flash_dmattn.dense.backends import DENSE_BACKENDS
@@ -16,6 +20,8 @@ logger = logging.getLogger("flash_dmattn")
 
 ENVIRONMENT_VARIABLE = "FLASH_DMATTN_BACKEND"
 """Names the backend that "auto" stands for, when set."""
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +55,7 @@ class Job:
         backend = self.backends.get(name)
         if backend is None:
             return f"it does no {self.name}"
-        return backend.why_unavailable() or getattr(backend, self.reject)(*call)
+        return _ask(backend, "why_unavailable") or _ask(backend, self.reject, *call)
 
 
 ATTENTION = Job("attention", "reject", ("forward", "attend"))
@@ -63,12 +69,13 @@ ORDER_STATISTICS = Job(
     "order statistics", "reject_order_statistics", ("kth_smallest_in_ranges",), otherwise="reference"
 )
 TOKEN_IMPORTANCE = Job("token importance", "reject_token_importance", ("token_importance",), otherwise="reference")
-JOBS = (ATTENTION, DENSE_ATTENTION, DECODING, SELECTION, KEY_LISTS, ORDER_STATISTICS, TOKEN_IMPORTANCE)
+SOFT_CUT = Job("soft cuts", "reject_cut", ("cut",), otherwise="reference")
+JOBS = (ATTENTION, DENSE_ATTENTION, DECODING, SELECTION, KEY_LISTS, ORDER_STATISTICS, TOKEN_IMPORTANCE, SOFT_CUT)
 
 
 def explain_backends() -> dict[str, str | None]:
     """Returns, for every backend of this version, best first, why it cannot run here; None when it can."""
-    return {name: backend.why_unavailable() for name, backend in BACKENDS.items()}
+    return {name: _ask(backend, "why_unavailable") for name, backend in BACKENDS.items()}
 
 
 def explain_jobs(device: torch.device | str | None = None) -> dict[str, dict[str, str | None]]:
@@ -83,7 +90,7 @@ def explain_jobs(device: torch.device | str | None = None) -> dict[str, dict[str
     for job in JOBS:
         explained[job.name] = {name: _why_not_taken(backend, device) for name, backend in job.backends.items()}
         if job.otherwise is not None:
-            explained[job.name][job.otherwise] = BACKENDS[job.otherwise].why_unavailable()
+            explained[job.name][job.otherwise] = _ask(BACKENDS[job.otherwise], "why_unavailable")
     return explained
 
 
@@ -122,19 +129,20 @@ def choose(job: Job, call, name: str) -> ModuleType:
 
 def choose_backward(call, name: str) -> ModuleType:
     """Returns the backend that serves the backward: that of the forward, or the next one where that refuses."""
-    refusals = []
     forward = choose(ATTENTION, call, name)
+    reason = _ask(forward, "reject_backward", call)
+    if reason is None:
+        return forward
+    refusals = []
     for name, backend in ATTENTION.backends.items():
-        if not hasattr(backend, "backward") or (backend is not forward and not refusals):
-            continue
-        reason = None if backend is forward else ATTENTION.why_not(name, call)
-        if reason is None and hasattr(backend, "reject_backward"):
-            reason = backend.reject_backward(call)
-        if reason is None:
-            if refusals:
+        if backend is forward:
+            refusals.append(f"{name}: {reason}")
+        elif refusals and hasattr(backend, "backward"):
+            reason = ATTENTION.why_not(name, call) or _ask(backend, "reject_backward", call)
+            if reason is None:
                 _announce("the backward of attention", name, "; ".join(refusals))
-            return backend
-        refusals.append(f"{name}: {reason}")
+                return backend
+            refusals.append(f"{name}: {reason}")
     raise RuntimeError("no backend can serve this backward: " + "; ".join(refusals))
 
 
@@ -145,7 +153,7 @@ def find(job: Job, device: torch.device, *call) -> ModuleType | None:
     """
     refusals = []
     for name, backend in job.backends.items():
-        if not backend.is_automatic(device):
+        if not _is_automatic(backend, device):
             continue
         reason = job.why_not(name, *call)
         if reason is None:
@@ -156,6 +164,29 @@ def find(job: Job, device: torch.device, *call) -> ModuleType | None:
         raise RuntimeError("no backend can serve this call: " + "; ".join(refusals))
     announce(job, job.otherwise, "; ".join(refusals))
     return None
+
+
+def prefer(job: Job, name: str, device: torch.device, *call) -> ModuleType | None:
+    """Returns the backend of that name if it accepts a call, else the one that `find` returns."""
+    asked = _resolve(name)
+    if asked == job.otherwise or (asked in job.backends and job.why_not(asked, *call) is None):
+        announce(job, asked, f"{asked!r} was asked for")
+        return job.backends.get(asked)
+    return find(job, device, *call)
+
+
+def can_call_directly(*tensors: torch.Tensor | None) -> bool:
+    """Whether nobody would see the operator around a kernel, whose machinery costs the host more than a launch.
+
+    So it is for plain tensors without gradients when nothing traces, maps, profiles or intercepts.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if is_in_torch_dispatch_mode() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._autograd._profiler_enabled() or tensors[0].is_meta:
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def announce(job: Job, name: str, reason: str) -> None:
@@ -172,9 +203,19 @@ def _resolve(name: str) -> str:
     return name
 
 
+def _ask(backend: ModuleType, question: str, *call) -> str | None:
+    """Returns the reason that a backend's function gives, None where it has no such function."""
+    function = getattr(backend, question, None)
+    return None if function is None else function(*call)
+
+
+def _is_automatic(backend: ModuleType, device: torch.device) -> bool:
+    return backend.AUTOMATIC_ON is None or device.type in backend.AUTOMATIC_ON
+
+
 def _why_not_taken(backend: ModuleType, device: torch.device) -> str | None:
-    reason = backend.why_unavailable()
-    if reason is None and not backend.is_automatic(device):
+    reason = _ask(backend, "why_unavailable")
+    if reason is None and not _is_automatic(backend, device):
         return f"it is not taken for tensors on {device.type} unless asked for by name"
     return reason
 

@@ -87,9 +87,10 @@ def define_operator(
     """Makes `function` the operator `flash_dmattn::name`, with `fake` to tell the shapes of what it returns.
 
     It takes the arguments `before`, a type for each name, those of a call of that kind, and the name of a backend. It
-    returns `num_outputs` tensors.
+    returns `num_outputs` tensors, a tuple unless it is one.
     """
-    function.__signature__ = signature(kind, tuple[(torch.Tensor,) * num_outputs], before)
+    returns = torch.Tensor if num_outputs == 1 else tuple[(torch.Tensor,) * num_outputs]
+    function.__signature__ = signature(kind, returns, before)
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flash_dmattn::{name}", fake, lib=_LIBRARY)
@@ -125,7 +126,7 @@ def spread_gradients(ctx, kind: type[OperatorCall], gradients: tuple[torch.Tenso
     return tuple(spread)
 
 
-def first_derivative(operator: torch._ops.OpOverload, *arguments) -> tuple[torch.Tensor, ...]:
+def first_derivative(operator: torch._ops.OpOverload, *arguments) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Calls the operator of a backward, which refuses to be differentiated itself (create_graph=True)."""
     return _FirstDerivative.apply(operator, *arguments) if torch.is_grad_enabled() else operator(*arguments)
 
@@ -145,12 +146,21 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        def run(number):
-            parts = (a if dim is None else a.select(dim, number) for a, dim in zip(arguments, in_dims, strict=True))
-            return _FirstDerivative.apply(*parts)
+        return run_slices(_FirstDerivative.apply, info, in_dims, arguments)
 
-        gradients = [torch.stack(each) for each in zip(*map(run, range(info.batch_size)), strict=True)]
-        return tuple(gradients), (0,) * len(gradients)
+
+def run_slices(function: Callable, info, in_dims: tuple, arguments: tuple) -> tuple:
+    """Maps a function over a batch as autograd.Function.vmap is to do, slice by slice."""
+
+    def run(number):
+        parts = (a if dim is None else a.select(dim, number) for a, dim in zip(arguments, in_dims, strict=True))
+        return function(*parts)
+
+    results = list(map(run, range(info.batch_size)))
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    stacked = tuple([torch.stack(each) for each in zip(*results, strict=True)])
+    return stacked, (0,) * len(stacked)
 
 
 def fake_attention(query, *_):

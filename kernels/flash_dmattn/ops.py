@@ -1,12 +1,11 @@
-"""Attention over intervals as a torch operator with its own backward, and when a call can do without the operator."""
+"""Attention over intervals as a torch operator with its own backward."""
 
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flash_dmattn.calls import AttentionCall
-from flash_dmattn.dispatch import ATTENTION, choose, choose_backward
+from flash_dmattn.dispatch import ATTENTION, can_call_directly, choose, choose_backward
 from flash_dmattn.operators import (
     define_gradient,
     define_operator,
@@ -17,39 +16,32 @@ from flash_dmattn.operators import (
     spread_gradients,
 )
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+_IMPORTANCE = AttentionCall.DIFFERENTIABLE.index("importance")
 
 
 def run_attention(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends on the backend of that name, differentiably. Returns out (B, Sq, H, D) and lse (B, H, Sq)."""
-    out, lse, _ = _run(*call.flatten(), backend)
+    if can_call_directly(*call.tensors()):
+        out, lse, _ = _call_directly(_attend, call, backend)
+    else:
+        out, lse, _ = _run(*call.flatten(), backend)
     return out, lse
 
 
-def can_call_directly(*tensors: torch.Tensor | None) -> bool:
-    """Whether nobody would see the operator around a kernel, whose machinery costs the host more than a launch.
-
-    So it is for plain tensors without gradients when nothing traces, maps, profiles or intercepts.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if is_in_torch_dispatch_mode() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch._C._autograd._profiler_enabled() or tensors[0].is_meta:
-        return False
-    return _PLAIN.issuperset(map(type, tensors))
-
-
-def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq), given an `AttentionCall` and a backend's name.
+def _attend(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out (B, Sq, H, D), lse (B, H, Sq) and stats (2, B, H, Sq).
 
     stats is for the backward, because beside a huge importance lse has no room for the log of a sum: a number near
     each row's highest logit, times log2(e), inf where a row sees nothing; and log2 of the sum of exp of the logits
     less that number. It has no gradient.
     """
-    call, backend = AttentionCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):  # a kernel runs on the current device, whatever its tensors are on
         return choose(ATTENTION, call, backend).forward(call)
+
+
+def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_attend` as the operator calls it: with the arguments of an `AttentionCall` and the name of a backend."""
+    return _attend(AttentionCall.unflatten(arguments), arguments[-1])
 
 
 def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tensor, ...]:
@@ -59,11 +51,11 @@ def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tenso
     """
     call, backend = AttentionCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):
-        gradients = choose_backward(call, backend).backward(call, out, stats, dout, dlse)
+        gradients = list(choose_backward(call, backend).backward(call, out, stats, dout, dlse))
+        gradients += [None] * (len(AttentionCall.DIFFERENTIABLE) - len(gradients))  # the last may be left out
         if call.importance is not None:
-            dquery, dkey, dvalue, dimportance, *others = gradients
-            gradients = dquery, dkey, dvalue, torch.where(call.importance < torch.inf, dimportance, 0), *others
-        return tuple(stats.new_empty(0) if gradient is None else gradient for gradient in gradients)
+            gradients[_IMPORTANCE] = torch.where(call.importance < torch.inf, gradients[_IMPORTANCE], 0)
+        return tuple([stats.new_empty(0) if gradient is None else gradient for gradient in gradients])
 
 
 def _fake_attention_backward(dout, dlse, out, stats, *arguments):
@@ -78,7 +70,7 @@ def _backward(ctx, dout, dlse, _):
     out, stats, *tensors = ctx.saved_tensors
     arguments = (dout, dlse, out, stats, *tensors, *ctx.options)
     if can_call_directly(dout, dlse, out, *tensors):
-        gradients = _call_directly(_attention_backward, arguments)
+        gradients = _call_directly(_attention_backward, *arguments)
     else:
         gradients = first_derivative(interval_attention_backward_op, *arguments)
     return spread_gradients(ctx, AttentionCall, gradients)
@@ -101,7 +93,7 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        return _without_gradient(arguments)
+        return _without_gradient(*arguments)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
@@ -124,15 +116,15 @@ class _EagerAttention(torch.autograd.Function):
 def _run(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _EagerAttention.apply(*arguments)
-    return _without_gradient(arguments)
+    return _without_gradient(*arguments)
 
 
-def _without_gradient(arguments: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _without_gradient(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if can_call_directly(*arguments[: AttentionCall.num_tensors]):
-        return _call_directly(_attention, arguments)
+        return _call_directly(_attention, *arguments)
     return interval_attention_op(*arguments)
 
 
-def _call_directly(function: Callable, arguments: tuple) -> tuple[torch.Tensor, ...]:
+def _call_directly(function: Callable, *arguments) -> tuple[torch.Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():  # as inside the operator, where every step costs less
         return function(*arguments)

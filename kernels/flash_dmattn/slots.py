@@ -9,10 +9,9 @@ import torch
 
 from flash_dmattn.arguments import check_attention, check_windows
 from flash_dmattn.calls import DecodeCall, Slots
-from flash_dmattn.dispatch import DECODING, choose
-from flash_dmattn.eviction import find_victim
+from flash_dmattn.dispatch import DECODING, can_call_directly, choose
 from flash_dmattn.operators import signature
-from flash_dmattn.ops import can_call_directly
+from flash_dmattn.ranking import find_victim
 
 
 def make_slots(

@@ -3,8 +3,7 @@
 import torch
 
 from flash_dmattn.backends import triton
-from flash_dmattn.dispatch import TOKEN_IMPORTANCE, find
-from flash_dmattn.ops import can_call_directly
+from flash_dmattn.dispatch import TOKEN_IMPORTANCE, can_call_directly, find
 
 
 def can_fuse(value: torch.Tensor, *parameters: torch.Tensor | None) -> bool:

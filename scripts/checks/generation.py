@@ -6,10 +6,10 @@
 forward over the result then says what recomputing everything would have given: its row t sees tokens up to t only, so
 if its best id is the generated one at every row, uncached generation has the same past and chooses the same ids.
 
-    float64   with the reference engine. Importances are rounded to 9 decimals, so that those of equal tokens, which
+    float64   with the reference backend. Importances are rounded to 9 decimals, so that those of equal tokens, which
               differ in the last bit from product to product, tie in both; norms, which Transformers computes in
               float32, in float64. All ids must be equal.
-    float32   with the best engine there is. All logits must agree within 1e-3: where the uncached forward is given the
+    float32   with the best backend there is. All logits must agree within 1e-3: where the uncached forward is given the
               importances of the run, and with importances of its own where no head had a near tie, that is, two of
               them within 8 units in the last place on either side of what is still visible. Those steps are counted.
 
@@ -112,7 +112,7 @@ def check(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new: int) -> 
 
 
 def compare(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new: int) -> dict:
-    """As `check`, with the engine and the importances as they are."""
+    """As `check`, with the backend and the importances as they are."""
     prompt = inputs["input_ids"].shape[1]
     cache = recorded_cache(model, prompt + new, new)
     options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}

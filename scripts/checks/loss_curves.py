@@ -1,14 +1,14 @@
-"""Trains the same small model with two engines and compares their loss curves; other seeds show the usual spread.
+"""Trains the same small model with two backends and compares their loss curves; other seeds show the usual spread.
 
-    python scripts/checks/loss_curves.py --engine cuda --json docs/benchmarks/loss_curves_h100.json
+    python scripts/checks/loss_curves.py --backend cuda --json docs/benchmarks/loss_curves_h100.json
 
 The model, a Llama with heads of 64, learns the bytes of Python's standard library, in bfloat16 autocast over float32
-weights. Exits with 1 unless every tenth loss of the engine is within 1 % of the reference engine's from the same seed,
-and within the spread of the reference engine over seeds, averaged over those steps.
+weights. Exits with 1 unless every tenth loss of the backend is within 1 % of the reference's from the same seed, and
+within the spread of the reference over seeds, averaged over those steps.
 
-Two more curves say what this is worth. The reference engine without autocast shows what rounding alone does: whether a
+Two more curves say what this is worth. The reference backend without autocast shows what rounding alone does: whether a
 key is kept is a matter of yes or no, so training amplifies rounding, the more the smaller window and batch are. And the
-engine with one gradient zeroed must not agree.
+backend with one gradient zeroed must not agree.
 """
 
 import argparse
@@ -40,9 +40,9 @@ GRADIENTS = ("query", "key", "value", "importance")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="cuda", choices=["cuda", "triton", REFERENCE])
+    parser.add_argument("--backend", default="cuda", choices=["cuda", "triton", REFERENCE])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of the reference engine, the first one compared")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the reference backend, the first one compared")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--keep-window-size", type=int, default=128)
@@ -61,14 +61,14 @@ def main() -> int:
     print(header(where))
     tokens = read_bytes(arguments.steps * arguments.batch, arguments.seqlen)
     tokens = tokens.view(arguments.steps, arguments.batch, arguments.seqlen)
-    curves = {arguments.engine: [train(arguments, arguments.engine, 0, tokens)]}
-    with zero_gradient(arguments.engine, arguments.zeroed):
-        curves[ZEROED] = [train(arguments, arguments.engine, 0, tokens)]
+    curves = {arguments.backend: [train(arguments, arguments.backend, 0, tokens)]}
+    with zero_gradient(arguments.backend, arguments.zeroed):
+        curves[ZEROED] = [train(arguments, arguments.backend, 0, tokens)]
     curves[UNROUNDED] = [train(arguments, REFERENCE, 0, tokens, autocast=False)]
     curves[REFERENCE] = [train(arguments, REFERENCE, seed, tokens) for seed in range(arguments.seeds)]
-    rows = compare(curves, arguments.engine)
+    rows = compare(curves, arguments.backend)
     columns = ("difference", "rounding", "zeroed", "spread")
-    print(f"{'step':>6} {arguments.engine:>10} {REFERENCE:>10}", *(f"{name:>10}" for name in columns))
+    print(f"{'step':>6} {arguments.backend:>10} {REFERENCE:>10}", *(f"{name:>10}" for name in columns))
     for row in rows:
         losses = f"{row['loss']:>10.4f} {row['reference']:>10.4f}"
         print(f"{row['step']:>6} {losses}", *(f"{row[name]:>10.2%}" for name in columns))
@@ -97,26 +97,26 @@ def read_bytes(count: int, length: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def zero_gradient(engine: str, name: str) -> Iterator[None]:
-    """Makes the engine's backward return zeros for one of its gradients."""
-    backend = importlib.import_module(f"flash_dmattn.backends.{engine}")
-    right = backend.backward
+def zero_gradient(backend: str, name: str) -> Iterator[None]:
+    """Makes the backend's backward return zeros for one of its gradients."""
+    module = importlib.import_module(f"flash_dmattn.backends.{backend}")
+    right = module.backward
 
     def wrong(*arguments):
         gradients = list(right(*arguments))
         gradients[GRADIENTS.index(name)].zero_()
         return tuple(gradients)
 
-    backend.backward = wrong
+    module.backward = wrong
     try:
         yield
     finally:
-        backend.backward = right
+        module.backward = right
 
 
-def train(arguments, engine: str, seed: int, tokens: torch.Tensor, autocast: bool = True) -> list[float]:
-    """Returns the loss of every step; everything but the engine follows from the seed."""
-    os.environ["FLASH_DMATTN_BACKEND"] = engine
+def train(arguments, backend: str, seed: int, tokens: torch.Tensor, autocast: bool = True) -> list[float]:
+    """Returns the loss of every step; everything but the backend follows from the seed."""
+    os.environ["FLASH_DMATTN_BACKEND"] = backend
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -145,18 +145,18 @@ def train(arguments, engine: str, seed: int, tokens: torch.Tensor, autocast: boo
     return torch.stack(losses).tolist()
 
 
-def compare(curves: dict[str, list[list[float]]], engine: str) -> list[dict]:
-    """A row for every tenth step, with differences relative to the first run of the reference engine.
+def compare(curves: dict[str, list[list[float]]], backend: str) -> list[dict]:
+    """A row for every tenth step, with differences relative to the first run of the reference backend.
 
-    difference: of the engine; rounding: of the reference without autocast; zeroed: of the engine without a gradient;
+    difference: of the backend; rounding: of the reference without autocast; zeroed: of the backend without a gradient;
     spread: the range of the reference's losses over seeds.
     """
     rows = []
-    for step in range(EVERY - 1, len(curves[engine][0]), EVERY):
+    for step in range(EVERY - 1, len(curves[backend][0]), EVERY):
         of_seeds = [curve[step] for curve in curves[REFERENCE]]
         expected = of_seeds[0]
-        row = {"step": step + 1, "loss": curves[engine][0][step], "reference": expected}
-        for name, run in (("difference", engine), ("rounding", UNROUNDED), ("zeroed", ZEROED)):
+        row = {"step": step + 1, "loss": curves[backend][0][step], "reference": expected}
+        for name, run in (("difference", backend), ("rounding", UNROUNDED), ("zeroed", ZEROED)):
             row[name] = abs(curves[run][0][step] - expected) / expected
         rows.append({**row, "spread": (max(of_seeds) - min(of_seeds)) / expected})
     return rows
@@ -169,9 +169,9 @@ def draw(path: str, title: str, curves: dict[str, list[list[float]]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for engine, runs in curves.items():
+    for backend, runs in curves.items():
         for seed, losses in enumerate(runs):
-            axes.plot(losses, label=f"{engine}, seed {seed}", linewidth=1)
+            axes.plot(losses, label=f"{backend}, seed {seed}", linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_title(title, fontsize=7)

@@ -38,7 +38,7 @@ NUM_STALLS = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="cuda")
+    parser.add_argument("--backend", default="cuda")
     parser.add_argument("--seqlen", type=int, default=32768)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128])
     parser.add_argument("--keep-window-size", type=int, default=2048)
@@ -78,7 +78,7 @@ def attend(arguments: argparse.Namespace) -> None:
         if is_watched:
             torch.cuda.profiler.start()
         out = flash_dmattn.dynamic_mask_attention(
-            *inputs, keep_window_size=arguments.keep_window_size, backend=arguments.engine
+            *inputs, keep_window_size=arguments.keep_window_size, backend=arguments.backend
         )
         torch.autograd.grad(out, inputs, dout)
     torch.cuda.synchronize()
@@ -91,7 +91,7 @@ def profile(arguments: argparse.Namespace, head_dim: int) -> list[dict[str, str]
     command += ["--print-units", "base"]
     command += [option for section in SECTIONS for option in ("--section", section)]
     command += ["--kernel-name", f"regex:{arguments.kernels}", sys.executable, __file__, "--watched"]
-    command += ["--engine", arguments.engine, "--seqlen", str(arguments.seqlen), "--head-dims", str(head_dim)]
+    command += ["--backend", arguments.backend, "--seqlen", str(arguments.seqlen), "--head-dims", str(head_dim)]
     command += ["--keep-window-size", str(arguments.keep_window_size)]
     run = subprocess.run(command, capture_output=True, text=True)
     if arguments.raw:

@@ -21,14 +21,14 @@ from flash_dmattn.backends.triton.forward_kernels import _forward
 from flash_dmattn.backends.triton.importance_kernel import _importance
 
 DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"}
-INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches".split()}
+INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches contested".split()}
 INDICES |= {"arrivals_ptr", "lengths_ptr", "victims_ptr"}
 TOKEN = {"keys_ptr", "values_ptr"}
 SLOTS = 2048
 ALIGNED = {"seqlen_q", "seqlen_k", "capacity", "num_epochs", "tiles_per_epoch"}
 
 
-def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
+def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_soft=False):
     """Returns the bytes of shared memory that a kernel takes."""
     block_m = getattr(config, "block_m", 16)
     constants = {
@@ -45,6 +45,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed):
         "HAS_SOFTCAP": True,
         "HAS_START": True,
         "HAS_POSITIONS": False,
+        "HAS_SOFT": is_soft,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "SUM_HEADS": 8,
         "LARGEST_BIAS": LARGEST_BIAS,
@@ -100,8 +101,13 @@ def main():
             "decode": (_decode, configs.decode_config(8, SLOTS, query), True),
             "token importance": (_importance, configs.DecodeConfig(SLOTS, 64, 4, 1), True),
         }
-    for name, (kernel, config, is_listed) in kernels.items():
-        print(f"{name}: {compile_kernel(kernel, config, capability, dtype, head_dim, is_listed)}")
+        soft_kernels = {
+            "soft forward": (_forward, configs.forward_config(query, True), True, True),
+            "soft dquery": (_dquery, configs.dquery_config(query, True), True, True),
+            "soft dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query, True), True, True),
+        }
+    for name, (kernel, config, *options) in {**kernels, **soft_kernels}.items():
+        print(f"{name}: {compile_kernel(kernel, config, capability, dtype, head_dim, *options)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Attention under masks and biases: its definition in float64, the problems, and how an engine's results are judged."""
+"""Attention under masks and biases: its definition in float64, the problems, and how a backend's results are judged."""
 
 import math
 from dataclasses import dataclass, replace
@@ -161,12 +161,12 @@ def run(function, case: DenseCase, seed: int, dtype: torch.dtype | None = None) 
 def check(case: DenseCase, seed: int, backend: str) -> None:
     """Asserts that no result errs more than twice as much as torch in the same precision, plus rounding."""
 
-    def engine(name):
+    def attention_of(name):
         return lambda *tensors, **options: dense_attention(*tensors, **options, backend=name)
 
     exact = run(definition, case, seed, torch.float64)
-    rounded = run(engine("reference"), case, seed)
-    for name, expected, near, got in zip(NAMES, exact, rounded, run(engine(backend), case, seed), strict=False):
+    rounded = run(attention_of("reference"), case, seed)
+    for name, expected, near, got in zip(NAMES, exact, rounded, run(attention_of(backend), case, seed), strict=False):
         assert torch.equal(got.isneginf(), expected.isneginf()), name
         expected, near, got = (t.masked_fill(expected.isneginf(), 0) for t in (expected, near, got))
         assert got.isfinite().all(), name

@@ -76,13 +76,14 @@ def test_every_job_has_backends_and_a_reason_for_each_that_is_not_taken():
     assert explained["attention"]["flex"] == "it is not taken for tensors on cpu unless asked for by name"
 
 
-def test_a_backend_that_does_a_job_can_refuse_it():
+def test_every_backend_but_the_reference_can_refuse_what_it_does():
     for job in dispatch.JOBS:
-        assert job.backends and all(hasattr(backend, job.reject) for backend in job.backends.values())
+        refusing = {name for name, backend in job.backends.items() if hasattr(backend, job.reject)}
+        assert job.backends and refusing == job.backends.keys() - {"reference"}
 
 
 def fake_backend(**functions):
-    return SimpleNamespace(is_automatic=lambda device: True, why_unavailable=lambda: None, **functions)
+    return SimpleNamespace(AUTOMATIC_ON=None, **functions)
 
 
 def test_the_next_backend_takes_over_a_backward_that_the_forward_s_refuses(monkeypatch, caplog):
@@ -122,5 +123,5 @@ def test_no_other_file_of_the_package_asks_a_backend_what_it_can_serve():
         if name in backends or name.startswith("backends/"):
             continue
         asked = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        found = {name for name in asked if name.startswith("reject") or name in ("why_unavailable", "is_automatic")}
+        found = {name for name in asked if name.startswith("reject") or name in ("why_unavailable", "AUTOMATIC_ON")}
         assert not found, (name, found)

@@ -8,6 +8,7 @@ import torch
 from flash_dmattn.calls import AttentionCall, DecodeCall
 from flash_dmattn.operators import OperatorCall, signature
 from flash_dmattn.slots import make_slots
+from flash_dmattn.visibility import SoftCut
 
 
 class Pair(NamedTuple):
@@ -60,6 +61,14 @@ def test_the_calls_of_the_package_come_back_as_they_were():
         again = type(call).unflatten(call.flatten())
         assert type(again) is type(call) and vars(again) == vars(call)
         assert len(call.flatten()) == len(type(call).parameters())
+
+
+def test_the_tensors_of_a_call_are_the_first_arguments_of_its_operator():
+    query, key = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 1, 4)
+    soft = SoftCut(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int32))
+    for given in (None, soft):
+        call = AttentionCall.prepare(query, key, key, torch.zeros(1, 1, 1), None, query_start=3, soft=given)
+        assert all(got is at for got, at in zip(call.tensors(), call.flatten()[: call.num_tensors], strict=True))
 
 
 def test_an_operator_takes_the_arguments_of_a_call_between_its_own():

@@ -110,7 +110,7 @@ def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch
 
     for backend in (cuda, triton):
         monkeypatch.setattr(backend, "why_unavailable", lambda: None)
-        monkeypatch.setattr(backend, "is_automatic", lambda device: True)
+        monkeypatch.setattr(backend, "AUTOMATIC_ON", None)
     monkeypatch.setattr(triton, "reject", lambda call: None)
     monkeypatch.delenv("FLASH_DMATTN_BACKEND", raising=False)
     with caplog.at_level("INFO", logger="flash_dmattn"):

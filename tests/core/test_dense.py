@@ -1,4 +1,4 @@
-"""Attention under any mask and bias, of every engine, against its definition; small shapes in Triton's interpreter."""
+"""Attention under any mask and bias, of every backend, against its definition; small shapes in Triton's interpreter."""
 
 import os
 from dataclasses import replace
@@ -73,10 +73,10 @@ def test_flex_refuses_gradients_on_a_cpu():
 def test_a_deterministic_backward_is_bitwise_equal(backend, seed):
     case = next(case for case in CASES if case.name == "one-for-all-deterministic")
 
-    def engine(*tensors, **options):
+    def attention(*tensors, **options):
         return dense_attention(*tensors, **options, backend=backend)
 
-    for first, second in zip(run(engine, case, seed), run(engine, case, seed), strict=True):
+    for first, second in zip(run(attention, case, seed), run(attention, case, seed), strict=True):
         assert torch.equal(first, second)
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import SEED
 
 from flash_dmattn import select_visible
-from flash_dmattn.eviction import cache_capacity, find_victim, select_survivors
+from flash_dmattn.ranking import cache_capacity, find_victim, select_survivors
 
 
 def draw(number):
@@ -55,9 +55,9 @@ def test_empty_slots_go_first():
 
 
 def test_the_documented_name_of_the_module_stays():
-    from flash_dmattn import decode, eviction
+    from flash_dmattn import decode, ranking
 
-    assert all(getattr(decode, name) is getattr(eviction, name) for name in decode.__all__)
+    assert all(getattr(decode, name) is getattr(ranking, name) for name in decode.__all__)
 
 
 def test_windows_that_do_not_fit_are_an_error():

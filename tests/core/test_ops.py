@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flash_dmattn import dynamic_mask_attention, interval_attention, select_visible
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dense.attention import dense_attention
+from flash_dmattn.dispatch import can_call_directly
 from flash_dmattn.ops import interval_attention_op, run_attention
 
 from .attention_cases import AttentionCase, documents, padding, window
@@ -195,6 +196,31 @@ def test_eager_calls_have_the_gradients_of_the_operator(wanted):
         wrt = [inputs[index] for index in wanted]
         results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), wrt)))
     assert all(map(torch.equal, *results))
+
+
+def test_a_call_past_the_operator_equals_it_and_a_profiler_sees_the_operator():
+    inputs = [tensor.detach() for tensor in make_tensors()]
+    call = AttentionCall.prepare(*inputs, select_visible(inputs[3], keep_window_size=3))
+    with torch.no_grad():
+        assert can_call_directly(*inputs)
+        results = run_attention(call, "reference")
+        assert all(map(torch.equal, results, interval_attention_op(*call.flatten(), "reference")))
+        with torch.profiler.profile() as profile:
+            run_attention(call, "reference")
+    assert "flash_dmattn::interval_attention" in {event.name for event in profile.events()}
+
+
+def test_the_operator_is_called_where_somebody_would_miss_it():
+    tensor, found = torch.zeros(2), []
+    assert not can_call_directly(tensor)  # gradients are enabled
+    with torch.no_grad():
+        assert can_call_directly(tensor, None)
+        assert not can_call_directly(tensor.to("meta"))
+        assert not can_call_directly(tensor, tensor.as_subclass(type("Subclass", (torch.Tensor,), {})))
+        with RecordCalls():
+            assert not can_call_directly(tensor)
+        torch.vmap(lambda part: found.append(can_call_directly(part)) or part)(tensor)
+    assert found == [False]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

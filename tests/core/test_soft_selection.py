@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import flash_dmattn
-from flash_dmattn import dynamic_mask_attention
+from flash_dmattn import dynamic_mask_attention, select_visible
 from flash_dmattn.backends import triton
 from flash_dmattn.soft_selection import cut_softly, num_visible
 from tests.core import soft_definition
@@ -113,6 +114,7 @@ def problem(seqlen=60, heads=2):
 
 
 WINDOWS = {"keep_window_size": 16, "num_sink_tokens": 2, "local_window_size": 5}
+FEW = {"keep_window_size": 9, "num_sink_tokens": 1, "local_window_size": 3}
 
 
 @pytest.mark.parametrize("add_importance_bias", [True, False])
@@ -145,7 +147,7 @@ def test_nothing_is_gated_up_to_the_window():
 
 def test_gradcheck_of_the_gate():
     query, key, value, importance = (tensor[:, :20] if tensor.dim() == 4 else tensor[..., :20] for tensor in problem())
-    cut = cut_softly(importance, 0.7, 20, keep_window_size=9, num_sink_tokens=1, local_window_size=3)
+    cut = cut_softly(importance, select_visible(importance, **FEW).death, 0.7, 20, **FEW)
     is_gated = cut.threshold.isfinite()
     assert is_gated.any() and not is_gated.all()
 
@@ -162,8 +164,7 @@ def test_the_gradient_of_a_threshold_goes_to_the_two_keys_that_set_it():
     importance = torch.randn(1, 1, 20, dtype=torch.float64)
     attached = importance.clone().requires_grad_()
     analytic = torch.autograd.grad(
-        cut_softly(attached, 0.7, 20, keep_window_size=9, num_sink_tokens=1, local_window_size=3).threshold[..., -1],
-        attached,
+        cut_softly(attached, select_visible(attached, **FEW).death, 0.7, 20, **FEW).threshold[..., -1], attached
     )[0]
     assert (analytic != 0).sum() == 2
     assert math.isclose(analytic.sum().item(), 1 / (0.7 * importance.std(correction=0).item()), rel_tol=1e-9)
@@ -180,6 +181,22 @@ def test_a_key_beyond_the_cut_gets_a_gradient():
     gradient = torch.autograd.grad(out[:, -1].sum(), importance)[0]
     last = flash_dmattn.select_visible(importance, **WINDOWS).death <= 59
     assert (gradient[last] != 0).any()
+
+
+def test_checkpointing_changes_no_gradient():
+    importance = torch.randn(1, 2, 60, dtype=torch.float64)
+    query, key, value = (torch.randn(1, 60, 2, 8, dtype=torch.float64) for _ in range(3))
+
+    def attend(importance):
+        options = {"keep_window_size": 12, "num_sink_tokens": 1, "local_window_size": 3}
+        return dynamic_mask_attention(query, key, value, importance, selection_temperature=0.5, **options)
+
+    gradients = []
+    for run in (attend, lambda tensor: torch.utils.checkpoint.checkpoint(attend, tensor, use_reentrant=False)):
+        leaf = importance.clone().requires_grad_()
+        run(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def test_the_temperature_may_be_a_tensor():

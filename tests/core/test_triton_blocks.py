@@ -23,7 +23,10 @@ SHAPES = {
 
 
 KERNELS = {
-    "compile_triton.py": {"forward", "forward without lists", "dquery", "dkey, dvalue", "decode", "token importance"},
+    "compile_triton.py": {
+        *("forward", "forward without lists", "dquery", "dkey, dvalue", "decode", "token importance"),
+        *("soft forward", "soft dquery", "soft dkey, dvalue"),
+    },
     "compile_dense.py": {"classify", "forward", "dquery", "dkey, dvalue"},
 }
 

@@ -12,12 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "dense_definition"
+HIDDEN_STATES = {}
+"""Attention module -> what it was called with, while `by_definition` runs a model."""
 
 
-def importance_of(gate, value):
-    """(B, Hi, S) from the equation of the design, in the gate's own parameters."""
+def importance_of(gate, tokens):
+    """(B, Hi, S) from the equation of the design, in the gate's own parameters; tokens: (B, S, features)."""
     owner = gate if hasattr(gate, "A") else gate.module
-    tokens = value.transpose(1, 2).flatten(2)
     dt = F.linear(tokens, owner.dt_proj.weight, owner.dt_proj.bias)
     importance = owner.A * F.softplus(dt)
     if gate.config.importance == "zoh":
@@ -50,7 +51,8 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
     allowed = attention_mask
     gate = getattr(module, "dma", None)
     if gate is not None:
-        importance = importance_of(gate, value)
+        is_hidden = gate.config.importance_input == "hidden"
+        importance = importance_of(gate, HIDDEN_STATES[module] if is_hidden else value.transpose(1, 2).flatten(2))
         real = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
         seen = visible(importance.detach(), real, gate.config)
         repeat = query.shape[1] // importance.shape[1]
@@ -60,6 +62,10 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
     out = weights @ value.repeat_interleave(groups, 1)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _remember(module, args, kwargs):
+    HIDDEN_STATES[module] = kwargs.get("hidden_states", args[0] if args else None)
 
 
 def _full_mask(*args, **kwargs):
@@ -74,9 +80,17 @@ def by_definition(model):
     config = model.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation_internal = NAME
+    hooks = [
+        module.register_forward_pre_hook(_remember, with_kwargs=True)
+        for module in model.modules()
+        if hasattr(module, "dma")
+    ]
     try:
         yield
     finally:
+        HIDDEN_STATES.clear()
+        for hook in hooks:
+            hook.remove()
         config._attn_implementation_internal = before
         AttentionInterface._global_mapping.pop(NAME)
         AttentionMaskInterface._global_mapping.pop(NAME)

@@ -18,6 +18,7 @@ WRONG = {
     "r_text": ({"local_window_size": "3"}, "local_window_size must be an integer of at least 0, got '3'"),
     "sum": ({"keep_window_size": 8, "num_sink_tokens": 4, "local_window_size": 5}, "got 4 \\+ 5 > 8"),
     "form": ({"importance": "linear"}, r"importance must be one of \['zoh', 'log_zoh'\], got 'linear'"),
+    "input": ({"importance_input": "key"}, r"importance_input must be one of \['value', 'hidden'\], got 'key'"),
     "heads": ({"importance_heads": "all"}, "importance_heads must be one of"),
     "bias": ({"add_importance_bias": 1}, "add_importance_bias must be True or False, got 1"),
     "std": ({"initializer_std": -0.1}, "initializer_std must be a finite number of at least 0, got -0.1"),
@@ -56,7 +57,7 @@ def test_none_is_resolved_for_dense_and_for_native_models(case):
 
 
 def test_section_round_trip():
-    config = DynamicMaskConfig(64, 1, 2, "zoh", "query", False, True, 0.5, layers=(3, 1, 1))
+    config = DynamicMaskConfig(64, 1, 2, "zoh", "query", False, True, 0.5, layers=(3, 1, 1), importance_input="hidden")
     assert config.layers == (1, 3)
     section = config.to_dict()
     assert section["layers"] == [1, 3]

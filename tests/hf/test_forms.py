@@ -12,6 +12,7 @@ from flash_dmattn_hf.conversion.calibration import BIAS_SPREAD, Calibration
 from flash_dmattn_hf.forms import DEFAULT_FORM, FORMS, PAPER_FORM, ImportanceForm
 
 from .cli_models import save_dense
+from .dense_definition import by_definition
 from .generation_models import greedy, make_prompt, put_importance_on_a_grid
 from .tiny import tiny_model, tokens
 
@@ -48,6 +49,15 @@ def test_a_form_is_its_formula(name):
     torch.testing.assert_close(FORMS[name](A, dt), eval(FORMS[name].formula, names))
     score = FORMS[name].score(torch.ones(1, 1), torch.linspace(-20, 20, 1001).view(1, 1, -1))
     assert (score.diff() > 0).all() and not FORMS[name].score(0 * A, dt).any()
+
+
+@pytest.mark.parametrize("name", FORMS)
+@torch.no_grad()
+def test_a_model_of_a_form_equals_its_definition(name):
+    model = spread(convert_model(tiny_model("llama", dtype=torch.float64), {"importance": name, **SETTINGS}).double())
+    found = model(tokens(2, 40)).logits
+    with by_definition(model):
+        torch.testing.assert_close(found, model(tokens(2, 40)).logits)
 
 
 def test_what_is_chosen_without_a_word():
@@ -100,6 +110,6 @@ def test_a_new_form_is_calibrated(linear):
 
 def test_the_command_line_offers_a_new_form(linear, tmp_path):
     dense = save_dense(tmp_path / "dense")
-    options = ["--keep-window-size", "24", "--importance", "linear"]
+    options = ["--keep-window-size", "24", "--importance-form", "linear"]
     assert main(["convert", str(dense), str(tmp_path / "out"), *options]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.flash_dmattn["importance"] == "linear"

@@ -2,22 +2,27 @@
 
 A backend is a module with
 
+    AUTOMATIC_ON                                     types of the devices on which "auto" may take it, such as
+                                                     ("cuda",); None: all
     why_unavailable() -> str | None                  why it cannot run on this machine at all
-    is_automatic(device) -> bool                     whether "auto" may take it for tensors on that device
 
-and, for every job that it does, a function that says why it refuses a call, and one that does the work:
+and, for every job that it does, a function that says why it refuses a call, and one that does the work. A backend that
+runs everywhere, or that refuses no call of a job, leaves out the function that would say why not.
 
     reject(call), forward(call) -> (out, lse, stats)                                as the operator returns them
-    backward(call, out, stats, dout, dlse)                                          a gradient, or None, for each of
-                                                                                    call.DIFFERENTIABLE
+    backward(call, out, stats, dout, dlse)                                          gradients of call.DIFFERENTIABLE in
+                                                                                    its order, None where one is None;
+                                                                                    the last of them may be left out
     reject_decoding(call), decode(call) -> out                                      changes the slots
     reject_selection(importance, positions), select_visible(importance, ...)
     reject_key_lists(call), build_key_lists(call, tile_size)
     reject_order_statistics(sequence, low), kth_smallest_in_ranges(sequence, low, high, k)
     reject_token_importance(value, *parameters), token_importance(value, ...)
+    reject_cut(call), cut(call) -> (score, threshold, contested_from, cut, scale)   as the operator returns them
+    cut_backward(call, cut, scale, dscore, dthreshold) -> dimportance
 
-One whose backward does not serve all that its forward does has reject_backward(call), too: the next backend takes over,
-on the same saved tensors. One that differentiates itself has attend(call) -> (out, lse) in place of forward and
+One whose backward does not serve all that its forward does has reject_backward(call): the next backend takes over, on
+the same saved tensors. One that differentiates itself has attend(call) -> (out, lse) in place of forward and
 backward, and is taken only when asked for by name.
 
 So a new backend is a new file here and a line below.

@@ -5,14 +5,11 @@ import math
 
 import torch
 
-from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.calls import AttentionCall, DenseCall
 
+AUTOMATIC_ON = ()
+
 _LARGEST = torch.finfo(torch.float32).max
-
-
-def is_automatic(device: torch.device) -> bool:
-    return False
 
 
 @functools.cache
@@ -41,7 +38,6 @@ def reject(call: AttentionCall | DenseCall) -> str | None:
     return None
 
 
-@in_full_precision
 def attend(call: AttentionCall | DenseCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out (B, Sq, H, D) and lse (B, H, Sq) float32, differentiable by torch."""
     if isinstance(call, DenseCall):
@@ -64,17 +60,18 @@ def attend(call: AttentionCall | DenseCall) -> tuple[torch.Tensor, torch.Tensor]
     biases = call.attn_bias if isinstance(call, DenseCall) else call.importance
     biases_need_gradient = biases is not None and biases.requires_grad
     run = _compiled() if query.device.type == "cuda" else _flex_attention()
-    out, auxiliary = run(
-        query,
-        key,
-        value,
-        score_mod=score,
-        block_mask=block_mask,
-        scale=call.softmax_scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True),
-        kernel_options={"bwd_num_stages": 1} if biases_need_gradient else None,  # else no room in shared memory
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        out, auxiliary = run(
+            query,
+            key,
+            value,
+            score_mod=score,
+            block_mask=block_mask,
+            scale=call.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True),
+            kernel_options={"bwd_num_stages": 1} if biases_need_gradient else None,  # else no room in shared memory
+        )
     return out.transpose(1, 2), auxiliary.lse
 
 

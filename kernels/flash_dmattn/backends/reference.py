@@ -2,7 +2,7 @@
 
 Queries are cut into tiles. A tile gathers the keys that any of its queries sees (at most w + tile of them when the
 intervals come from a top-w selection), attends to them with an elementwise mask, and is done; the backward walks
-the same tiles again. Everything is computed in float32, or float64 when given float64.
+the same tiles again. Everything is computed in float32, or float64 when given float64, also under autocast.
 """
 
 import math
@@ -11,50 +11,34 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.backends.reference_decode import decode  # noqa: F401
-from flash_dmattn.calls import AttentionCall, DecodeCall
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn.visibility import SoftCut
+
+AUTOMATIC_ON = None  # every device; it refuses nothing
 
 _MAX_TILE = 256  # query rows
 _MAX_LOGITS = 2**22  # logits of a tile, over batch and heads, that are alive at once
 
 
-def is_automatic(device: torch.device) -> bool:
-    return True
-
-
-def why_unavailable() -> str | None:
-    return None
-
-
-def reject(call: AttentionCall) -> str | None:
-    return None
-
-
-def reject_decoding(call: DecodeCall) -> str | None:
-    return None
-
-
-@in_full_precision
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does; lse and stats in float32 or float64."""
-    batch, seqlen_q, num_heads, head_dim = call.query.shape
-    out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
-    lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
-    stats = torch.stack([-lse, torch.zeros_like(lse)])
-    for tile in _tiles(call.with_comparable_importance()):
-        weights, highest, _ = tile.weights()
-        # The largest weight is 1 / sum(exp(logits - highest)).
-        log_sum = -weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()  # (B, Hi, G * T)
-        lse[:, :, tile.rows] = (highest + log_sum).reshape(batch, num_heads, -1)
-        tile_stats = torch.stack([highest.masked_fill(highest == -torch.inf, torch.inf), log_sum])
-        stats[:, :, :, tile.rows] = tile_stats.reshape(2, batch, num_heads, -1) / math.log(2)
-        out[:, tile.rows] = tile.ungroup(_matmul(weights, tile.value)).to(out.dtype)
-    return out, lse, stats
+    with torch.autocast(call.query.device.type, enabled=False):
+        batch, seqlen_q, num_heads, head_dim = call.query.shape
+        out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+        lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
+        stats = torch.stack([-lse, torch.zeros_like(lse)])
+        for tile in _tiles(call.with_comparable_importance()):
+            weights, highest, _ = tile.weights()
+            # The largest weight is 1 / sum(exp(logits - highest)).
+            log_sum = -weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()  # (B, Hi, G * T)
+            lse[:, :, tile.rows] = (highest + log_sum).reshape(batch, num_heads, -1)
+            tile_stats = torch.stack([highest.masked_fill(highest == -torch.inf, torch.inf), log_sum])
+            stats[:, :, :, tile.rows] = tile_stats.reshape(2, batch, num_heads, -1) / math.log(2)
+            out[:, tile.rows] = tile.ungroup(_matmul(weights, tile.value)).to(out.dtype)
+        return out, lse, stats
 
 
-@in_full_precision
 def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
@@ -62,41 +46,42 @@ def backward(
 
     out, stats: what `forward` returned. dout: (B, Sq, H, D). dlse: (B, H, Sq).
     """
-    batch, seqlen_k, num_kv_heads, head_dim = call.key.shape
-    heads = call.num_interval_heads
-    dquery = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
-    # One row more than there are keys: the gathered tile's filler rows land there.
-    dkey = _compute(call.key.new_empty(batch, heads, seqlen_k + 1, head_dim)).zero_()
-    dvalue = torch.zeros_like(dkey)
-    dimportance = torch.zeros_like(dkey[..., 0])
-    dscore, dthreshold = torch.zeros_like(dimportance), dimportance.new_zeros(batch, heads, call.query.shape[1])
-    for tile in _tiles(call.with_comparable_importance()):
-        weights, _, dcap = tile.weights()
-        tile_dout = tile.group(_compute(dout[:, tile.rows]))
-        delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)
-        delta -= tile.group(_compute(dlse).transpose(1, 2)[:, tile.rows, :, None])
-        tile.accumulate(dvalue, _matmul(weights.transpose(-1, -2), tile_dout))
-        dlogits = (tile_dout @ tile.value.transpose(-1, -2)).sub_(delta).mul_(weights)
-        if not torch.isfinite(dlogits.sum()):
-            dlogits.masked_fill_(weights == 0, 0)
-        tile.accumulate(dimportance, dlogits.sum(-2))
-        if tile.gate_slope is not None:
-            dgate = dlogits.view(batch, heads, -1, *tile.gate_slope.shape[2:]).sum(2) * tile.gate_slope
-            tile.accumulate(dscore, dgate.sum(-2))
-            dthreshold[:, :, tile.rows] = -dgate.sum(-1)
-        dscores = dlogits.mul_(call.softmax_scale)
-        if dcap is not None:
-            dscores = torch.where(weights == 0, 0, dscores.mul_(dcap))
-        tile.accumulate(dkey, _matmul(dscores.transpose(-1, -2), tile.query))
-        dquery[:, tile.rows] = tile.ungroup(_matmul(dscores, tile.key)).to(dquery.dtype)
-    return (
-        dquery,
-        _sum_to_kv_heads(dkey, call),
-        _sum_to_kv_heads(dvalue, call),
-        None if call.importance is None else dimportance[..., :-1].to(call.importance.dtype).contiguous(),
-        None if call.soft is None else dscore[..., :-1].contiguous(),
-        None if call.soft is None else dthreshold,
-    )
+    with torch.autocast(call.query.device.type, enabled=False):
+        batch, seqlen_k, num_kv_heads, head_dim = call.key.shape
+        heads = call.num_interval_heads
+        dquery = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+        # One row more than there are keys: the gathered tile's filler rows land there.
+        dkey = _compute(call.key.new_empty(batch, heads, seqlen_k + 1, head_dim)).zero_()
+        dvalue = torch.zeros_like(dkey)
+        dimportance = torch.zeros_like(dkey[..., 0])
+        dscore, dthreshold = torch.zeros_like(dimportance), dimportance.new_zeros(batch, heads, call.query.shape[1])
+        for tile in _tiles(call.with_comparable_importance()):
+            weights, _, dcap = tile.weights()
+            tile_dout = tile.group(_compute(dout[:, tile.rows]))
+            delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)
+            delta -= tile.group(_compute(dlse).transpose(1, 2)[:, tile.rows, :, None])
+            tile.accumulate(dvalue, _matmul(weights.transpose(-1, -2), tile_dout))
+            dlogits = (tile_dout @ tile.value.transpose(-1, -2)).sub_(delta).mul_(weights)
+            if not torch.isfinite(dlogits.sum()):
+                dlogits.masked_fill_(weights == 0, 0)
+            tile.accumulate(dimportance, dlogits.sum(-2))
+            if tile.gate_slope is not None:
+                dgate = dlogits.view(batch, heads, -1, *tile.gate_slope.shape[2:]).sum(2) * tile.gate_slope
+                tile.accumulate(dscore, dgate.sum(-2))
+                dthreshold[:, :, tile.rows] = -dgate.sum(-1)
+            dscores = dlogits.mul_(call.softmax_scale)
+            if dcap is not None:
+                dscores = torch.where(weights == 0, 0, dscores.mul_(dcap))
+            tile.accumulate(dkey, _matmul(dscores.transpose(-1, -2), tile.query))
+            dquery[:, tile.rows] = tile.ungroup(_matmul(dscores, tile.key)).to(dquery.dtype)
+        return (
+            dquery,
+            _sum_to_kv_heads(dkey, call),
+            _sum_to_kv_heads(dvalue, call),
+            None if call.importance is None else dimportance[..., :-1].to(call.importance.dtype).contiguous(),
+            None if call.soft is None else dscore[..., :-1].contiguous(),
+            None if call.soft is None else dthreshold,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 import torch
 
-from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.calls import DecodeCall
-from flash_dmattn.eviction import find_victim
-from flash_dmattn.ranking import comparable, priority
+from flash_dmattn.ranking import comparable, find_victim, priority
 
 
-@in_full_precision
 def decode(call: DecodeCall) -> torch.Tensor:
-    """Changes the slots and returns out (B, 1, H, D); float64 for float64, else computed in float32."""
+    """Changes the slots and returns out (B, 1, H, D), computed in float32 or float64, also under autocast."""
     slots = call.slots
     now = slots.lengths.unsqueeze(-1).clone()  # (B, Hc, 1), the position of the token
     is_real = torch.ones_like(now, dtype=torch.bool)
@@ -26,7 +23,8 @@ def decode(call: DecodeCall) -> torch.Tensor:
         local_window_size=call.local_window_size,
     )
     slots.victims.copy_(victims)
-    return _attend(call, now, is_real)
+    with torch.autocast(call.query.device.type, enabled=False):
+        return _attend(call, now, is_real)
 
 
 def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.dense.attention import dense_attention
 from flash_dmattn.dispatch import DENSE_ATTENTION, announce, explain_backends
 

@@ -6,9 +6,7 @@ from flash_dmattn.backends import triton
 from flash_dmattn.backends.device import reject_lanes, reject_layout
 from flash_dmattn.calls import DenseCall
 
-
-def is_automatic(device: torch.device) -> bool:
-    return triton.is_automatic(device)
+AUTOMATIC_ON = triton.AUTOMATIC_ON
 
 
 def why_unavailable() -> str | None:

@@ -1,6 +1,6 @@
 """The definition of attention under a mask and a bias in plain torch, on any device, one run of query rows at a time.
 
-Everything is computed in float32, or float64 when given float64.
+Everything is computed in float32, or float64 when given float64, also under autocast.
 """
 
 import math
@@ -8,69 +8,60 @@ from collections.abc import Iterator
 
 import torch
 
-from flash_dmattn.backends.full_precision import in_full_precision
 from flash_dmattn.calls import DenseCall
+
+AUTOMATIC_ON = None  # every device; it refuses nothing
 
 _MAX_LOGITS = 2**22  # logits that are alive at once, over batch and heads
 
 
-def is_automatic(device: torch.device) -> bool:
-    return True
-
-
-def why_unavailable() -> str | None:
-    return None
-
-
-def reject(call: DenseCall) -> str | None:
-    return None
-
-
-@in_full_precision
 def forward(call: DenseCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does; lse and stats in float32 or float64."""
-    batch, seqlen_q, num_heads, _ = call.query.shape
-    out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
-    lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
-    stats = torch.stack([-lse, torch.zeros_like(lse)])
-    for rows in _runs(call):
-        weights, highest, _ = _weights(call, rows)
-        log_sum = -weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()
-        lse[:, :, rows] = highest + log_sum
-        stats[0, :, :, rows] = highest.masked_fill(highest == -torch.inf, torch.inf) / math.log(2)
-        stats[1, :, :, rows] = log_sum / math.log(2)
-        out[:, rows] = (weights @ _heads(call, call.value)).transpose(1, 2).to(out.dtype)
-    return out, lse, stats
+    with torch.autocast(call.query.device.type, enabled=False):
+        batch, seqlen_q, num_heads, _ = call.query.shape
+        out = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+        lse = _compute(call.query.new_empty(batch, num_heads, seqlen_q)).fill_(-torch.inf)
+        stats = torch.stack([-lse, torch.zeros_like(lse)])
+        for rows in _runs(call):
+            weights, highest, _ = _weights(call, rows)
+            log_sum = -weights.amax(-1).masked_fill(highest == -torch.inf, 1).log()
+            lse[:, :, rows] = highest + log_sum
+            stats[0, :, :, rows] = highest.masked_fill(highest == -torch.inf, torch.inf) / math.log(2)
+            stats[1, :, :, rows] = log_sum / math.log(2)
+            out[:, rows] = (weights @ _heads(call, call.value)).transpose(1, 2).to(out.dtype)
+        return out, lse, stats
 
 
-@in_full_precision
 def backward(
     call: DenseCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor, needs_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of query, key, value and, when needed, of attn_bias, in their dtypes and shapes."""
-    dquery = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
-    key, value = _heads(call, call.key), _heads(call, call.value)
-    dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
-    dbias = _compute(torch.zeros_like(call.attn_bias, memory_format=torch.contiguous_format)) if needs_dbias else None
-    for rows in _runs(call):
-        weights, _, dcap = _weights(call, rows)
-        run_query, run_dout, run_out = (_compute(x[:, rows]).transpose(1, 2) for x in (call.query, dout, out))
-        delta = (run_dout * run_out).sum(-1, keepdim=True) - _compute(dlse[:, :, rows, None])
-        dvalue += weights.transpose(-1, -2) @ run_dout
-        dlogits = weights * (run_dout @ value.transpose(-1, -2) - delta)
+    with torch.autocast(call.query.device.type, enabled=False):
+        dquery = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+        key, value = _heads(call, call.key), _heads(call, call.value)
+        dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
+        dbias = None
         if needs_dbias:
-            part = dbias if dbias.shape[2] == 1 else dbias[:, :, rows]
-            part += sum_to_heads(dlogits, part.shape)
-        dscores = dlogits * call.softmax_scale
-        if dcap is not None:
-            dscores *= dcap
-        dquery[:, rows] = (dscores @ key).transpose(1, 2).to(dquery.dtype)
-        dkey += dscores.transpose(-1, -2) @ run_query
-    dkey, dvalue = (
-        total.unflatten(1, (-1, call.group_size)).sum(2).transpose(1, 2).to(call.key.dtype).contiguous()
-        for total in (dkey, dvalue)
-    )
-    return dquery, dkey, dvalue, dbias.to(call.attn_bias.dtype) if needs_dbias else None
+            dbias = _compute(torch.zeros_like(call.attn_bias, memory_format=torch.contiguous_format))
+        for rows in _runs(call):
+            weights, _, dcap = _weights(call, rows)
+            run_query, run_dout, run_out = (_compute(x[:, rows]).transpose(1, 2) for x in (call.query, dout, out))
+            delta = (run_dout * run_out).sum(-1, keepdim=True) - _compute(dlse[:, :, rows, None])
+            dvalue += weights.transpose(-1, -2) @ run_dout
+            dlogits = weights * (run_dout @ value.transpose(-1, -2) - delta)
+            if needs_dbias:
+                part = dbias if dbias.shape[2] == 1 else dbias[:, :, rows]
+                part += sum_to_heads(dlogits, part.shape)
+            dscores = dlogits * call.softmax_scale
+            if dcap is not None:
+                dscores *= dcap
+            dquery[:, rows] = (dscores @ key).transpose(1, 2).to(dquery.dtype)
+            dkey += dscores.transpose(-1, -2) @ run_query
+        dkey, dvalue = (
+            total.unflatten(1, (-1, call.group_size)).sum(2).transpose(1, 2).to(call.key.dtype).contiguous()
+            for total in (dkey, dvalue)
+        )
+        return dquery, dkey, dvalue, dbias.to(call.attn_bias.dtype) if needs_dbias else None
 
 
 def sum_to_heads(gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:

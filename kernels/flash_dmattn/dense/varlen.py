@@ -2,7 +2,7 @@
 
 import torch
 
-from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.attention import attend
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dense.attention import dense_attention

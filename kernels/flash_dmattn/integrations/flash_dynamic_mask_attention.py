@@ -2,7 +2,7 @@
 
 import torch
 
-from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.dense.functions import flash_dmattn_func
 from flash_dmattn.utils.mask import create_mask
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from flash_dmattn.aliases import accept_aliases
+from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.dense.tiled_mask import TiledMask, tile_mask
 from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import NEVER, Visibility

@@ -10,7 +10,7 @@ import torch
 from conftest import SEED
 
 from flash_dmattn import NEVER, Visibility
-from flash_dmattn.eviction import find_victim
+from flash_dmattn.ranking import find_victim
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.layer import CacheView, DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig

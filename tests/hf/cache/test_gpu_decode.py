@@ -41,7 +41,7 @@ def test_compiled_generation_gives_the_ids_of_eager_generation():
 
 @pytest.mark.parametrize("kind", ["llama-sinks-local", "llama-query-heads", "gpt2-mha", "doge"])
 def test_captured_in_float64_it_gives_the_ids_of_recomputing_everything(kind, monkeypatch):
-    """The reference engine's step is captured, too: it looks at no value."""
+    """The reference backend's step is captured, too: it looks at no value."""
     monkeypatch.setenv("FLASH_DMATTN_BACKEND", "reference")
     model = generation_models.make_model(kind).to("cuda")
     ids, mask = (tensor.to("cuda") for tensor in generation_models.left_padded_prompt())

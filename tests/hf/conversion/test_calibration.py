@@ -145,6 +145,8 @@ CASES = {
     "zoh-bias": ("llama", {"importance": "zoh", "dt_proj_bias": True}),
     "softcap": ("gemma2", {}),
     "above-sliding-window": ("mistral", {}),
+    "hidden-states": ("llama", {"importance_input": "hidden"}),
+    "hidden-states-softcap": ("gemma2", {"importance_input": "hidden", "importance_heads": "query"}),
 }
 
 
@@ -160,8 +162,11 @@ def test_importance_ranks_by_the_predicted_mass(model_type, settings):
     _, module, gate = list(iter_gates(model))[-1]
 
     model.set_attn_implementation("eager")
-    values, masses = [], []
-    v_proj = module.v_proj.register_forward_hook(lambda _, args, out: values.append(out[0]))
+    sources, masses = [], []
+    is_hidden = config.importance_input == "hidden"
+    v_proj = module.v_proj.register_forward_hook(
+        lambda _, args, out: sources.append(args[0][0] if is_hidden else out[0])
+    )
     for stretch in ids[0].view(-1, STRETCH):
         weights = model(stretch[None], output_attentions=True).attentions[module.layer_idx][0]
         position = torch.arange(STRETCH)
@@ -171,13 +176,13 @@ def test_importance_ranks_by_the_predicted_mass(model_type, settings):
         mean = (weights.detach().double() * seen).sum(1) / seen.sum(0)
         masses.append(mean.view(gate.num_importance_heads, -1, STRETCH).mean(1)[:, usable].T)
     v_proj.remove()
-    x = torch.cat([value.detach().double()[usable] for value in values])
+    x = torch.cat([source.detach().double()[usable] for source in sources])
     y = (torch.cat(masses) + MASS_FLOOR).log()
     statistics = RidgeStatistics(x.shape[1], y.shape[1])
     statistics.add(x, y)
 
-    everything = torch.cat(values).detach()
-    heads = everything.view(-1, gate.num_kv_heads, gate.head_dim).transpose(0, 1)[None]
+    everything = torch.cat(sources).detach()
+    heads = everything.view(-1, *gate.source_shape).transpose(0, 1)[None]
     importance = gate(heads)[0].double()
     correlations = []
     for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):

@@ -33,6 +33,7 @@ _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "n_inner": 32, "vocab_size": 99}
 
 _NOT_DISPATCHED = "never calls the attention interface|has no class for flash_dmattn"
+_BY_NAME = "it chooses its attention class by the name of the implementation"
 
 REFUSED = {
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "attention sinks"),
@@ -63,11 +64,11 @@ REFUSED = {
         },
         "attention_chunk_size",
     ),
-    "falcon": ({}, _NOT_DISPATCHED),
-    **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _NOT_DISPATCHED)}),
+    "falcon": ({}, _BY_NAME),
+    **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _BY_NAME)}),
     "gpt_neo": (
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-        _NOT_DISPATCHED,
+        _BY_NAME,
     ),
     "bloom": ({"n_layer": 2, "n_head": 4}, _NOT_DISPATCHED),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, _NOT_DISPATCHED),

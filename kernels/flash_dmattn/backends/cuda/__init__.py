@@ -15,9 +15,7 @@ from flash_dmattn.calls import AttentionCall
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_GROUP_SIZE = 16
 
-
-def is_automatic(device: torch.device) -> bool:
-    return device.type == "cuda"
+AUTOMATIC_ON = ("cuda",)
 
 
 def why_unavailable() -> str | None:

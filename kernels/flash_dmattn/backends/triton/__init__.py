@@ -10,14 +10,12 @@ import torch
 
 from flash_dmattn.backends.device import MAX_LANES, reject_lanes, reject_layout, why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
-from flash_dmattn.calls import AttentionCall, DecodeCall
+from flash_dmattn.calls import AttentionCall, CutCall, DecodeCall
 
 _MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-
-def is_automatic(device: torch.device) -> bool:
-    return device.type == "cuda"
+AUTOMATIC_ON = ("cuda",)
 
 
 @functools.cache
@@ -31,12 +29,17 @@ def why_unavailable() -> str | None:
 
 def reject_query(query: torch.Tensor) -> str | None:
     """Returns why no kernel in Triton serves such a query, or None."""
-    if query.device.type != "cuda" and not is_interpreted():
-        return f"tensors are on {query.device}, not on a CUDA GPU"
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is not supported (float16, bfloat16 and float32 are)"
-    if query.shape[-1] > _MAX_HEAD_DIM:
+    reason = _reject_tensor(query)
+    if reason is None and query.shape[-1] > _MAX_HEAD_DIM:
         return f"head dim {query.shape[-1]} is above {_MAX_HEAD_DIM}"
+    return reason
+
+
+def _reject_tensor(tensor: torch.Tensor) -> str | None:
+    if tensor.device.type != "cuda" and not is_interpreted():
+        return f"tensors are on {tensor.device}, not on a CUDA GPU"
+    if tensor.dtype not in DTYPES:
+        return f"dtype {tensor.dtype} is not supported (float16, bfloat16 and float32 are)"
     return None
 
 
@@ -121,6 +124,26 @@ def token_importance(
     from flash_dmattn.backends.triton.importance_kernel import run_importance
 
     return run_importance(value, weight, bias, A, max_exponent)
+
+
+def reject_cut(call: CutCall) -> str | None:
+    return _reject_tensor(call.importance) or reject_lanes(call.importance.shape[0] * call.importance.shape[1])
+
+
+def cut(call: CutCall) -> tuple[torch.Tensor, ...]:
+    """Returns score, threshold, contested_from, cut and scale, as the operator does."""
+    from flash_dmattn.backends.triton.soft_cut import run_cut
+
+    return run_cut(call)
+
+
+def cut_backward(
+    call: CutCall, cut: torch.Tensor, scale: torch.Tensor, dscore: torch.Tensor, dthreshold: torch.Tensor
+) -> torch.Tensor:
+    """Returns dimportance (B, Hi, Sk), in importance's dtype; equal inputs give bitwise equal results."""
+    from flash_dmattn.backends.triton.soft_cut import run_cut_backward
+
+    return run_cut_backward(call, cut, scale, dscore, dthreshold)
 
 
 def empty_forward(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -39,7 +39,7 @@ def run_backward(
     dkey_blocks: BlockConfig | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns dquery, dkey, dvalue in their dtypes, and in float32 dimportance, dscore and dthreshold or None."""
-    config = dquery_blocks or dquery_config(call.query)
+    config = dquery_blocks or dquery_config(call.query, call.soft is not None)
     launch = Launch(call, config.block_m)
     lists = launch.lists
     batch, seqlen_q, num_heads, head_dim = call.query.shape
@@ -64,7 +64,7 @@ def run_backward(
         **config.launch_options(),
     )
 
-    config = dkey_blocks or dkey_config(call.query)
+    config = dkey_blocks or dkey_config(call.query, call.soft is not None)
     heads, num_kv_heads = call.num_interval_heads, call.key.shape[2]
     # Interval heads that share a kv head add to the same sums, unless the order of additions must not matter.
     sum_heads = heads if call.deterministic else num_kv_heads
@@ -245,9 +245,13 @@ def _dquery_run(
         logits, factor = _score(dots, bias[None, :], softmax_scale, softcap, HAS_SOFTCAP)
         if HAS_SOFT:
             score, contested_from = load_scores(score_ptr, contested_ptr, key_index, counts)
-            gate, slope = soft_gate(score[None, :], threshold[:, None], contested_from[None, :], row[:, None])
-            logits += gate
+            exponent, gate_factor, slope = soft_gate(
+                score[None, :], threshold[:, None], contested_from[None, :], row[:, None]
+            )
+            logits += exponent
         weights = tl.exp2(logits - highest[:, None] - log_total[:, None])
+        if HAS_SOFT:
+            weights *= gate_factor
         if MASKED:
             visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, LISTED)
             weights = tl.where(visible, weights, 0.0)
@@ -405,9 +409,13 @@ def _dkey_dvalue_run(
         if HAS_SOFT:
             head = batch * HEADS + head_in_batch
             threshold = load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, True)
-            gate, slope = soft_gate(score[:, None], threshold[None, :], contested_from[:, None], row[None, :])
-            logits += gate
+            exponent, gate_factor, slope = soft_gate(
+                score[:, None], threshold[None, :], contested_from[:, None], row[None, :]
+            )
+            logits += exponent
         weights = tl.exp2(logits - highest[None, :] - log_total[None, :])
+        if HAS_SOFT:
+            weights *= gate_factor
         if MASKED:
             visible = (birth[:, None] <= row[None, :]) & (row[None, :] < death[:, None])
             weights = tl.where(visible, weights, 0.0)

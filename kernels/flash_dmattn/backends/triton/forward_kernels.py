@@ -26,7 +26,7 @@ def run_forward(
     call: AttentionCall, config: BlockConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does, of a call whose keys are listed."""
-    config = config or forward_config(call.query)
+    config = config or forward_config(call.query, call.soft is not None)
     launch = Launch(call, config.block_m)
     lists = launch.lists
     batch, seqlen_q, num_heads, _ = call.query.shape
@@ -185,14 +185,16 @@ def _attend(
         logits += bias[None, :]
         if HAS_SOFT:
             score, contested_from = load_scores(score_ptr, contested_ptr, key_index, counts)
-            gate, _ = soft_gate(score[None, :], threshold[:, None], contested_from[None, :], row[:, None])
-            logits += gate
+            exponent, factor, _ = soft_gate(score[None, :], threshold[:, None], contested_from[None, :], row[:, None])
+            logits += exponent
         if MASKED:
             visible = is_visible(birth_ptr, death_ptr, key_index, counts, row, True)
             logits = tl.where(visible, logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
         weights = tl.exp2(logits - shift[:, None])
+        if HAS_SOFT:
+            weights *= factor
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, MASKED)

@@ -1,4 +1,4 @@
-"""The wavelet matrix of `flash_dmattn.order_statistics` in base 4: two kernels for every two bits, in int32."""
+"""The wavelet matrix of `flash_dmattn.competition` in base 4: two kernels for every two bits, in int32."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ _BLOCK = 1024  # places that a program serves; three counts below 1024 share an 
 
 
 def kth_smallest_in_ranges(sequence: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k: int) -> torch.Tensor:
-    """Equals `flash_dmattn.order_statistics.kth_smallest_in_ranges`, for (R, N) ranges; any integer type."""
+    """Equals `flash_dmattn.competition.kth_smallest_in_ranges`, for (R, N) ranges; any integer type."""
     num_rows, length = sequence.shape
     device = sequence.device
     sequence, low, high = (tensor.to(torch.int32, copy=True) for tensor in (sequence, low, high))

@@ -120,25 +120,11 @@ def find_stretch(
 
 
 @triton.jit
-def soft_gate(score, threshold, contested_from, row):
-    """Returns log2 of the sigmoid gates of pairs, and their slope, natural log gate by score; 0 where none is gated.
-
-    The arguments broadcast against each other: keys along one axis, query rows along the other.
-    """
-    is_gated = (row >= contested_from) & (threshold > float("-inf"))
-    distance = tl.where(is_gated, score - tl.where(is_gated, threshold, 0.0), 0.0) * LOG2E
-    falling = tl.exp2(-tl.abs(distance))  # never overflows
-    gate = tl.minimum(distance, 0.0) - tl.log2(1.0 + falling)
-    slope = tl.where(distance >= 0, falling, 1.0) / (1.0 + falling)
-    return tl.where(is_gated, gate, 0.0), tl.where(is_gated, slope, 0.0)
-
-
-@triton.jit
 def load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, HAS_SOFT: tl.constexpr):
-    """Returns the threshold of each query row, -inf where nothing is gated."""
+    """Returns the threshold of each query row, times log2(e); -inf where nothing is gated."""
     if HAS_SOFT:
         place = head.to(tl.int64) * seqlen_q + query_index
-        threshold = tl.load(threshold_ptr + place, mask=exists, other=float("-inf"))
+        threshold = tl.load(threshold_ptr + place, mask=exists, other=float("-inf")) * LOG2E
     else:
         threshold = query_index.to(tl.float32)  # nobody reads it
     return threshold
@@ -146,6 +132,21 @@ def load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, HAS_SOFT
 
 @triton.jit
 def load_scores(score_ptr, contested_ptr, key_index, counts):
-    """Returns the scores of keys and the rows from which they are gated."""
-    score = tl.load(score_ptr + key_index, mask=counts, other=0.0)
-    return score, tl.load(contested_ptr + key_index, mask=counts, other=2147483647)
+    """Returns the scores of keys, times log2(e), and the rows from which they are gated."""
+    score = tl.load(score_ptr + key_index, mask=counts, other=0.0) * LOG2E
+    # Finite, so that its distance from a threshold of -inf is a number.
+    return tl.maximum(score, -3e38), tl.load(contested_ptr + key_index, mask=counts, other=2147483647)
+
+
+@triton.jit
+def soft_gate(score, threshold, contested_from, row):
+    """Returns, for pairs of keys and query rows, the sigmoid as 2 ** exponent * factor, and the slope of its logarithm.
+
+    The exponent is 0 at most, the factor between 1/2 and 1: so no logarithm is needed, and whatever is added to the
+    exponent, the sum over keys neither overflows nor vanishes. The arguments broadcast against each other.
+    """
+    distance = tl.where(row >= contested_from, score - threshold, float("inf"))
+    falling = tl.exp2(-tl.abs(distance))
+    factor = 1.0 / (1.0 + falling)
+    slope = tl.where(distance >= 0, falling, 1.0) * factor
+    return tl.minimum(distance, 0.0), factor, slope
