@@ -8,6 +8,7 @@ from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.config import DynamicMaskConfig, dynamic_mask_config
 from flash_dmattn_hf.conversion.calibration import Calibration
 from flash_dmattn_hf.conversion.convert import ConversionReport, convert_model
+from flash_dmattn_hf.conversion.importance_file import load_importance, save_importance
 from flash_dmattn_hf.gates.attach import AttachReport, iter_gates
 from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
 from flash_dmattn_hf.gates.soft_selection import soft_selection
@@ -26,7 +27,9 @@ __all__ = [
     "dynamic_mask_config",
     "get_gate",
     "iter_gates",
+    "load_importance",
     "register",
+    "save_importance",
     "soft_selection",
     "unregister",
     "use_chunked_loss",

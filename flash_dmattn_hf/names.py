@@ -1,8 +1,9 @@
-"""The names under which transformers knows this attention."""
+"""The names under which transformers knows this attention, and the one of the gate inside an attention module."""
 
 from typing import Any
 
 NAMES = ("flash_dmattn", "dmattn")
+GATE_NAME = "dma"
 
 
 def is_ours(implementation: Any) -> bool:

@@ -24,10 +24,11 @@ NAMES = {
     "flash_dmattn.integrations.flash_dynamic_mask_attention": "flash_dynamic_mask_attention_forward",
     "flash_dmattn_hf": """
         AttachReport Calibration ConversionReport DynamicMaskCache DynamicMaskConfig ImportanceGate
-        convert_model dynamic_mask_config get_gate iter_gates register soft_selection unregister
-        use_chunked_loss
+        convert_model dynamic_mask_config get_gate iter_gates load_importance register save_importance soft_selection
+        unregister use_chunked_loss
     """,
     "flash_dmattn_hf.training": """
+        DistillationArguments DistillationTrainer FarReuse HeldOut Recipe chunked_distillation_loss train_stage
         ImportanceCallback TemperatureCallback freeze_all_but_importance geometric_schedule importance_parameters
         parameter_groups probe use_chunked_loss
     """,

@@ -16,7 +16,7 @@ from flash_dmattn.slots import decode_step, refresh_victims
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.slots import SlotLayer
 from flash_dmattn_hf.cache.tail import ROWS, Tail
-from flash_dmattn_hf.gates.source import importance_of
+from flash_dmattn_hf.gates.importance import importance_of
 
 
 class CacheView(NamedTuple):

@@ -14,8 +14,10 @@ CHUNK = 1 << 18
 """Characters of a text that are tokenized at once."""
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
+def add_model_options(parser: argparse.ArgumentParser, *, dtype: bool = True) -> None:
+    """Adds what `load` reads; dtype: whether it can be chosen."""
+    if dtype:
+        parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read .bin and .pt weights too (with weights_only)"

@@ -10,6 +10,7 @@ from flash_dmattn_hf.conversion.atomic_directory import atomic_directory, check_
 from flash_dmattn_hf.conversion.calibration import Calibration
 from flash_dmattn_hf.conversion.checkpoint import find_source, load_tokenizer
 from flash_dmattn_hf.conversion.convert import convert_model
+from flash_dmattn_hf.conversion.importance_file import load_importance, read_importance
 from flash_dmattn_hf.forms import FORMS
 
 MOST_TOKENS = 1 << 17
@@ -49,7 +50,7 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
         help="newest tokens always seen (default: 3/4 of W)",
     )
     masks.add_argument(
-        "--importance",
+        "--importance-form",
         choices=list(FORMS),
         default=defaults.importance,
         help=f"{', '.join(f'{name}: {form.formula}' for name, form in FORMS.items())} (default: %(default)s)",
@@ -65,6 +66,12 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
         choices=IMPORTANCE_INPUTS,
         default=defaults.importance_input,
         help="compute it from a token's values or from its hidden state (default: %(default)s)",
+    )
+    parser.add_argument_group("trained importance").add_argument(
+        "--importance",
+        metavar="DIR",
+        type=_importance_directory,
+        help="take importance and dynamic mask from a directory of flash_dmattn_hf.save_importance",
     )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
@@ -82,18 +89,31 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
     common.add_model_options(parser.add_argument_group("model"))
 
 
+def _importance_directory(text: str) -> Path:
+    """argparse type: an existing directory."""
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        hint = ", a form is chosen with --importance-form" if text in FORMS else ""
+        raise argparse.ArgumentTypeError(f"must be a directory, got {text}{hint}")
+    return path
+
+
 def run(args: argparse.Namespace) -> None:
     """Converts, prints the report, writes OUT. Raises ValueError before anything is written."""
     config = DynamicMaskConfig(
         keep_window_size=args.keep_window_size,
         num_sink_tokens=args.num_sink_tokens,
         local_window_size=args.local_window_size,
-        importance=args.importance,
+        importance=args.importance_form,
         importance_heads=args.importance_heads,
         importance_input=args.importance_input,
-    ).resolve(dense=True)
+    )
     if args.calibration_tokens is not None and args.calibrate is None:
         raise ValueError("--calibration-tokens needs --calibrate TEXT")
+    if args.importance is not None:
+        if config != DynamicMaskConfig() or args.calibrate is not None:
+            raise ValueError("--importance brings its dynamic mask with it: leave out its options and --calibrate")
+        read_importance(args.importance)  # before anything large is loaded
     out = args.out.expanduser().absolute()
     check_destination(out, args.overwrite)
     source = find_source(args.model, allow_pickle=args.allow_pickle)
@@ -106,7 +126,10 @@ def run(args: argparse.Namespace) -> None:
     if args.calibrate is not None:
         input_ids = common.read_tokens(tokenizer, args.calibrate, args.calibration_tokens or MOST_TOKENS)
         calibration = Calibration(input_ids, num_tokens=args.calibration_tokens, progress=not args.quiet)
-    convert_model(model, config, calibration=calibration)
+    if args.importance is None:
+        convert_model(model, config, calibration=calibration)
+    else:
+        load_importance(model, args.importance)
     print(model.flash_dmattn_report)
 
     with atomic_directory(out, overwrite=args.overwrite) as directory:

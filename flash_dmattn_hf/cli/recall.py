@@ -1,7 +1,6 @@
 """`flash-dmattn eval --suite recall`: what a model still finds in a text, and how near it is to dense."""
 
 import argparse
-import datetime
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from flash_dmattn_hf.cli import common
-from flash_dmattn_hf.cli.info import versions
+from flash_dmattn_hf.cli.provenance import provenance
 from flash_dmattn_hf.conversion.checkpoint import Source, find_source
 from flash_dmattn_hf.conversion.convert import convert_model
 from flash_dmattn_hf.evaluation import pictures
@@ -128,13 +127,8 @@ def _explanation(rows: list[dict], prompts: list[Prompt], args: argparse.Namespa
 
 def _facts(model: PreTrainedModel, args: argparse.Namespace) -> dict:
     """Where the figures come from."""
-    device = model.device
     return {
-        "command": args.command_line,
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": versions(),
+        **provenance(model, args),
         "model": args.model,
         "teacher": args.teacher,
         "text": str(args.text),

@@ -17,8 +17,7 @@ from flash_dmattn_hf.conversion.ridge import RidgeStatistics, fit
 from flash_dmattn_hf.evaluation.perplexity import cut
 from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.attach import iter_gates
-from flash_dmattn_hf.gates.importance import ImportanceGate
-from flash_dmattn_hf.gates.source import source_of
+from flash_dmattn_hf.gates.importance import ImportanceGate, source_of
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 from flash_dmattn_hf.progress import progress_bar
 

@@ -113,10 +113,11 @@ def _check_config(path: Path) -> None:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} must contain config.json")
-    _read_json(file)
+    read_json(file)
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """Returns what a JSON file holds. Raises ValueError naming the file if it is no JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -127,7 +128,7 @@ def check_safetensors(path: Path) -> None:
     """Raises ValueError naming the first safetensors file of a checkpoint that is missing or not whole."""
     names = ["model.safetensors"]
     if (path / INDEX).is_file() and not (path / names[0]).is_file():
-        names = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
     for name in names:
         if not (path / name).is_file():
             raise ValueError(f"{path / name} must exist")

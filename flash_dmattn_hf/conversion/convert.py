@@ -34,6 +34,7 @@ class ConversionReport:
 
     layers: the converted ones. skipped: name of an attention module left as it was -> why.
     parameters_before: of the dense model. calibration_tokens: 0 without calibration.
+    importance_source: the directory that the importance was loaded from, None if it was made here.
     """
 
     model_class: str
@@ -42,6 +43,7 @@ class ConversionReport:
     skipped: dict[str, str] = field(default_factory=dict)
     parameters_before: int = 0
     calibration_tokens: int = 0
+    importance_source: str | None = None
 
     @property
     def parameters_added(self) -> int:
@@ -63,6 +65,7 @@ class ConversionReport:
             "parameters_before": self.parameters_before,
             "parameters_added": self.parameters_added,
             "calibration_tokens": self.calibration_tokens,
+            "importance_source": self.importance_source,
             "mean_r2": self.mean_r2,
         }
 
@@ -77,7 +80,9 @@ class ConversionReport:
             f"{config.importance_heads} head)",
             f"  parameters  {self.parameters_added:,} added to {self.parameters_before:,}",
         ]
-        if self.calibration_tokens:
+        if self.importance_source is not None:
+            lines.append(f"  importance  from {self.importance_source}")
+        elif self.calibration_tokens:
             lines.append(
                 f"  calibrated  on {self.calibration_tokens:,} tokens, mean R2 {self.mean_r2:.2f} on held-out keys"
             )

@@ -1,7 +1,8 @@
 """How near the predictions of a model are to those of the dense one: KL divergence, top-1 agreement, loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ def agreement(
     context_length: int,
     first_row: int,
     reference: nn.Module | None = None,
+    reference_mode: Callable[[], AbstractContextManager] | None = None,
     leading: Sequence[int] = (),
     max_stretches: int | None = None,
     chunk_size: int = LOGIT_ROWS,
@@ -52,6 +54,7 @@ def agreement(
     input_ids: (N,) or (1, N) integer token ids, cut into consecutive stretches. What is left over is not used.
     context_length: tokens per forward pass, those of `leading` included. first_row: 0 to context_length - 2.
     reference: a model with the same vocabulary, run with dense attention; None is `model` itself.
+    reference_mode: a context manager inside which the reference is run instead, such as one that turns an adapter off.
     leading: special token ids in front of every stretch, as from `leading_tokens`.
     max_stretches: use only so many; None is all that fit. progress: label of a progress bar; None draws none.
     Logarithms are taken in float32, in float64 for float64 logits.
@@ -69,7 +72,7 @@ def agreement(
     reference = model if reference is None else reference
     with evaluating(model), evaluating(reference):
         for stretch in progress_bar(stretches, progress, unit="stretch"):
-            with dense(reference):
+            with dense(reference) if reference_mode is None else reference_mode():
                 expected = FinalStates(reference, stretch)
             found = FinalStates(model, stretch)
             for start in range(first_row, context_length - 1, chunk_size):

@@ -4,8 +4,12 @@ from flash_dmattn_hf.evaluation.recall import RecallCell, over_depths
 
 
 def tables(rows: list[dict]) -> str:
-    """Returns two tables: agreement with dense, and recall by task and context. rows: from `recall_suite`."""
-    return f"{_agreement_table(rows)}\n\n{_recall_table(rows)}"
+    """Returns two tables: agreement with dense, and recall by task and context if it was measured.
+
+    rows: from `recall_suite`.
+    """
+    agreement = _agreement_table(rows)
+    return f"{agreement}\n\n{_recall_table(rows)}" if rows[0]["recall"] else agreement
 
 
 def merged_cells(row: dict) -> list[RecallCell]:

@@ -43,25 +43,57 @@ def recall_suite(
             f"the longest context must be at least {max(windows) + 2} tokens, for rows beyond the largest window of "
             f"{max(windows)} keys, got {context_length}"
         )
-    results = []
-    for row in rows_of(model, windows, teacher):
-        label = f"{row.label}, " if progress else None
-        with row.variant:
-            near = agreement(
-                row.model,
-                input_ids,
-                context_length=context_length,
-                first_row=max(windows),
-                reference=teacher,
-                leading=leading,
-                max_stretches=max_stretches,
-                progress=label and label + "agreement",
-            )
-            size = cache_bytes(row.model, input_ids.flatten()[:context_length])
-            cells = recall(row.model, prompts, generate_with=generate_with, progress=label and label + "recall")
-        results.append(_result(row, near, size, cells))
-    _add_shares_of_gap(results)
+    results = [
+        measure_row(
+            row,
+            input_ids,
+            prompts,
+            context_length=context_length,
+            first_row=max(windows),
+            reference=teacher,
+            leading=leading,
+            max_stretches=max_stretches,
+            generate_with=generate_with,
+            progress=progress,
+        )
+        for row in rows_of(model, windows, teacher)
+    ]
+    add_shares_of_gap(results)
     return results
+
+
+def measure_row(
+    row: Row,
+    input_ids: torch.Tensor,
+    prompts: Sequence[Prompt],
+    *,
+    context_length: int,
+    first_row: int,
+    reference: nn.Module | None = None,
+    leading: Sequence[int] = (),
+    max_stretches: int | None = None,
+    generate_with: Tokenizer | None = None,
+    progress: bool = False,
+) -> dict:
+    """Returns the dict of one row, as `recall_suite` does, still without its share_of_gap.
+
+    reference: the model whose dense attention is compared with; None is the row's own.
+    """
+    label = f"{row.label}, " if progress else None
+    with row.variant:
+        near = agreement(
+            row.model,
+            input_ids,
+            context_length=context_length,
+            first_row=first_row,
+            reference=reference,
+            leading=leading,
+            max_stretches=max_stretches,
+            progress=label and label + "agreement",
+        )
+        size = cache_bytes(row.model, input_ids.flatten()[:context_length])
+        cells = recall(row.model, prompts, generate_with=generate_with, progress=label and label + "recall")
+    return _result(row, near, size, cells)
 
 
 def _result(row: Row, near: Agreement, size: int, cells: list[RecallCell]) -> dict:
@@ -79,8 +111,8 @@ def _result(row: Row, near: Agreement, size: int, cells: list[RecallCell]) -> di
     }
 
 
-def _add_shares_of_gap(results: list[dict]) -> None:
-    """Each share is that of the window's own gap, from its sinks + window to dense."""
+def add_shares_of_gap(results: list[dict]) -> None:
+    """Adds to each row its share of its window's gap, from sinks + window to dense."""
     losses = {(row["kind"], row["keep_window_size"]): row["loss"] for row in results}
     for row in results:
         window_loss = losses.get(("sinks + window", row["keep_window_size"]))

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
-from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate, get_gate
-from flash_dmattn_hf.gates.source import offer_hidden_states, stop_offering
+from flash_dmattn_hf.gates.hidden_states import offer_hidden_states, stop_offering
+from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
+from flash_dmattn_hf.names import GATE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class AttachPlan:
     """What attaching will do to a model, decided once.
 
     config: resolved settings. shapes: name of an attention module that gets or has a gate -> its shape.
-    skipped: name -> why it keeps its own attention. refused: name -> why dynamic masks would be wrong there.
+    skipped: name -> why it keeps its own attention. refused: name -> why dynamic masks would be wrong there; the
+    name is empty for the whole model.
     """
 
     config: DynamicMaskConfig
@@ -49,6 +51,9 @@ class AttachPlan:
 
 def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
     """Judges every attention module of a model; changes nothing."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, and only decoder-only models have dynamic masks"
+        return AttachPlan(config, refused={"": reason})
     result = AttachPlan(config)
     text_config = text_config_of(model)
     for name, module, owner in _attention_modules(model):
@@ -105,10 +110,16 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]
 def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> None:
     if is_native_doge(module):
         module.dma = doge.DogeGate(module, shape, config)
-    else:
-        module.add_module(GATE_NAME, _make_gate(module, shape, config))
-        if config.importance_input == "hidden":
-            offer_hidden_states(module)
+        return
+    # on the device and in the dtype of its neighbours
+    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = torch.get_default_device() if neighbour is None else neighbour.device
+    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
+    with torch.device(device):
+        gate = _make_gate(module, shape, config).to(dtype)
+    module.add_module(GATE_NAME, gate.train(module.training))
+    if config.importance_input == "hidden":
+        offer_hidden_states(module)
 
 
 def freeze_unused(model: nn.Module) -> None:
@@ -138,23 +149,27 @@ def text_part(config: Any) -> Any:
         return config
 
 
+def parameter_shapes(model: nn.Module, planned: AttachPlan) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Returns layer_idx -> name of a gate's parameter -> its shape, for all gates of a plan for this model."""
+    result = {}
+    for name, shape in planned.shapes.items():
+        with torch.device("meta"):
+            gate = _make_gate(model.get_submodule(name), shape, planned.config)
+        result[gate.layer_idx] = {name: tuple(parameter.shape) for name, parameter in gate.named_parameters()}
+    return result
+
+
 def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
-    # on the device and in the dtype of its neighbours
-    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = torch.get_default_device() if neighbour is None else neighbour.device
-    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
-    with torch.device(device):
-        gate = ImportanceGate(
-            config,
-            layer_idx=module.layer_idx,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            hidden_size=shape.hidden_size,
-            sliding_window=shape.sliding_window,
-            initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
-        ).to(dtype)
-    return gate.train(module.training)
+    return ImportanceGate(
+        config,
+        layer_idx=module.layer_idx,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        sliding_window=shape.sliding_window,
+        initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
+    )
 
 
 def refusal(model: nn.Module, planned: AttachPlan) -> str:
@@ -164,4 +179,5 @@ def refusal(model: nn.Module, planned: AttachPlan) -> str:
         return f"model must have causal attention modules, got {type(model).__name__}, which has none"
     name, reason = next(iter(reasons.items()))
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    return f"{type(model).__name__} cannot use flash_dmattn: {name}: {reason}{more}"
+    place = f"{name}: " if name else ""
+    return f"{type(model).__name__} cannot use flash_dmattn: {place}{reason}{more}"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from flash_dmattn_hf.config import DynamicMaskConfig
-from flash_dmattn_hf.gates.source import takes_hidden_states
+from flash_dmattn_hf.gates.hidden_states import takes_hidden_states
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What the source of a class mentions if it looks its attention function up by name."""
@@ -60,7 +60,7 @@ def uses_attention_interface(module: nn.Module) -> bool:
 
 def chooses_class_by_name(cls: type) -> bool:
     """True if the file of a model class looks its attention class up by the name of the implementation."""
-    pattern = r"\b(?!\w*VISION)\w*ATTENTION_CLASSES\[config\._attn_implementation\]"
+    pattern = r"\b(?!\w*VISION)\w*ATTENTION_CLASSES\[(?:config\._)?attn_implementation\]"
     return re.search(pattern, _module_source(cls)) is not None
 
 

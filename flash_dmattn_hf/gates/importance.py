@@ -10,14 +10,28 @@ from transformers import initialization
 from flash_dmattn.token_importance import can_fuse, token_importance
 from flash_dmattn_hf.config import DynamicMaskConfig, Windows
 from flash_dmattn_hf.forms import FORMS
-
-GATE_NAME = "dma"
-"""Name of the gate inside its attention module."""
+from flash_dmattn_hf.gates.hidden_states import take_hidden_states
+from flash_dmattn_hf.names import GATE_NAME
 
 
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
     """Returns the gate of an attention module, None if it has none."""
     return getattr(module, GATE_NAME, None)
+
+
+def source_of(gate: "Gate", value: torch.Tensor) -> torch.Tensor:
+    """Returns what a gate reads of the tokens that its layer attends to, (B, heads, S, dim); once for each forward.
+
+    value: (B, Hkv, S, D), as the cache or the attention function is given them. Returns it, or for
+    importance_input="hidden" the hidden states as those of one head, (B, 1, S, hidden size).
+    Raises what `take_hidden_states` raises.
+    """
+    return value if gate.config.importance_input == "value" else take_hidden_states(gate, value).unsqueeze(1)
+
+
+def importance_of(gate: "Gate", value: torch.Tensor) -> torch.Tensor:
+    """Returns the importance (B, Hi, S) of the tokens with these values (B, Hkv, S, D); as `source_of`, once."""
+    return gate(source_of(gate, value))
 
 
 class ImportanceProjection(nn.Module):

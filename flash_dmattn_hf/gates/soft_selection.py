@@ -131,8 +131,8 @@ class _Witness:
 
 
 def soft_options(gate: Gate) -> dict[str, Any]:
-    """Returns what the innermost soft selection of a gate adds to the arguments of `dynamic_mask_attention`."""
-    if not gate.soft_selections or _is_suspended.slot.content:
+    """Returns what the innermost of a gate's soft selections adds to the arguments of `dynamic_mask_attention`."""
+    if _is_suspended.slot.content:
         return {}
     innermost = gate.soft_selections[-1]
     return {"selection_temperature": innermost.as_tensor, "selection_band": innermost.band}

@@ -10,9 +10,9 @@ from flash_dmattn import dynamic_mask_attention, interval_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
-from flash_dmattn_hf.gates.importance import get_gate
+from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
-from flash_dmattn_hf.gates.source import importance_of
+from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 
 UNSUPPORTED = {
@@ -70,7 +70,9 @@ def dynamic_mask_attention_forward(
             return _attend_cached(gate, cache_layer, query, attention_mask, options), None
         _refuse_missing_keys(gate, query, key, attention_mask)
         importance = importance_of(gate, value)
-        options.update(soft_options(gate), add_importance_bias=gate.config.add_importance_bias)
+        options["add_importance_bias"] = gate.config.add_importance_bias
+        if gate.soft_selections:
+            options.update(soft_options(gate))
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False
@@ -112,7 +114,7 @@ def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
     return out
 
 
-def _attend_packed(query, key, value, importance, documents, options) -> torch.Tensor:
+def _attend_packed(query, key, value, importance, documents: Documents, options) -> torch.Tensor:
     """Attends within documents: the whole batch becomes one row of documents."""
     batch, _, seqlen, _ = query.shape
 
@@ -124,14 +126,15 @@ def _attend_packed(query, key, value, importance, documents, options) -> torch.T
         one_row(key),
         one_row(value),
         importance.transpose(0, 1).reshape(1, importance.shape[1], batch * seqlen),
-        cu_seqlens=documents,
+        cu_seqlens=documents.bounds,
+        padding_mask=documents.padding_mask,
         **options,
     )
     return out.reshape(batch, seqlen, *out.shape[2:])
 
 
-def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> torch.Tensor | None:
-    """Returns cu_seqlens (num_docs + 1,) int32 over the rows of all batch entries, None if nothing is packed."""
+def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Documents | None:
+    """Returns the documents among the tokens of all batch rows, None if nothing is packed."""
     batch, _, seqlen_q, _ = query.shape
     if cu_seqlens is not None:
         if batch != 1 or seqlen_q != key.shape[2]:
@@ -144,20 +147,13 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> torch.Te
             raise ValueError(
                 f"cu_seq_lens_k must equal cu_seq_lens_q, got {cu_seqlens_k.tolist()} and {cu_seqlens.tolist()}"
             )
-        return cu_seqlens.to(torch.int32)
+        return Documents(cu_seqlens.to(torch.int32))
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return None
     numbers = attention_mask.expand(batch, -1)
     if numbers.shape[1] != key.shape[2] or seqlen_q != key.shape[2]:
         raise ValueError(f"packed position_ids must cover all {key.shape[2]} keys, got {numbers.shape[1]} positions")
-    starts = torch.ones_like(numbers, dtype=torch.bool)
-    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-    order = starts.flatten().cumsum(0) - 1
-    if torch.compiler.is_compiling():
-        bounds = torch.arange(order.shape[0] + 1, device=order.device)
-    else:
-        bounds = torch.arange(int(order[-1]) + 2, device=order.device)
-    return torch.searchsorted(order, bounds).to(torch.int32)
+    return documents_of(numbers)
 
 
 def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
@@ -208,7 +204,7 @@ def _dropout_field(config: Any, dropout: float) -> str:
     return next((name for name in names if "att" in name), names[0] if names else "attention_dropout")
 
 
-def _refuse_documents(documents: torch.Tensor | None) -> None:
+def _refuse_documents(documents: Documents | None) -> None:
     if documents is not None:
         raise ValueError("packed sequences cannot be combined with a DynamicMaskCache: pass use_cache=False")
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flash_dmattn_hf.integration.masks import mark_documents
+from flash_dmattn_hf.arguments import get_cache
+from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.names import is_ours
 
 _MASK_CALL = re.compile(r"create_(?:causal|sliding_window_causal)_mask\(\s*(.*?)\n\s*\)", re.DOTALL)
@@ -28,14 +29,18 @@ def hides_positions(cls: type) -> bool:
 
 def refuse_packed_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: raises ValueError if position_ids restart although nobody would notice."""
-    position_ids = kwargs.get("position_ids")
+    position_ids, cache = kwargs.get("position_ids"), get_cache(kwargs)
     if torch.compiler.is_compiling() or not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
         return
-    attention_mask = kwargs.get("attention_mask")
-    has_padding = attention_mask is not None and not bool(attention_mask.bool().all())
-    if has_padding or not is_ours(module.config.get_text_config()._attn_implementation):
+    has_cached = cache is not None and cache.get_seq_length() > 0
+    if has_cached or not is_ours(module.config.get_text_config()._attn_implementation):
         return
-    if mark_documents(position_ids) is not None:
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        if mask.shape[-1] != position_ids.shape[1] or mask.dim() != 2:
+            return
+        mask, position_ids = mask.bool(), position_ids.expand(mask.shape[0], -1)
+    if has_documents(mark_documents(position_ids, mask)):
         raise ValueError(
             f"position_ids must rise by 1 for {type(module).__name__}, which does not tell its attention where "
             "packed documents begin: pad them instead"

@@ -12,7 +12,7 @@ from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_conf
 from flash_dmattn_hf.gates import attach
 from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
-from flash_dmattn_hf.gates.importance import GATE_NAME, ImportanceGate
+from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.gates.offload import materialize
 from flash_dmattn_hf.integration.preparation import (
     leave_other_parts_native,
@@ -23,11 +23,11 @@ from flash_dmattn_hf.integration.preparation import (
     submodels,
     uses_dynamic_masks,
 )
-from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.names import GATE_NAME, NAMES, is_ours
 
 
 def wrap_check_implementation(original: Callable) -> Callable:
-    """Admits our names without FlashAttention's checks, and makes ours the default where a config has our section."""
+    """Prepares a model for our implementation, and makes ours the default where a config has our section."""
 
     @wraps(original)
     def check(self, attn_implementation, is_init_check=False, *args, **kwargs):
@@ -38,8 +38,7 @@ def wrap_check_implementation(original: Callable) -> Callable:
                     f"{type(self).__name__} cannot use flash_dmattn: it chooses its attention class by the name of "
                     "the implementation, and has no class for flash_dmattn"
                 )
-            return self.get_correct_attn_implementation(attn_implementation, is_init_check)
-        if is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
+        elif is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
             if attn_implementation is None:
                 return NAMES[0]
             warnings.warn(

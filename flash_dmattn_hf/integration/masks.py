@@ -12,11 +12,11 @@ from transformers.utils.import_utils import is_tracing
 from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.integration.documents import has_documents, mark_documents
+from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
 from flash_dmattn_hf.names import NAMES
 
 _TAG = "_flash_dmattn_tag"
-_AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
-_SLIDING_CODE = masking_utils.sliding_window_overlay(1).__code__
 
 
 def dynamic_mask_mask(
@@ -43,7 +43,7 @@ def dynamic_mask_mask(
 
     Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
     """
-    window = _sliding_window(mask_function, local_size, use_vmap)
+    window = sliding_window_of_mask(mask_function, local_size, use_vmap)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
             raise ValueError(
@@ -91,45 +91,12 @@ def _tag(mask: torch.Tensor, window: int | None, is_full: bool) -> torch.Tensor:
     return mask
 
 
-def mark_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """Returns the document number of every token where positions restart, None if they never do.
-
-    position_ids: (B, T). Returns (B, T) int64 or None. While tracing always the numbers.
-    """
-    return masking_utils.find_packed_sequence_indices(position_ids)
-
-
-def _sliding_window(mask_function: Callable, local_size: int | None, use_vmap: bool) -> int | None:
-    """Returns the window of a sliding mask, None for a causal one. Raises ValueError for every other."""
-    if mask_function is masking_utils.causal_mask_function:
-        return None
-    if not use_vmap and local_size is not None and _is_sliding(mask_function, local_size):
-        return local_size
-    raise ValueError(
-        "flash_dmattn supports causal, sliding-window, padding and packed masks only, got another mask function "
-        f"({getattr(mask_function, '__qualname__', type(mask_function).__name__)}), such as a prefix, image-block, "
-        "chunked, bidirectional or custom mask"
-    )
-
-
-def _is_sliding(mask_function: Callable, local_size: int) -> bool:
-    if getattr(mask_function, "__code__", None) is not _AND_CODE:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    overlay, causal = mask_function.__closure__[0].cell_contents
-    if overlay.__code__ is not _SLIDING_CODE or causal is not masking_utils.causal_mask_function:
-        return False
-    return overlay.__closure__[0].cell_contents == local_size
-
-
 def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
-    """Finds packed documents for our implementation, with or without a cache, and hands their numbers on as mask.
+    """Finds packed documents for our implementation, with or without a mask or a cache, and hands their numbers on.
 
-    transformers looks for restarting positions only when there is neither a mask nor a cache, which a model in
-    eval mode makes by default.
+    transformers looks for them only when there is neither a mask nor a cache, which a model in eval mode makes by
+    default, and takes every gap in the positions for a new document.
     """
-
     names = parameter_names(original)
 
     @wraps(original)
@@ -142,12 +109,11 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
         if _is_static_step(inputs_embeds, attention_mask, cache):
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
-        result = original(*args, **kwargs)
-        is_final, mask, packed, q_length, kv_length, q_offset, kv_offset = result
+        result = original(**{**given, "position_ids": None})
+        is_final, mask, _, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result
-        if packed is None and position_ids is not None and position_ids.dim() == 2:
-            packed = _packed_despite_cache(position_ids, mask, inputs_embeds.shape[0], q_offset)
+        packed = _documents(position_ids, mask, inputs_embeds.shape[0], cache, q_offset)
         if packed is not None:
             return is_final, packed, None, q_length, kv_length, q_offset, kv_offset
         return result
@@ -171,14 +137,33 @@ def _last_column(attention_mask: torch.Tensor | None, device: torch.device) -> t
     return None if attention_mask is None else attention_mask[:, -1:].to(device=device, dtype=torch.bool)
 
 
-def _packed_despite_cache(
-    position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, q_offset: Any
-) -> torch.Tensor | None:
-    if is_tracing(position_ids) or isinstance(q_offset, torch.Tensor):
+def _documents(position_ids: Any, mask: torch.Tensor | None, batch: int, cache: Any, q_offset: Any) -> Any:
+    """Returns the document numbers of a packed batch, as `mark_documents` gives them, None if nothing is packed.
+
+    Where tokens are cached already, positions are just positions.
+    """
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
         return None
-    if mask is not None and not bool(mask.all()):
+    if is_tracing(position_ids):
+        return _documents_while_tracing(position_ids, mask, batch, cache)
+    if isinstance(q_offset, torch.Tensor) or q_offset:
         return None
-    documents = mark_documents(position_ids.expand(batch, -1))
-    if documents is not None and q_offset:
-        raise ValueError("position_ids must rise by 1 after cached tokens: packed sequences need use_cache=False")
-    return documents
+    if mask is not None and mask.shape[-1] != position_ids.shape[1]:
+        return None  # the length of the mask is refused later
+    numbers = mark_documents(position_ids.expand(batch, -1), mask)
+    return numbers if bool(has_documents(numbers)) else None
+
+
+def _documents_while_tracing(position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, cache: Any) -> Any:
+    """As `_documents`, without a look at the positions: always numbers if there may be documents.
+
+    With a mask there is only a check: which tokens are real decides about shapes.
+    """
+    if cache is not None:
+        return None
+    if mask is None:
+        return mark_documents(position_ids.expand(batch, -1))
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and mask.shape[-1] == position_ids.shape[1]:
+        packed = has_documents(mark_documents(position_ids.expand(batch, -1), mask))
+        torch._assert_async(~packed, "packed position_ids with an attention_mask cannot be compiled: pass no mask")
+    return None

@@ -1,6 +1,7 @@
 """Every change to transformers: what `register()` wraps and `unregister()` puts back."""
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,12 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
+from transformers.utils import generic
 
 from flash_dmattn_hf.gates import doge, soft_selection
 from flash_dmattn_hf.integration import generation, loading
 from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
+from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
 from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
 from flash_dmattn_hf.names import NAMES
 
@@ -53,6 +56,31 @@ class Patch:
             return
         setattr(self.owner, self.attribute, self.original)
         self.original, self.is_applied = None, False
+
+
+class FunctionPatch(Patch):
+    """A function of a module that is replaced in every module that has imported it by name."""
+
+    def apply(self) -> None:
+        """Replaces the function wherever it is; modules loaded later import the replacement."""
+        if self.is_applied:
+            return
+        self.original = vars(self.owner)[self.attribute]
+        _replace_everywhere(self.attribute, self.original, self.make_wrapper(self.original))
+        self.is_applied = True
+
+    def undo(self) -> None:
+        """Puts the original function back wherever the replacement is."""
+        if not self.is_applied:
+            return
+        _replace_everywhere(self.attribute, vars(self.owner)[self.attribute], self.original)
+        self.original, self.is_applied = None, False
+
+
+def _replace_everywhere(name: str, old: Callable, new: Callable) -> None:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)
 
 
 def register() -> None:
@@ -95,4 +123,5 @@ def _patches() -> list[Patch]:
             *generation.PATCHES,
         ]
         _PATCHES.extend(Patch(*entry) for entry in entries)
+        _PATCHES.append(FunctionPatch(generic, "is_flash_attention_requested", wrap_flash_requested))
     return _PATCHES

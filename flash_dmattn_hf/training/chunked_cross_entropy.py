@@ -7,6 +7,14 @@ are made, turned into the chunk's share of the loss and of all gradients, and fo
 import torch
 import torch.nn.functional as F
 
+from flash_dmattn_hf.training.output_layer import (
+    apply_operations,
+    check_output_layer,
+    precision_of,
+    tokens_per_chunk,
+    undo_operations,
+)
+
 CHUNK_ENTRIES = 2**27
 """Logits made at once where the caller gives no chunk size; 512 MiB in float32."""
 
@@ -55,7 +63,7 @@ def _chunked_cross_entropy_op(
     wants_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the loss () and the gradients of hidden, weight and bias; one that is not wanted has no entries."""
-    precision = _precision(hidden.dtype)
+    precision = precision_of(hidden.dtype)
     loss = hidden.new_zeros((), dtype=precision)
     dhidden = torch.empty_like(hidden if wants_hidden else hidden[:0])
     dweight = torch.zeros_like(weight if wants_weight else weight[:0], dtype=precision)
@@ -66,14 +74,14 @@ def _chunked_cross_entropy_op(
             ignored = labels[rows] == ignore_index
             targets = labels[rows].masked_fill(ignored, 0).unsqueeze(1)
             tokens = hidden[rows].masked_fill(ignored.unsqueeze(1), 0)
-            logits, steps = _apply(F.linear(tokens, weight, bias), operations)
+            logits, steps = apply_operations(F.linear(tokens, weight, bias), operations)
             log_softmax = torch.log_softmax(logits, -1, dtype=precision)
             loss -= log_softmax.gather(1, targets).masked_fill(ignored.unsqueeze(1), 0).sum()
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
             dlogits = log_softmax.exp_()
             dlogits.scatter_add_(1, targets, -torch.ones_like(targets, dtype=precision))
-            dlogits = _undo(dlogits, steps).to(hidden.dtype)
+            dlogits = undo_operations(dlogits, steps).to(hidden.dtype)
             if wants_hidden:
                 dhidden[rows] = (dlogits @ weight).masked_fill_(ignored.unsqueeze(1), 0)
             if wants_weight:  # the tokens that are ignored are zero here
@@ -86,7 +94,7 @@ def _chunked_cross_entropy_op(
 @_chunked_cross_entropy_op.register_fake
 def _(hidden, weight, bias, labels, operations, ignore_index, chunk_size, wants_hidden, wants_weight, wants_bias):
     return (
-        hidden.new_empty((), dtype=_precision(hidden.dtype)),
+        hidden.new_empty((), dtype=precision_of(hidden.dtype)),
         torch.empty_like(hidden if wants_hidden else hidden[:0]),
         torch.empty_like(weight if wants_weight else weight[:0]),
         weight.new_empty(weight.shape[0] if wants_bias else 0),
@@ -110,55 +118,9 @@ def _backward(ctx, dloss, *_):
 _chunked_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _apply(logits: torch.Tensor, operations: str) -> tuple[torch.Tensor, list[tuple[str, object]]]:
-    """Returns the logits after the operations, and what is needed to go back through them."""
-    steps = []
-    for operation in filter(None, operations.split(",")):
-        if operation == "tanh":
-            logits = torch.tanh(logits)
-            steps.append(("tanh", logits))
-        elif operation == "float32":
-            logits = logits.float()
-        else:
-            number = float(operation[1:])
-            logits = logits * number if operation[0] == "*" else logits / number
-            steps.append(("factor", number if operation[0] == "*" else 1 / number))
-    return logits, steps
-
-
-def _undo(gradient: torch.Tensor, steps: list[tuple[str, object]]) -> torch.Tensor:
-    """Takes the gradient of the logits after the operations to that before them."""
-    for kind, value in reversed(steps):
-        if kind == "tanh":
-            gradient = gradient * (1 - value.to(gradient.dtype).square())
-        elif kind == "factor":
-            gradient = gradient * value
-    return gradient
-
-
-def _precision(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _check(hidden, weight, labels, bias, operations, chunk_size) -> int:
     """Returns the tokens per chunk."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "hidden and weight must have shapes (N, hidden size) and (vocabulary, hidden size), got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+    check_output_layer(hidden, weight, bias, operations)
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels must have shape {tuple(hidden.shape[:1])}, got {tuple(labels.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-    for operation in filter(None, operations.split(",")):
-        if operation not in ("tanh", "float32") and operation[0] not in "*/":
-            raise ValueError(f'operations must be "*x", "/x", "tanh" and "float32", got {operation!r}')
-    if chunk_size is None:
-        return max(1, CHUNK_ENTRIES // weight.shape[0])
-    if type(chunk_size) is not int or chunk_size < 1:
-        raise ValueError(f"chunk_size must be None or an integer of at least 1, got {chunk_size!r}")
-    return chunk_size
+    return tokens_per_chunk(chunk_size, CHUNK_ENTRIES, weight.shape[0])

@@ -1,10 +1,13 @@
 """Logits that a model asked for and that are never made: what its output layer returns while its loss is chunked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
@@ -15,6 +18,7 @@ class DeferredLogits:
 
     hidden: (B, S, hidden size). weight: (vocabulary, hidden size). bias: (vocabulary,) or None.
     operations: as in `chunked_cross_entropy`. chunk_size, engine: as in `use_chunked_loss`.
+    autocast: the dtype to which autocast would have brought the product; None without autocast.
 
     Whatever else than multiplying or dividing by a number, tanh and a cast to float32 is done to it raises TypeError.
     """
@@ -25,6 +29,7 @@ class DeferredLogits:
     chunk_size: int | None
     engine: str
     operations: str = ""
+    autocast: torch.dtype | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -33,6 +38,21 @@ class DeferredLogits:
     @property
     def device(self) -> torch.device:
         return self.hidden.device
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns hidden (N, hidden size), weight and bias in the dtype in which the output layer would compute.
+
+        Raises ValueError for a weight that is sharded over devices.
+        """
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        if isinstance(weight, DTensor) or weight.dim() != 2 or _is_freed(weight):
+            raise ValueError(
+                "the chunked loss needs the whole weight of the output layer, got one sharded over devices"
+            )
+        if self.autocast is not None:
+            hidden, weight = hidden.to(self.autocast), weight.to(self.autocast)
+            bias = None if bias is None else bias.to(self.autocast)
+        return hidden.reshape(-1, hidden.shape[-1]), weight, bias
 
     def _then(self, operation: str) -> "DeferredLogits":
         return replace(self, operations=f"{self.operations},{operation}" if self.operations else operation)
@@ -75,6 +95,11 @@ def _cannot_follow(operation: str) -> TypeError:
     )
 
 
+def _is_freed(weight: torch.Tensor) -> bool:
+    """Whether a sharding wrapper around the output layer alone has taken the weight away again."""
+    return not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0
+
+
 _deferring = ThreadSlot()
 """The output layer that defers in this thread, with its options."""
 
@@ -95,4 +120,38 @@ class DeferringLinear(nn.Linear):
         deferring = _deferring.slot.content
         if deferring is None or deferring[0] is not self:
             return super().forward(hidden)
-        return DeferredLogits(hidden, self.weight, self.bias, *deferring[1:])
+        device_type, autocast = hidden.device.type, None
+        if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+            autocast = torch.get_autocast_dtype(device_type)
+        # Views, because data parallelism looks for used parameters behind the outputs, and overlooks bare ones.
+        weight, bias = (None if p is None else p.view_as(p) for p in (self.weight, self.bias))
+        return DeferredLogits(hidden, weight, bias, *deferring[1:], autocast=autocast)
+
+
+def check_output_layer_of(model: nn.Module) -> nn.Linear:
+    """Returns the output layer of a model of transformers. Raises ValueError if its output cannot be deferred."""
+    head = model.get_output_embeddings()
+    if type(head) not in (nn.Linear, DeferringLinear) or "forward" in vars(head):
+        raise ValueError(
+            f"the output layer of {type(model).__name__} must be a plain nn.Linear on one device for the chunked loss, "
+            f"got {type(head).__name__}"
+        )
+    return head
+
+
+@contextmanager
+def deferred_logits(model: nn.Module) -> Iterator[None]:
+    """Inside the block a forward of `model` in this thread, without labels, has `DeferredLogits` as its logits.
+
+    model: a causal language model of transformers, or one inside a PeftModel. Raises ValueError as
+    `check_output_layer_of`.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = check_output_layer_of(model)
+    before, head.__class__ = type(head), DeferringLinear
+    head.defer(None, "torch")
+    try:
+        yield
+    finally:
+        head.resume()
+        head.__class__ = before

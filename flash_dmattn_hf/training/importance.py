@@ -11,8 +11,7 @@ from transformers import TrainerCallback
 from flash_dmattn import Visibility, interval_attention, select_visible
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.eligibility import is_native_doge
-from flash_dmattn_hf.gates.importance import Gate, get_gate
-from flash_dmattn_hf.gates.source import importance_of
+from flash_dmattn_hf.gates.importance import Gate, get_gate, importance_of
 from flash_dmattn_hf.integration.observed_attention import observed_attention
 
 IMPORTANCE_GROUP = "importance"

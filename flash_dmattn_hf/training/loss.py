@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from flash_dmattn_hf.training import liger
 from flash_dmattn_hf.training.chunked_cross_entropy import chunked_cross_entropy
-from flash_dmattn_hf.training.deferred_logits import DeferredLogits, DeferringLinear
+from flash_dmattn_hf.training.deferred_logits import DeferredLogits, DeferringLinear, check_output_layer_of
 
 SETTINGS = "_flash_dmattn_chunked_loss"
 """Attribute of a model with a chunked loss: its `Settings`."""
@@ -115,7 +114,7 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
-    hidden, weight, bias = _as_computed(logits)
+    hidden, weight, bias = logits.operands()
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"labels must have shape {tuple(logits.shape[:-1])}, got {tuple(shift_labels.shape)}")
     if _takes_liger(logits, hidden):
@@ -135,23 +134,6 @@ def causal_lm_loss(
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
-
-
-def _as_computed(logits: DeferredLogits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns hidden (N, hidden size), weight and bias in the dtype in which the output layer would compute."""
-    hidden, weight, bias = logits.hidden, logits.weight, logits.bias
-    if isinstance(weight, DTensor) or weight.dim() != 2 or _is_freed(weight):
-        raise ValueError("the chunked loss needs the whole weight of the output layer, got one sharded over devices")
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return hidden.reshape(-1, hidden.shape[-1]), weight, bias
-
-
-def _is_freed(weight: torch.Tensor) -> bool:
-    """Whether a sharding wrapper around the output layer alone has taken the weight away again."""
-    return not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0
 
 
 def _takes_liger(logits: DeferredLogits, hidden: torch.Tensor) -> bool:
@@ -210,9 +192,4 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"model must have transformers' causal language model loss, got {name}")
     if not isinstance(model.forward, MethodType):
         raise ValueError(f"the forward of {name} must be a method, got {type(model.forward).__name__}")
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or "forward" in vars(head):
-        raise ValueError(
-            f"the output layer of {name} must be a plain nn.Linear on one device for the chunked loss, got "
-            f"{type(head).__name__}"
-        )
+    check_output_layer_of(model)

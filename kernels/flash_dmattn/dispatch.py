@@ -1,6 +1,6 @@
 """Which backend does a job. Every choice of this package is made here, and said once at INFO; others only ask.
 
-Here is asked, too, whether a call needs a torch operator around it on its way to the backend.
+This file also says whether a call needs a torch operator around the backend.
 """
 
 import functools

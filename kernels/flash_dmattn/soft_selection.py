@@ -124,13 +124,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dscore, dthreshold, *_):
-    cut, _, importance, *_ = ctx.saved_tensors
+    saved = cut, _, importance, *_ = ctx.saved_tensors  # read once, as checkpointing demands
     if dscore is None:
         dscore = importance.new_zeros(importance.shape, dtype=_precision(importance))
     if dthreshold is None:
         dthreshold = importance.new_zeros(cut.shape[1:], dtype=_precision(importance))
-    run = _cut_backward if can_call_directly(dscore, dthreshold, *ctx.saved_tensors) else _first_derivative
-    return spread_gradients(ctx, CutCall, (run(dscore, dthreshold, *ctx.saved_tensors, *ctx.options),))
+    tensors = (dscore, dthreshold, *saved)
+    run = _cut_backward if can_call_directly(*tensors) else _first_derivative
+    return spread_gradients(ctx, CutCall, (run(*tensors, *ctx.options),))
 
 
 def _precision(importance: torch.Tensor) -> torch.dtype:

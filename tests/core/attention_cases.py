@@ -1,4 +1,4 @@
-"""The attention problems that the tests of values and of gradients share."""
+"""The attention problems on which the reference is compared with its definition, and the kernels with the reference."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,8 +6,14 @@ from dataclasses import dataclass, field
 import torch
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionCase:
+    """One call of `dynamic_mask_attention`: shapes, importance and options.
+
+    num_importance_heads: None: num_kv_heads. importance: a name of `IMPORTANCE`. special: numbers, each of which stands
+    in place of about every seventh importance. strided: no dimension is where it would be by itself.
+    """
+
     name: str
     batch: int = 2
     seqlen_q: int = 23
@@ -18,6 +24,7 @@ class AttentionCase:
     head_dim: int = 16
     dtype: torch.dtype = torch.float32
     importance_dtype: torch.dtype = torch.float32
+    importance: str = "iid"
     strided: bool = False
     special: list = field(default_factory=list)
     options: dict = field(default_factory=lambda: {"keep_window_size": 7})
@@ -25,14 +32,15 @@ class AttentionCase:
     def __str__(self):
         return self.name
 
-    def inputs(self):
-        """query, key, value and importance, drawn from the global generator."""
+    def inputs(self, generator=None):
+        """query, key, value and importance, drawn from the generator, or else from the global one."""
         num_lanes = self.num_importance_heads or self.num_kv_heads
-        query = torch.randn(self.batch, self.seqlen_q, self.num_heads, self.head_dim)
-        key, value = torch.randn(2, self.batch, self.seqlen_k, self.num_kv_heads, self.head_dim)
-        importance = torch.randn(self.batch, num_lanes, self.seqlen_k)
+        query = torch.randn(self.batch, self.seqlen_q, self.num_heads, self.head_dim, generator=generator)
+        key, value = torch.randn(2, self.batch, self.seqlen_k, self.num_kv_heads, self.head_dim, generator=generator)
+        noise = torch.randn(self.batch, num_lanes, self.seqlen_k, generator=generator)
+        importance = IMPORTANCE[self.importance](noise, torch.arange(self.seqlen_k))
         for number in self.special:
-            importance[torch.rand_like(importance) < 0.15] = number
+            importance[torch.rand(importance.shape, generator=generator) < 0.15] = number
         found = [
             query.to(self.dtype),
             key.to(self.dtype),
@@ -40,6 +48,20 @@ class AttentionCase:
             importance.to(self.importance_dtype),
         ]
         return [as_strided_view(x) if self.strided else x for x in found]
+
+
+IMPORTANCE = {
+    "iid": lambda noise, row: noise,
+    "up": lambda noise, row: noise + 0.1 * row,
+    "down": lambda noise, row: noise - 0.1 * row,
+    "constant": lambda noise, row: noise * 0,
+    "early": lambda noise, row: noise + 300.0 * (row < len(row) // 4),
+    "ties": lambda noise, row: noise.relu(),
+    "some-inf": lambda noise, row: torch.where(noise > 0, noise, -torch.inf),
+    "huge-ties": lambda noise, row: torch.where(noise > 0, torch.where(noise > 1, 1e30, 1e6), noise),
+    "infinite-ties": lambda noise, row: torch.where(noise > 1, torch.inf, noise),
+}
+"""How the importance is distributed, from normal noise (B, Hi, Sk) and the numbers of the rows."""
 
 
 def as_strided_view(x):

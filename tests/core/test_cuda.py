@@ -16,7 +16,8 @@ from flash_dmattn.backends.cuda import library, sm80_backward_launch
 from flash_dmattn.backends.cuda.target import ARCHITECTURE_VARIABLE, find_target
 from flash_dmattn.dispatch import explain_backends
 
-from .kernel_cases import CASES, DEVICE, GPU_CASES, Case, check, make_inputs, options, run
+from .attention_cases import documents
+from .kernel_cases import DEVICE, GPU_CASES, TILED_CASES, check, make_inputs, options, run, scattered, tiled
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels"))
 from cuda_build import settings  # noqa: E402
@@ -59,35 +60,34 @@ def random_case(number, seed):
     }
     seqlen_k = choose.choice((1, 2, 33, 127, 128, 129, 500, 1000, choose.randint(1, 1500)))
     seqlen_q = seqlen_k if choose.random() < 0.7 else choose.randint(1, seqlen_k)
-    padding = choose.choice((None, None, None, "interior"))
-    cu_seqlens = None
-    if padding is None and choose.random() < 0.2:
-        seqlen_q = seqlen_k
-        inner = sorted(choose.randint(0, seqlen_k) for _ in range(choose.randint(0, 4)))
-        cu_seqlens = (0, *inner, seqlen_k)
-    return Case(
+    batch = choose.choice((1, 2))
+    if choose.random() < 0.25:
+        changes["padding_mask"] = scattered(batch, seqlen_k)
+    elif choose.random() < 0.2:
+        batch, seqlen_q = 1, seqlen_k
+        bounds = [0, *sorted(choose.randint(0, seqlen_k) for _ in range(choose.randint(0, 4))), seqlen_k]
+        changes["cu_seqlens"] = documents(*(end - start for start, end in zip(bounds, bounds[1:], strict=False)))
+    return tiled(
         name=f"random-{number}",
-        batch=1 if cu_seqlens else choose.choice((1, 2)),
+        batch=batch,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
         num_heads=group * num_kv_heads,
         num_kv_heads=num_kv_heads,
-        importance_heads=group * num_kv_heads if per_query_head else num_kv_heads,
+        num_importance_heads=group * num_kv_heads if per_query_head else None,
         head_dim=choose.choice(HEAD_DIMS),
         dtype=choose.choice((torch.bfloat16, torch.float16)),
         importance=choose.choice(("iid", "iid", "up", "down", "constant", "ties", "some-inf", "huge-ties")),
         options=options(**changes),
-        padding=padding,
-        cu_seqlens=cu_seqlens,
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", TILED_CASES, ids=str)
 def test_kernels_equal_the_reference(case, seed):
     check(replace(case, head_dim=64, dtype=torch.bfloat16), seed, "cuda")
 
 
-@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.head_dim in HEAD_DIMS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.head_dim in HEAD_DIMS], ids=str)
 def test_kernels_equal_the_reference_at_larger_shapes(case, seed):
     case = case if case.dtype != torch.float32 else replace(case, dtype=torch.bfloat16)
     check(case, seed, "cuda")
@@ -103,7 +103,7 @@ def test_random_combinations_equal_the_reference(number, seed):
 
 
 def test_every_element_is_written(seed):
-    case = Case("poisoned", seqlen_q=700, seqlen_k=700, num_heads=6, num_kv_heads=2, importance_heads=2, head_dim=128)
+    case = tiled("poisoned", seqlen_q=700, seqlen_k=700, num_heads=6, num_kv_heads=2, head_dim=128)
     case = replace(case, dtype=torch.bfloat16)
     tensors = [tensor.requires_grad_() for tensor in make_inputs(case, seed)[0]]
 
@@ -120,7 +120,7 @@ def test_every_element_is_written(seed):
 
 
 def test_two_forwards_are_bitwise_equal(seed):
-    case = replace(Case("twice", seqlen_q=900, seqlen_k=900, num_heads=4, head_dim=128), dtype=torch.bfloat16)
+    case = replace(tiled("twice", seqlen_q=900, seqlen_k=900, num_heads=4, head_dim=128), dtype=torch.bfloat16)
     first, second = (run(case, seed, "cuda", gradients=False) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
@@ -143,7 +143,7 @@ def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
     if find_target(torch.device("cuda", 0)).shared_bytes < MOST_NEEDED.get(head_dim, 0):
         pytest.skip(f"the backward for head dim {head_dim} needs more shared memory")
     forbid_triton(monkeypatch)
-    case = Case("own", num_heads=6, num_kv_heads=2, importance_heads=2, head_dim=head_dim, dtype=dtype)
+    case = tiled("own", num_heads=6, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
     check(case, seed, "cuda")
 
 
@@ -152,21 +152,21 @@ def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
 def test_a_few_epochs_at_a_time_give_the_same_gradients(window, seed, monkeypatch):
     monkeypatch.setattr(sm80_backward_launch, "_KEYS_OF_PROCESSOR", 1)
     forbid_triton(monkeypatch)
-    case = Case("rounds", batch=2, seqlen_q=3000, seqlen_k=3000, num_heads=6, num_kv_heads=2, importance_heads=2)
+    case = tiled("rounds", batch=2, seqlen_q=3000, seqlen_k=3000, num_heads=6, num_kv_heads=2)
     case = replace(case, head_dim=128, dtype=torch.bfloat16, options=options(keep_window_size=window))
     check(case, seed, "cuda")
 
 
 def deterministic_cases():
-    base = Case("epochs", seqlen_q=3000, seqlen_k=3000, num_heads=8, num_kv_heads=2, importance_heads=2)
+    base = tiled("epochs", seqlen_q=3000, seqlen_k=3000, num_heads=8, num_kv_heads=2)
     window = options(keep_window_size=300, deterministic=True)
     cases = [
         replace(base, options=window),
         replace(base, name="drift-softcap", batch=2, importance="up", options={**window, "softcap": 3.0}),
         replace(base, name="dense", batch=2, options={**window, "keep_window_size": 5000}),
-        replace(base, name="per-query-head", importance_heads=8, options=window),
-        replace(base, name="padded", batch=2, padding="interior", options=window),
-        replace(base, name="packed", cu_seqlens=(0, 3, 700, 701, 3000), options=window),
+        replace(base, name="per-query-head", num_importance_heads=8, options=window),
+        replace(base, name="padded", batch=2, options={**window, "padding_mask": scattered(2, 3000)}),
+        replace(base, name="packed", options={**window, "cu_seqlens": documents(3, 697, 1, 2299)}),
     ]
     return [
         replace(case, name=f"{case.name}-d{head_dim}", head_dim=head_dim, dtype=torch.bfloat16)
@@ -177,7 +177,7 @@ def deterministic_cases():
 
 @once
 @for_hopper
-@pytest.mark.parametrize("case", deterministic_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", deterministic_cases(), ids=str)
 def test_deterministic_gradients_are_bitwise_equal(case, seed, monkeypatch):
     forbid_triton(monkeypatch)
     check(case, seed, "cuda")
@@ -189,7 +189,7 @@ def test_deterministic_gradients_are_bitwise_equal(case, seed, monkeypatch):
 @once
 def test_triton_s_backward_serves_with_a_reason(seed, monkeypatch, caplog):
     dispatch._announce.cache_clear()
-    case = Case("unordered", head_dim=64, dtype=torch.bfloat16)
+    case = tiled("unordered", head_dim=64, dtype=torch.bfloat16)
     tensors = [tensor.requires_grad_() for tensor in make_inputs(case, seed)[0]]
     visibility = flash_dmattn.select_visible(tensors[3].detach(), keep_window_size=20)
     rows = torch.randperm(case.seqlen_q, device=DEVICE).int()[None]
@@ -222,7 +222,7 @@ def test_the_backward_allocates_less_than_a_float32_query():
 
 
 def test_both_ways_run_in_a_cuda_graph(seed):
-    case = Case("graph", seqlen_q=700, seqlen_k=700, num_heads=8, num_kv_heads=2, importance_heads=2, head_dim=128)
+    case = tiled("graph", seqlen_q=700, seqlen_k=700, num_heads=8, num_kv_heads=2, head_dim=128)
     case = replace(case, dtype=torch.bfloat16)
     tensors = [tensor.requires_grad_() for tensor in make_inputs(case, seed)[0]]
     visibility = flash_dmattn.select_visible(tensors[3].detach(), keep_window_size=100)
@@ -250,7 +250,7 @@ def test_both_ways_run_in_a_cuda_graph(seed):
 
 
 def test_strided_inputs(seed):
-    case = replace(Case("strided", seqlen_q=300, seqlen_k=300, num_heads=4, head_dim=128), dtype=torch.bfloat16)
+    case = replace(tiled("strided", seqlen_q=300, seqlen_k=300, num_heads=4, head_dim=128), dtype=torch.bfloat16)
     inputs, _, weights = make_inputs(case, seed)
     dout = weights[..., :-1].to(case.dtype)
 
@@ -280,7 +280,7 @@ def test_strided_inputs(seed):
     ids=["float32", "head-dim", "group-size"],
 )
 def test_refusals_name_the_reason(change, words, seed):
-    case = replace(Case("refused", head_dim=64, dtype=torch.bfloat16), **change)
+    case = replace(tiled("refused", head_dim=64, dtype=torch.bfloat16), **change)
     (query, key, value, importance), _, _ = make_inputs(case, seed)
     with pytest.raises(RuntimeError, match=words):
         flash_dmattn.dynamic_mask_attention(query, key, value, importance, keep_window_size=8, backend="cuda")

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import flash_dmattn
 from flash_dmattn import dynamic_mask_attention, select_visible
@@ -180,6 +181,22 @@ def test_a_key_beyond_the_cut_gets_a_gradient():
     gradient = torch.autograd.grad(out[:, -1].sum(), importance)[0]
     last = flash_dmattn.select_visible(importance, **WINDOWS).death <= 59
     assert (gradient[last] != 0).any()
+
+
+def test_checkpointing_changes_no_gradient():
+    importance = torch.randn(1, 2, 60, dtype=torch.float64)
+    query, key, value = (torch.randn(1, 60, 2, 8, dtype=torch.float64) for _ in range(3))
+
+    def attend(importance):
+        options = {"keep_window_size": 12, "num_sink_tokens": 1, "local_window_size": 3}
+        return dynamic_mask_attention(query, key, value, importance, selection_temperature=0.5, **options)
+
+    gradients = []
+    for run in (attend, lambda tensor: torch.utils.checkpoint.checkpoint(attend, tensor, use_reentrant=False)):
+        leaf = importance.clone().requires_grad_()
+        run(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def test_the_temperature_may_be_a_tensor():

@@ -110,6 +110,6 @@ def test_a_new_form_is_calibrated(linear):
 
 def test_the_command_line_offers_a_new_form(linear, tmp_path):
     dense = save_dense(tmp_path / "dense")
-    options = ["--keep-window-size", "24", "--importance", "linear"]
+    options = ["--keep-window-size", "24", "--importance-form", "linear"]
     assert main(["convert", str(dense), str(tmp_path / "out"), *options]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.flash_dmattn["importance"] == "linear"

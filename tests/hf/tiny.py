@@ -12,7 +12,7 @@ from flash_dmattn_hf.gates.eligibility import INTERFACE
 
 VOCAB_SIZE = 99
 
-_BASE = {
+BASE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -123,10 +123,10 @@ def tiny_config(model_type: str, **overrides):
     """Returns a small config of the model type, without any attention implementation chosen."""
     special = copy.deepcopy(FAMILIES.get(model_type, {}))
     if "text" not in special:
-        return CONFIG_MAPPING[model_type](**{**_BASE, **special, **overrides})
+        return CONFIG_MAPPING[model_type](**{**BASE, **special, **overrides})
     vision_type, vision = special["vision"]
     return CONFIG_MAPPING[model_type](
-        text_config=CONFIG_MAPPING[special["text"]](**{**_BASE, **overrides}),
+        text_config=CONFIG_MAPPING[special["text"]](**{**BASE, **overrides}),
         vision_config=CONFIG_MAPPING[vision_type](**vision),
         image_token_id=VOCAB_SIZE - 1,
     )

@@ -72,7 +72,7 @@ def test_convert_writes_an_ordinary_checkpoint(dense, text, tmp_path, capsys):
 
 def test_every_option_of_the_mask_arrives(dense, tmp_path):
     sizes = "--keep-window-size 24 --num-sink-tokens 2 --local-window-size 5".split()
-    forms = "--importance zoh --importance-heads query --importance-input hidden --dtype bfloat16".split()
+    forms = "--importance-form zoh --importance-heads query --importance-input hidden --dtype bfloat16".split()
     assert main(["convert", str(dense), str(tmp_path / "out"), *sizes, *forms]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     section = model.config.flash_dmattn
@@ -209,7 +209,11 @@ def test_truncated_gguf_is_named(size, tmp_path, capsys):
         (["--keep-window-size", "0"], "--keep-window-size: must be at least 1, got 0"),
         (["--num-sink-tokens", "-1"], "--num-sink-tokens: must be at least 0, got -1"),
         (["--keep-window-size", "8", "--num-sink-tokens", "5", "--local-window-size", "4"], "5 + 4 > 8"),
-        (["--importance", "other"], "invalid choice: 'other'"),
+        (["--importance-form", "other"], "invalid choice: 'other'"),
+        (["--importance", "nowhere"], "--importance: must be a directory, got nowhere"),
+        (["--importance", "zoh"], "must be a directory, got zoh, a form is chosen with --importance-form"),
+        (["--importance", "."], "must contain importance.safetensors and importance.json"),
+        (["--importance", ".", "--keep-window-size", "24"], "--importance brings its dynamic mask with it"),
         (["--calibrate", "nowhere.txt"], "must be a file, got nowhere.txt"),
         (["--calibration-tokens", "9"], "--calibration-tokens needs --calibrate"),
         (["--device", "toaster"], "--device must be a device of this machine, got toaster"),

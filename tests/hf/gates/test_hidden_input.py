@@ -21,7 +21,8 @@ from flash_dmattn_hf import (
     soft_selection,
 )
 from flash_dmattn_hf.conversion.variants import dense
-from flash_dmattn_hf.gates import source
+from flash_dmattn_hf.gates import hidden_states
+from flash_dmattn_hf.gates.importance import importance_of
 from flash_dmattn_hf.training import freeze_all_but_importance, probe
 
 from ..converted import WINDOW, converted
@@ -49,7 +50,7 @@ def gradients(model):
 @pytest.fixture(autouse=True)
 def nothing_stays_behind():
     yield
-    assert source._offer.slot.content is None
+    assert hidden_states._offer.slot.content is None
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -144,7 +145,7 @@ def test_hidden_states_may_come_by_position_or_name_and_are_taken_once():
     assert torch.equal(by_name, by_position)
     value = torch.zeros(2, 2, 45, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="layer 0 did not reach its importance gate: they are taken once"):
-        source.importance_of(layer.self_attn.dma, value)
+        importance_of(layer.self_attn.dma, value)
 
 
 @torch.no_grad()
@@ -153,12 +154,12 @@ def test_nothing_is_kept_when_nobody_takes_it_or_the_forward_breaks(monkeypatch)
     expected = logits_of(model)
     with dense(model):
         logits_of(model)
-        assert source._offer.slot.content is None
+        assert hidden_states._offer.slot.content is None
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[1].self_attn.v_proj, "forward", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             logits_of(model)
-    assert source._offer.slot.content is None
+    assert hidden_states._offer.slot.content is None
     assert torch.equal(logits_of(model), expected)
 
 

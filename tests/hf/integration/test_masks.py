@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, masking_utils
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, StaticCache, masking_utils
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_chunked_causal_mask
 from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
 
-from flash_dmattn_hf import iter_gates
+from flash_dmattn_hf import dynamic_mask_config, iter_gates
 from flash_dmattn_hf.integration.masks import MaskTag, dynamic_mask_mask, tag_of
 
 from ..converted import converted
 from ..dense_definition import by_definition
-from ..tiny import tiny_config, tokens
+from ..tiny import BASE, tiny_config, tokens
 
 
 def config_of(**values):
@@ -90,10 +90,60 @@ def test_chunked_masks_raise():
 def test_recognition_does_not_trust_the_flags():
     two = masking_utils.and_masks(masking_utils.causal_mask_function, _everything)
     chunked = masking_utils.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
-    other = masking_utils.sliding_window_causal_mask_function(4)
-    for function in (two, chunked, other, _everything):
+    for function in (two, chunked, _everything, masking_utils.sliding_window_overlay(3)):
         with pytest.raises(ValueError, match="packed masks only"):
             dynamic_mask_mask(2, 6, 6, mask_function=function, local_size=3, use_vmap=False)
+    other = masking_utils.sliding_window_causal_mask_function(4)
+    assert tag_of(dynamic_mask_mask(2, 6, 6, mask_function=other, local_size=3)).sliding_window == 4
+
+
+NO_BLOCKS = torch.full((2, 6), -1)
+WITHOUT_IMAGES = {
+    "causal": (None, dict(block_sequence_ids=NO_BLOCKS)),
+    "sliding": (3, dict(block_sequence_ids=NO_BLOCKS)),
+    "sliding_inside": (
+        3,
+        dict(
+            or_mask_function=masking_utils.blockwise_overlay(NO_BLOCKS),
+            and_mask_function=masking_utils.sliding_window_overlay(3),
+        ),
+    ),
+    "two_windows": (2, dict(and_mask_function=masking_utils.sliding_window_overlay(2))),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_IMAGES)
+def test_blocks_of_images_that_are_not_there_change_nothing(case):
+    window, overlays = WITHOUT_IMAGES[case]
+    create = create_sliding_mask if case in ("sliding", "two_windows") else create_causal_mask
+    mask = create(config_of(sliding_window=3), **arguments(**overlays))
+    assert (None if mask is None else tag_of(mask).sliding_window) == window
+
+
+def make_gemma3():
+    text = {**BASE, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"mm_tokens_per_image": 4, "image_token_index": 98, "boi_token_index": 97, "eoi_token_index": 96}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8}, **sizes)
+    with dynamic_mask_config(keep_window_size=10):
+        return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="flash_dmattn")
+
+
+def test_token_types_of_text_are_those_of_no_token_types():
+    """A processor always returns token_type_ids; without an image all of them are 0."""
+    model, ids = make_gemma3(), tokens()
+    types = torch.zeros_like(ids)
+    for mode in (model.train(), model.eval()):
+        expected, out = mode(ids, labels=ids), mode(ids, labels=ids, token_type_ids=types)
+        assert torch.equal(out.logits, expected.logits) and torch.equal(out.loss, expected.loss)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, token_type_ids=types, **options), model.generate(ids, **options))
+
+
+def test_token_types_of_an_image_are_refused():
+    ids = tokens()
+    with pytest.raises(ValueError, match="image-block"):
+        make_gemma3()(ids, token_type_ids=(ids > 50).long())
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.integration import attention
 
 from ..converted import converted
+from ..dense_definition import by_definition
 from ..tiny import tokens
 
 LENGTHS = (13, 1, 20, 9)
@@ -106,12 +107,96 @@ def test_documents_and_a_constant_size_cache_are_refused():
             model(**batch, past_key_values=DynamicMaskCache(model))
 
 
-def test_restarting_positions_after_cached_tokens_are_refused():
-    model = converted()
+PADDINGS = {
+    "behind": lambda mask: mask.index_fill_(1, torch.tensor([40, 41, 42]), 0),
+    "before": lambda mask: mask.index_fill_(1, torch.tensor([0, 1, 2]), 0),
+    "at_a_start": lambda mask: mask.index_fill_(1, torch.tensor([34, 35]), 0),
+    "inside": lambda mask: mask.index_fill_(1, torch.tensor([5, 6, 20]), 0),
+    "a_whole_document": lambda mask: mask.index_fill_(1, torch.tensor([13]), 0),
+}
+
+
+@pytest.mark.parametrize("use_cache", [None, False], ids=["default_cache", "no_cache"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("case", PADDINGS)
+def test_documents_and_padding_are_both_obeyed(case, model_type, use_cache):
+    """Row 1 has no padding. Padded tokens have whatever position: here 0 throughout, as generate() gives them."""
+    model, batch = converted(model_type), packed()
+    ids, mask = batch["input_ids"].repeat(2, 1), torch.ones(2, sum(LENGTHS), dtype=torch.long)
+    PADDINGS[case](mask[:1])
+    positions = batch["position_ids"].repeat(2, 1).masked_fill(mask == 0, 0)
     with torch.no_grad():
-        cache = model(tokens(1, 5), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model(tokens(1, 4), position_ids=torch.tensor([[5, 6, 0, 1]]), past_key_values=cache)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=use_cache).logits
+        start = 0
+        for length in LENGTHS:
+            part, start = slice(start, start + length), start + length
+            real = mask[0, part].bool()
+            piece = {"input_ids": ids[:1, part][:, real], "position_ids": positions[:1, part][:, real]}
+            if real.any():
+                expected = model(**piece, use_cache=False).logits[0]
+                torch.testing.assert_close(logits[0, part][real], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1], alone(model), atol=1e-5, rtol=1e-5)
+
+
+def test_documents_with_a_mask_are_refused_while_compiling():
+    torch.compiler.reset()
+    model = torch.compile(converted().train(), fullgraph=True, backend="aot_eager")
+    batch, mask = packed(), torch.ones(1, sum(LENGTHS), dtype=torch.long)
+    with pytest.raises(RuntimeError, match="packed position_ids with an attention_mask cannot be compiled"):
+        model(**batch, attention_mask=mask, use_cache=False)
+    model(batch["input_ids"], attention_mask=mask, use_cache=False)
+
+
+NO_DOCUMENTS = {
+    "gap": torch.cat([torch.arange(12), torch.arange(50, 62)]),
+    "several_gaps": torch.arange(24) + torch.arange(24) // 5 * 3,
+    "groups": torch.arange(24) // 4,
+    "groups_then_neighbours": torch.cat([torch.arange(12) // 3, torch.arange(4, 16)]),
+    "stride": torch.arange(24) * 3,
+    "offset": torch.arange(24) + 100,
+    "constant": torch.full((24,), 7),
+    "zero": torch.zeros(24, dtype=torch.long),
+    "clamped": torch.arange(24).clamp(max=15),
+}
+
+
+@pytest.mark.parametrize("mask", [None, "ones", "padded"])
+@pytest.mark.parametrize("case", NO_DOCUMENTS)
+def test_positions_that_do_not_fall_back_are_only_positions(case, mask):
+    model, positions = converted(), NO_DOCUMENTS[case].expand(2, -1)
+    padding = None if mask is None else torch.ones(2, 24, dtype=torch.long)
+    if mask == "padded":
+        padding[0, :5] = padding[1, 9:12] = 0
+    inputs = {"input_ids": tokens(), "attention_mask": padding, "position_ids": positions}
+    real = torch.ones(2, 24, dtype=torch.bool) if padding is None else padding.bool()
+    with torch.no_grad():
+        for cache in ({"use_cache": False}, {}, {"past_key_values": DynamicMaskCache(model)}):
+            logits = model(**inputs, **cache).logits[real]
+            with by_definition(model):
+                expected = model(**inputs).logits[real]  # the definition looks for no packing here
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["constant_size", "growing"])
+def test_positions_after_cached_tokens_are_only_positions(ours):
+    """Whatever they do: nobody who goes on with a cache starts a document."""
+    model, ids = converted(), tokens(1, 30)
+    positions = torch.cat([torch.arange(20), torch.tensor([5, 6, 7, 0, 1, 2, 30, 30, 9, 4])])[None]
+    with torch.no_grad():
+        with by_definition(model):
+            expected = model(ids, position_ids=positions).logits[:, 20:]  # the definition looks for no packing here
+        cache = DynamicMaskCache(model) if ours else DynamicCache()
+        model(ids[:, :20], position_ids=positions[:, :20], past_key_values=cache)
+        logits = model(ids[:, 20:], position_ids=positions[:, 20:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_goes_on_from_positions_with_a_gap():
+    model, positions = converted(), NO_DOCUMENTS["gap"].expand(2, -1)
+    options = {"attention_mask": torch.ones(2, 24, dtype=torch.long), "max_new_tokens": 4, "do_sample": False}
+    options |= {"eos_token_id": None, "pad_token_id": 0, "position_ids": positions}
+    cached = model.generate(tokens(), **options)
+    assert torch.equal(cached, model.generate(tokens(), **options, use_cache=False))
 
 
 def test_cu_seqlens_need_one_row():

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertModel, DynamicCache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
@@ -33,6 +33,7 @@ _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "n_inner": 32, "vocab_size": 99}
 
 _NOT_DISPATCHED = "never calls the attention interface|has no class for flash_dmattn"
+_BY_NAME = "it chooses its attention class by the name of the implementation"
 
 REFUSED = {
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "attention sinks"),
@@ -63,11 +64,11 @@ REFUSED = {
         },
         "attention_chunk_size",
     ),
-    "falcon": ({}, _NOT_DISPATCHED),
-    **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _NOT_DISPATCHED)}),
+    "falcon": ({}, _BY_NAME),
+    **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _BY_NAME)}),
     "gpt_neo": (
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-        _NOT_DISPATCHED,
+        _BY_NAME,
     ),
     "bloom": ({"n_layer": 2, "n_head": 4}, _NOT_DISPATCHED),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, _NOT_DISPATCHED),
@@ -92,6 +93,15 @@ def test_refused_families(model_type):
     with pytest.raises(ValueError, match=sentence):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_dmattn")
         model(tokens())
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_encoder_decoders_are_refused_as_such(model_type):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    config = CONFIG_MAPPING[model_type](**sizes, decoder_start_token_id=0)
+    with torch.device("meta"), pytest.raises(ValueError, match="it is an encoder-decoder"):
+        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="flash_dmattn")
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt_oss"])

@@ -6,11 +6,12 @@ import textwrap
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig
 
 from flash_dmattn_hf import register, unregister
 from flash_dmattn_hf.integration import registration
 
+from ..generation_models import greedy, make_model, make_prompt
 from ..tiny import tiny_model, tokens
 
 SNAPSHOT = """
@@ -95,3 +96,44 @@ def test_a_dense_model_has_no_hooks_of_ours():
     model = tiny_model("llama")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.isfinite(model(tokens()).logits).all()
+
+
+ASK = """
+import sys
+{before}
+import flash_dmattn_hf
+{after}
+from transformers import LlamaConfig
+from transformers.utils.generic import is_flash_attention_requested as late
+for name in ("flash_dmattn", "dmattn", "flash_attention_2", "sdpa"):
+    config = LlamaConfig()
+    config._attn_implementation_internal = name
+    print(*(int(ask(config)) + int(ask(requested_attention_implementation=name)) for ask in (late, client.ask)))
+flash_dmattn_hf.unregister()
+print(int(client.ask.__module__ == "transformers.utils.generic" and not hasattr(client.ask, "__wrapped__")))
+"""
+
+
+@pytest.mark.parametrize("order", [("import client", ""), ("", "import client")], ids=["before", "after"])
+def test_libraries_that_ask_for_flash_in_the_name_hear_no(tmp_path, order):
+    """Whether they import transformers' function before or after us."""
+    (tmp_path / "client.py").write_text(
+        "from transformers.utils import generic\n"
+        "from transformers.utils.generic import is_flash_attention_requested\n"
+        "def __getattr__(name):\n    return is_flash_attention_requested\n"
+    )
+    program = ASK.format(before=order[0], after=order[1])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:5] == ["0 0", "0 0", "2 2", "0 0", "1"]
+
+
+@pytest.mark.parametrize("name", ["flash_dmattn", "dmattn"])
+def test_a_compile_config_keeps_its_fullgraph(name):
+    """transformers takes fullgraph away from FlashAttention."""
+    model = make_model("llama-topk")
+    model.set_attn_implementation(name)
+    config = CompileConfig(fullgraph=True, backend="eager")
+    config._compile_all_devices = True
+    greedy(model, *make_prompt(), new=3, cache_implementation="static", compile_config=config)
+    assert config.fullgraph

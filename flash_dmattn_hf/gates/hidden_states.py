@@ -1,7 +1,7 @@
-"""What the importance of a token is computed from: its values, or the hidden state that its layer's projections read.
+"""The hidden states that a layer's projections read, on their way to its gate: transformers passes them to nobody else.
 
-Values reach the attention function and the cache anyway. Hidden states do not: hooks on the attention module offer them
-while it runs, and whoever computes the importance takes them. Both happen in one thread, and modules keep nothing.
+Hooks on the attention module offer them while it runs, and whoever computes the importance takes them. Both happen in
+one thread, and modules keep nothing.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flash_dmattn_hf.gates.importance import Gate, get_gate
+from flash_dmattn_hf.names import GATE_NAME
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
 ARGUMENT = "hidden_states"
@@ -43,22 +43,18 @@ def stop_offering(module: nn.Module) -> None:
 
 
 def _make_offer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    _offer.slot.content = (get_gate(module), kwargs[ARGUMENT] if ARGUMENT in kwargs else args[0])
+    _offer.slot.content = (getattr(module, GATE_NAME), kwargs[ARGUMENT] if ARGUMENT in kwargs else args[0])
 
 
 def _drop_offer(module: nn.Module, args: tuple, output: Any) -> None:
     _offer.slot.content = None
 
 
-def source_of(gate: Gate, value: torch.Tensor) -> torch.Tensor:
-    """Returns what a gate reads of the tokens that its layer attends to, (B, heads, S, dim); once for each forward.
+def take_hidden_states(gate: Any, value: torch.Tensor) -> torch.Tensor:
+    """Returns the hidden states (B, S, hidden size) of the tokens with these values (B, Hkv, S, D); once per forward.
 
-    value: (B, Hkv, S, D), as the cache or the attention function is given them. Returns it, or for
-    importance_input="hidden" the hidden states as those of one head, (B, 1, S, hidden size).
     Raises ValueError when there are hidden states of some of the tokens only, RuntimeError when there are none.
     """
-    if gate.config.importance_input == "value":
-        return value
     slot = _offer.slot
     offer, slot.content = slot.content, None
     if offer is None or offer[0] is not gate:
@@ -73,9 +69,4 @@ def source_of(gate: Gate, value: torch.Tensor) -> torch.Tensor:
             f"{gate.layer_idx}, got those of the last {hidden_states.shape[1]}: only a DynamicMaskCache(model) keeps "
             "the importance of cached tokens"
         )
-    return hidden_states.unsqueeze(1).to(value.device)
-
-
-def importance_of(gate: Gate, value: torch.Tensor) -> torch.Tensor:
-    """Returns the importance (B, Hi, S) of the tokens with these values (B, Hkv, S, D); as `source_of`, once."""
-    return gate(source_of(gate, value))
+    return hidden_states.to(value.device)

@@ -1,0 +1,258 @@
+"""Distillation: a model with dynamic masks learns, through a soft cut, to predict what the dense model predicts."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.soft_selection import hard_selection, soft_selection
+from flash_dmattn_hf.training.deferred_logits import DeferredLogits, deferred_logits
+from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES, DistillationArguments
+from flash_dmattn_hf.training.distillation_course import DistillationCourse
+from flash_dmattn_hf.training.distillation_loss import Distillation, chunked_distillation_loss
+from flash_dmattn_hf.training.gate_preparation import check_gates, prepare_gates
+from flash_dmattn_hf.training.held_out import WINDOW_LOSS, HeldOut
+from flash_dmattn_hf.training.importance import IMPORTANCE_GROUP
+from flash_dmattn_hf.training.standardized_inputs import StandardizedLayer, clip_each_group, standardize_inputs
+from flash_dmattn_hf.training.teacher import make_teacher
+from flash_dmattn_hf.training.temperature import geometric_schedule
+
+NUM_MEASURED = 4
+"""Training examples on which the inputs of dt_proj are measured."""
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose loss is KL(teacher || model) over the vocabulary, in nats per token, with soft selection.
+
+    What trains is what requires a gradient: with the backbone frozen the importance alone, else all weights, or an
+    adapter of PEFT (`modules_to_save=["dma"]`). dt_proj of every gate always trains, `A` never
+    (`training.gate_preparation` says why). Learning rates and temperature follow `training.distillation_course`.
+
+    model: a converted causal language model, or one inside a PeftModel. Start from a calibrated one.
+    train_dataset: examples with input_ids (S,), such as `FarReuse`; token_weights (S,) and attention_mask (S,) where
+        there are. The weights of an example count in proportion, and every example counts the same.
+    teacher: a model with the same vocabulary; None: the model itself with dense attention, its adapter off, or a frozen
+        copy of it where all weights train (in bfloat16 under bfloat16 autocast).
+    held_out: text on which the model is measured with the hard mask, `num_evaluations` times.
+
+    Added to the log: kld (unweighted), top1, temperature, gate_learning_rate, tokens_per_second, and of held-out text
+    `held_out/kld`, `held_out/top1`, `held_out/gap` and one figure for each task of the prompts.
+
+    Raises ValueError for a model without gates, another vocabulary of the teacher, an output layer that is no plain
+    linear layer, or a hard_share in which nothing would have a gradient.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: DistillationArguments,
+        *,
+        train_dataset: Dataset,
+        teacher: nn.Module | None = None,
+        held_out: HeldOut | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        check_gates(model)
+        in_gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
+        trains_backbone = any(p.requires_grad and id(p) not in in_gates for p in model.parameters())
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # or the Trainer would use DataParallel, whose threads share one output layer
+        adds_bias = any(gate.config.add_importance_bias for _, _, gate in iter_gates(model))
+        if args.hard_share and not (trains_backbone or adds_bias):
+            raise ValueError(
+                f"hard_share must be 0, got {args.hard_share}: nothing would have a gradient under the hard mask, "
+                "because only the importance trains and it is not added to the logits"
+            )
+        super().__init__(
+            model,
+            args,
+            data_collator=_collate,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            callbacks=[*callbacks, _Conductor(self)],
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, to be divided by the accumulation steps
+        self.teacher = make_teacher(
+            self.model,
+            None if teacher is None else teacher.to(args.device),
+            trains_backbone=trains_backbone,
+            dtype=torch.bfloat16 if args.bf16 else None,
+        )
+        self.held_out = held_out
+        stage = "all" if trains_backbone else "importance"
+        self.gate_learning_rate = args.gate_learning_rate or GATE_LEARNING_RATES[stage]
+        first, last = TEMPERATURES[stage]
+        self.temperature_of = geometric_schedule(args.first_temperature or first, args.last_temperature or last)
+        self._softly, self._soft = ExitStack(), None
+        self._layers: list[StandardizedLayer] = []
+        self._seen: list[torch.Tensor] = []
+        self._num_tokens, self._seconds, self._gate_rate = 0, 0.0, 0.0
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As of Trainer. The importance is trainable, and selected softly, until it returns."""
+        softly = soft_selection(self.model, temperature=self.temperature_of(0.0), band=self.args.selection_band)
+        self.optimizer = self.lr_scheduler = None
+        with ExitStack() as afterwards, self._softly:
+            gates = [gate for _, _, gate in iter_gates(self.model)]
+            for parameter in (p for gate in gates for p in (gate.A, *gate.dt_proj.parameters())):
+                afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(True)
+            self._soft = self._softly.enter_context(softly)
+            for gate in gates:
+                gate.A.requires_grad_(False)
+            count = min(NUM_MEASURED, len(self.train_dataset))
+            stretches = [torch.as_tensor(self.train_dataset[index]["input_ids"]) for index in range(count)]
+            with hard_selection():
+                self._layers = prepare_gates(self.model, stretches)
+            return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the backbone and dt_proj, whose inputs it sees standardised; each is clipped alone."""
+        if self.optimizer is not None:
+            return self.optimizer
+        gates = [parameter for layer in self._layers for parameter in layer[:2] if parameter is not None]
+        in_gates = {id(parameter) for _, _, gate in iter_gates(self.model) for parameter in gate.parameters()}
+        backbone = [p for p in self.model.parameters() if p.requires_grad and id(p) not in in_gates]
+        groups = [
+            {
+                "name": "backbone",
+                "params": backbone,
+                "lr": self.args.learning_rate,
+                "weight_decay": self.args.weight_decay,
+            },
+            {"name": IMPORTANCE_GROUP, "params": gates, "lr": self.gate_learning_rate, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            fused=True if gates[0].is_cuda else None,
+        )
+        standardize_inputs(self.optimizer, self._layers)
+        clip_each_group(self.optimizer, self.args.clip_norm)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> DistillationCourse:
+        """The course of the run, which the temperature follows too."""
+        if self.lr_scheduler is None:
+            minutes = self.args.max_minutes
+            self.lr_scheduler = DistillationCourse(
+                self.optimizer if optimizer is None else optimizer,
+                max_steps=num_training_steps,
+                max_seconds=None if minutes is None else 60 * minutes,
+            )
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+        """The mean over the examples of their weighted mean KL, (). Outputs, if asked for, are none."""
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        weights = inputs.pop("token_weights", inputs.get("attention_mask"))
+        with self.accelerator.autocast():
+            expected = self.teacher.logits(inputs)
+        with deferred_logits(self.model):
+            found = model(**inputs, use_cache=False).logits
+        result = _loss(found, expected, weights)
+        self._seen.append(torch.stack([result.kld, result.top1]).detach().float())
+        self._num_tokens += inputs["input_ids"].numel()
+        return (result.loss, {}) if return_outputs else result.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As of Trainer; an entry with a loss gets the figures of the steps since the last."""
+        if "loss" in logs:
+            logs |= self._figures()
+        super().log(logs, start_time)
+
+    def _figures(self) -> dict[str, float]:
+        kld, top1 = self.accelerator.reduce(torch.stack(self._seen).mean(0), "mean").tolist()
+        seconds = self.lr_scheduler.seconds
+        figures = {
+            "kld": kld,
+            "top1": top1,
+            "gate_learning_rate": self._gate_rate,
+            "tokens_per_second": self._num_tokens * self.accelerator.num_processes / max(seconds - self._seconds, 1e-9),
+        }
+        if self._soft is not None:
+            figures["temperature"] = self._soft.temperature
+        self._seen, self._num_tokens, self._seconds = [], 0, seconds
+        return figures
+
+    def follow(self, share: float) -> None:
+        """Sets the temperature for the step that begins when this share of the run is over."""
+        self._gate_rate = self.optimizer.param_groups[-1]["lr"]
+        soft_share = 1 - self.args.hard_share
+        if self._soft is not None and share < soft_share:
+            self._soft.temperature = self.temperature_of(share / soft_share)
+        elif self._soft is not None and self.args.hard_share:
+            self._softly.close()
+            self._soft = None
+
+    def measure(self) -> None:
+        """Measures the model on the held-out text, with the hard mask, and logs it."""
+        if self.held_out is None or not self.is_world_process_zero():
+            return
+        known = [entry[WINDOW_LOSS] for entry in self.state.log_history if WINDOW_LOSS in entry]
+        with hard_selection(), self.lr_scheduler.paused():
+            figures = {} if known else {WINDOW_LOSS: self.held_out.window_loss(self.model, self.teacher)}
+            window_loss = (known or list(figures.values()))[0]
+            figures |= self.held_out.measure(self.model, self.teacher, window_loss)
+        should_log = self.control.should_log
+        self.log(figures)
+        self.control.should_log = should_log  # any log entry would take the place of the one that is due
+
+
+class _Conductor(TrainerCallback):
+    """Sets the temperature before every step, measures between steps, and ends the run when its time is over."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        if state.global_step == 0:
+            self.trainer.measure()
+        self.share = lr_scheduler.share
+        self.trainer._seconds = lr_scheduler.seconds
+        lr_scheduler.start()
+
+    def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        self.trainer.follow(lr_scheduler.share)
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        before, self.share = self.share, lr_scheduler.share
+        if int(before * args.num_evaluations) < int(self.share * args.num_evaluations):
+            self.trainer.measure()
+        if self.share >= 1:
+            control.should_training_stop = True
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stacks examples of equal length."""
+    return {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in examples[0]}
+
+
+def _loss(found: DeferredLogits, expected: DeferredLogits, weights: torch.Tensor | None) -> Distillation:
+    if weights is not None:
+        weights = weights.float()
+        weights = (weights * weights.shape[1] / weights.sum(1, keepdim=True).clamp_min(1e-9)).flatten()
+    names = ("hidden", "weight", "bias")
+    return chunked_distillation_loss(
+        **dict(zip(names, found.operands(), strict=True)),
+        **{f"teacher_{name}": tensor for name, tensor in zip(names, expected.operands(), strict=True)},
+        operations=found.operations,
+        teacher_operations=expected.operations,
+        token_weights=weights,
+    )

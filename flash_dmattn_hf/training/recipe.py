@@ -1,0 +1,167 @@
+"""The recipe of a distillation from a dense checkpoint: mask, data, stages and schedules, validated."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from flash_dmattn_hf.config import IMPORTANCE_INPUTS, DynamicMaskConfig
+from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES
+
+STAGES = ("importance", "all")
+"""The importance with a frozen backbone; then all weights, or an adapter."""
+
+_COUNTS = {
+    "keep_window_size": 1,
+    "num_sink_tokens": 0,
+    "local_window_size": 0,
+    "length": 64,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps": 1,
+    "lora_rank": 1,
+    "max_tokens": 1,
+    "save_steps": 1,
+    "evaluations": 0,
+    "eval_stretches": 1,
+    "samples": 1,
+}
+_OPTIONAL = ("local_window_size", "steps", "lora_rank")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `flash-dmattn distill` does; a YAML file of it has these names.
+
+    keep_window_size, num_sink_tokens, local_window_size, importance_input, add_importance_bias: of the mask; a
+        local_window_size of None is a quarter of the window. dt_proj always has a bias (`training.gate_preparation`).
+    length: tokens of a stretch. batch_size: stretches of a forward. gradient_accumulation_steps: forwards of a step.
+    minutes, steps: how long all stages together train; one of them is None.
+    stages: of `STAGES`, in their order. importance_share: share of the run for the first where there are both.
+    lora_rank: train an adapter of this rank in the second stage instead of all weights, and merge it.
+    learning_rate: of the backbone or adapter. gate_learning_rates, temperatures: for each stage.
+    selection_band, hard_share: as in `DistillationArguments`; hard_share is that of the last stage.
+    gradient_checkpointing: less memory for a third more time. seed: of data and adapter.
+    max_tokens: of the data to read. save_steps: steps between checkpoints of a run that can be resumed.
+    evaluations: on held-out text in each stage. eval_stretches: of it. tasks, samples: of its recall prompts.
+
+    Raises ValueError for values outside of these.
+    """
+
+    keep_window_size: int = 512
+    num_sink_tokens: int = 4
+    local_window_size: int | None = None
+    importance_input: str = "value"
+    add_importance_bias: bool = False
+    length: int = 4096
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    minutes: float | None = None
+    steps: int | None = None
+    stages: tuple[str, ...] = STAGES
+    importance_share: float = 0.25
+    lora_rank: int | None = None
+    learning_rate: float = 1e-4
+    gate_learning_rates: dict[str, float] = field(default_factory=lambda: dict(GATE_LEARNING_RATES))
+    temperatures: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(TEMPERATURES))
+    selection_band: float | None = 1.5
+    hard_share: float = 0.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    max_tokens: int = 2**26
+    save_steps: int = 200
+    evaluations: int = 4
+    eval_stretches: int = 16
+    tasks: tuple[str, ...] | None = None
+    samples: int = 2
+
+    def __post_init__(self) -> None:
+        for name, smallest in _COUNTS.items():
+            number = getattr(self, name)
+            if number is None and name in _OPTIONAL:
+                continue
+            if type(number) is not int or number < smallest:
+                raise ValueError(f"{name} must be an integer of at least {smallest}, got {number!r}")
+        if self.minutes is None and self.steps is None:
+            object.__setattr__(self, "minutes", 20.0)
+        if self.minutes is not None and self.steps is not None:
+            raise ValueError(f"minutes or steps must be given, got both: {self.minutes} and {self.steps}")
+        for name in ("minutes", "learning_rate"):
+            number = getattr(self, name)
+            if number is not None and not _is_positive(number):
+                raise ValueError(f"{name} must be above 0, got {number!r}")
+        self._check_stages()
+        if self.selection_band is not None and not (_is_positive(self.selection_band) and self.selection_band >= 1):
+            raise ValueError(f"selection_band must be None or at least 1, got {self.selection_band!r}")
+        if self.importance_input not in IMPORTANCE_INPUTS:
+            choices = list(IMPORTANCE_INPUTS)
+            raise ValueError(f"importance_input must be one of {choices}, got {self.importance_input!r}")
+        for name in ("add_importance_bias", "gradient_checkpointing"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.length < self.keep_window_size + 2:
+            raise ValueError(
+                f"length must be at least keep_window_size + 2 = {self.keep_window_size + 2}, so that there are rows "
+                f"beyond the window, got {self.length}"
+            )
+        self.mask()
+
+    def _check_stages(self) -> None:
+        stages = tuple(stage for stage in STAGES if stage in self.stages)
+        if isinstance(self.stages, str) or not stages or list(stages) != list(self.stages):
+            raise ValueError(f"stages must be one or both of {list(STAGES)}, in this order, got {self.stages!r}")
+        object.__setattr__(self, "stages", stages)
+        for name in ("importance_share", "hard_share"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {share!r}")
+        if len(stages) == 2 and self.importance_share == 0:
+            raise ValueError("importance_share must be above 0 with the stage importance, got 0")
+        if self.lora_rank is not None and "all" not in stages:
+            raise ValueError(f"lora_rank needs the stage all, got the stages {list(stages)}")
+        for name, default in (("gate_learning_rates", GATE_LEARNING_RATES), ("temperatures", TEMPERATURES)):
+            values = getattr(self, name)
+            if not isinstance(values, dict) or not set(values) <= set(STAGES):
+                raise ValueError(f"{name} must be a mapping from {list(STAGES)}, got {values!r}")
+            object.__setattr__(self, name, {**default, **values})
+        for stage in STAGES:
+            if not _is_positive(self.gate_learning_rates[stage]):
+                raise ValueError(f"gate_learning_rates must be above 0, got {self.gate_learning_rates[stage]!r}")
+            pair = self.temperatures[stage]
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_positive, pair)):
+                raise ValueError(f"temperatures must be a first and a last one above 0 for each stage, got {pair!r}")
+            self.temperatures[stage] = tuple(pair)
+
+    def mask(self) -> DynamicMaskConfig:
+        """Returns the settings of the conversion. Raises ValueError for sizes that do not fit."""
+        local = self.keep_window_size // 4 if self.local_window_size is None else self.local_window_size
+        return DynamicMaskConfig(
+            keep_window_size=self.keep_window_size,
+            num_sink_tokens=self.num_sink_tokens,
+            local_window_size=local,
+            importance_input=self.importance_input,
+            add_importance_bias=self.add_importance_bias,
+            dt_proj_bias=True,
+        )
+
+    def limit_of(self, stage: str) -> dict[str, float | int]:
+        """Returns the minutes or steps of a stage, under the name of its training argument."""
+        share = 1.0
+        if len(self.stages) == 2:
+            share = self.importance_share if stage == "importance" else 1 - self.importance_share
+        if self.steps is not None:
+            return {"max_steps": max(1, round(self.steps * share))}
+        return {"max_minutes": self.minutes * share}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> "Recipe":
+        """Reads what a YAML file holds. Raises ValueError naming `where` for unknown names."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} must hold a mapping, got {type(values).__name__}")
+        known = [entry.name for entry in fields(cls)]
+        if unknown := sorted(str(name) for name in values if name not in known):
+            raise ValueError(f"{where} must only have the names {known}, got {unknown}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _is_positive(number: Any) -> bool:
+    return not isinstance(number, bool) and isinstance(number, int | float) and 0 < number < math.inf

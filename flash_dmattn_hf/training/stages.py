@@ -1,0 +1,100 @@
+"""One stage of a distillation: the importance alone, all weights, or an adapter that is merged afterwards."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from flash_dmattn_hf.training.distillation import DistillationTrainer
+from flash_dmattn_hf.training.distillation_arguments import DistillationArguments
+from flash_dmattn_hf.training.far_reuse import FarReuse
+from flash_dmattn_hf.training.held_out import HeldOut
+from flash_dmattn_hf.training.recipe import STAGES, Recipe
+
+MOST_STEPS = 10**6
+"""Steps of a run that is limited by time."""
+
+
+def train_stage(
+    model: PreTrainedModel,
+    stage: str,
+    recipe: Recipe,
+    input_ids: torch.Tensor,
+    folder: Path,
+    *,
+    leading: Sequence[int] = (),
+    held_out: HeldOut | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """Trains a converted model, in place, on its device; goes on from the last checkpoint in `folder` if there is one.
+
+    input_ids: (N,) token ids of the text. leading: special token ids in front of every stretch.
+    Returns the model in eval mode, an adapter merged into it, and the log. Raises ValueError if nothing can be learned.
+    """
+    use_cache, is_cuda = model.config.use_cache, model.device.type == "cuda"
+    limit = {"max_steps": MOST_STEPS, **recipe.limit_of(stage)}
+    first, last = recipe.temperatures[stage]
+    arguments = DistillationArguments(
+        output_dir=str(folder),
+        **limit,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        gate_learning_rate=recipe.gate_learning_rates[stage],
+        first_temperature=first,
+        last_temperature=last,
+        selection_band=recipe.selection_band,
+        hard_share=recipe.hard_share if stage == recipe.stages[-1] else 0.0,
+        num_evaluations=recipe.evaluations,
+        bf16=is_cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=not is_cuda,
+        dataloader_pin_memory=is_cuda,
+        seed=recipe.seed,
+        logging_steps=10,
+        save_steps=recipe.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    examples = limit["max_steps"] * recipe.batch_size * recipe.gradient_accumulation_steps
+    # Every stage reads other stretches.
+    seed = len(STAGES) * recipe.seed + STAGES.index(stage)
+    data = FarReuse(input_ids, length=recipe.length, count=examples, seed=seed, leading=leading)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.requires_grad_(stage == "all")
+    trained = _adapted(model, recipe) if stage == "all" and recipe.lora_rank is not None else model
+    trainer = DistillationTrainer(trained, arguments, train_dataset=data, held_out=held_out, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    log = trainer.state.log_history
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model = trained if trained is model else trained.merge_and_unload()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.config.use_cache = use_cache  # the Trainer switches it off
+    del trainer, trained
+    gc.collect()
+    if is_cuda:
+        torch.cuda.empty_cache()
+    return model.eval(), log
+
+
+def _adapted(model: PreTrainedModel, recipe: Recipe):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("an adapter needs the package peft: pip install peft") from error
+    torch.manual_seed(recipe.seed)
+    rank = recipe.lora_rank
+    options = {"target_modules": "all-linear", "modules_to_save": ["dma"], "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **options))
+    if recipe.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted

@@ -1,0 +1,75 @@
+"""The teacher of a distillation: the same model with dense attention, under weights that do not move."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from flash_dmattn_hf.conversion.variants import dense
+from flash_dmattn_hf.evaluation.final_states import evaluating
+from flash_dmattn_hf.gates.attach import text_config_of
+from flash_dmattn_hf.names import is_ours
+from flash_dmattn_hf.training.deferred_logits import DeferredLogits, check_output_layer_of, deferred_logits
+
+
+class Teacher:
+    """A model that is run without gradients and in eval mode.
+
+    model: that is run. mode: a context manager inside which it is the teacher, such as with dense attention.
+    """
+
+    def __init__(self, model: nn.Module, mode: Callable[[], AbstractContextManager]) -> None:
+        self.model, self.mode = model, mode
+
+    def logits(self, inputs: dict[str, Any]) -> DeferredLogits:
+        """Returns the deferred logits (B, S, vocabulary) of the model for these keyword arguments."""
+        with self.mode(), evaluating(self.model), deferred_logits(self.model):
+            return self.model(**inputs, use_cache=False).logits
+
+
+def make_teacher(
+    student: nn.Module, given: nn.Module | None, *, trains_backbone: bool, dtype: torch.dtype | None
+) -> Teacher:
+    """Returns the teacher of a converted model.
+
+    given: a model with the student's vocabulary; None: the student itself with its adapter off if it is a PeftModel, or
+        if its backbone is frozen; a frozen copy of it otherwise.
+    dtype: of the copy's weights; None: the student's. Raises ValueError for another vocabulary.
+    """
+    if given is not None:
+        _check_vocabulary(student, given)
+        given.requires_grad_(False)
+        uses_masks = is_ours(text_config_of(given)._attn_implementation)
+        return Teacher(given, lambda: dense(given) if uses_masks else nullcontext())
+    if hasattr(student, "disable_adapter"):
+        return Teacher(student, lambda: _without_adapter(student))
+    if not trains_backbone:
+        return Teacher(student, lambda: dense(student))
+    frozen = copy.deepcopy(student).requires_grad_(False)
+    if dtype is not None:
+        cast_parameters(frozen, dtype)
+    return Teacher(frozen, lambda: dense(frozen))
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model's weights, but not its buffers: rotary frequencies would lose too much."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    with dense(model.get_base_model()), model.disable_adapter():
+        yield
+
+
+def _check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
+    student = student.get_base_model() if hasattr(student, "get_base_model") else student
+    teacher = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
+    sizes = [check_output_layer_of(model).weight.shape[0] for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"teacher must have the student's vocabulary of {sizes[0]} words, got {sizes[1]}")

@@ -1,0 +1,125 @@
+"""Text for a distillation comes from files, directories and data sets, and a part of it is held out."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from flash_dmattn_hf.cli.distill_data import HELD_OUT, hold_out, read_data
+
+from ..cli_models import tokenizer
+
+CHARACTERS = tokenizer()
+END = CHARACTERS.eos_token_id
+
+
+def ids(text):
+    return CHARACTERS(text, add_special_tokens=False)["input_ids"]
+
+
+def read(*items, max_tokens=1000, column="text", split="train"):
+    return read_data(
+        CHARACTERS, list(map(str, items)), max_tokens=max_tokens, column=column, split=split, progress=False
+    ).tolist()
+
+
+def test_files_and_directories_are_read_in_order(tmp_path):
+    (tmp_path / "one.py").write_text("abc")
+    folder = tmp_path / "folder" / "deeper"
+    folder.mkdir(parents=True)
+    (folder / "b.txt").write_text("second")
+    (tmp_path / "folder" / "c.txt").write_text("third")
+    (folder / "ignored.md").write_text("no")
+    (folder / "empty.txt").write_text("")
+    expected = ids("abc") + [END] + ids("third") + [END] + ids("second") + [END]
+    assert sorted(read(tmp_path / "one.py", tmp_path / "folder")) == sorted(expected)
+    assert read(tmp_path / "one.py", tmp_path / "folder")[:4] == ids("abc") + [END]
+    assert read(tmp_path / "folder", max_tokens=3) == read(tmp_path / "folder")[:3]
+
+
+def stub_datasets(monkeypatch, rows, columns=("text", "other")):
+    """The package datasets, as far as it is called; notes how."""
+    calls = []
+
+    class Rows(list):
+        column_names = list(columns)
+
+    module = ModuleType("datasets")
+
+    def load_dataset(*args, **kwargs):
+        calls.append(("load_dataset", args, kwargs))
+        return Rows(rows)
+
+    def load_from_disk(path):
+        calls.append(("load_from_disk", path))
+        return {"train": Rows(rows), "test": Rows(rows[:1])}
+
+    module.load_dataset, module.load_from_disk = load_dataset, load_from_disk
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+ROWS = [{"text": "first", "other": "x"}, {"text": None, "other": "y"}, {"text": "third", "other": "z"}]
+
+
+@pytest.mark.parametrize(("suffix", "loader"), [("jsonl", "json"), ("parquet", "parquet"), ("csv", "csv")])
+def test_a_file_of_a_data_set(tmp_path, monkeypatch, suffix, loader):
+    calls = stub_datasets(monkeypatch, ROWS)
+    file = tmp_path / f"data.{suffix}"
+    file.write_text("")
+    assert read(file) == ids("first") + [END] + ids("third") + [END]
+    assert calls == [("load_dataset", (loader,), {"data_files": str(file), "split": "train", "streaming": True})]
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    calls = stub_datasets(monkeypatch, ROWS)
+    assert read("owner/name", column="other", split="test") == ids("x") + [END] + ids("y") + [END] + ids("z") + [END]
+    assert calls == [("load_dataset", ("owner/name",), {"split": "test", "streaming": True})]
+
+
+def test_a_saved_data_set(tmp_path, monkeypatch):
+    calls = stub_datasets(monkeypatch, ROWS)
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert read(tmp_path, split="test") == ids("first") + [END]
+    assert calls == [("load_from_disk", str(tmp_path))]
+
+
+def test_the_package_datasets_reads_a_file(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is an optional dependency")
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert read(file) == ids("first") + [END] + ids("third") + [END]
+
+
+def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    stub_datasets(monkeypatch, ROWS)
+    with pytest.raises(ValueError, match="--text-column must be a column of owner/name, .* got body"):
+        read("owner/name", column="body")
+    with pytest.raises(ValueError, match="--data must exist, got ./nothing"):
+        read("./nothing")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="--data must hold text, got none in"):
+        read(tmp_path / "empty.txt")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="--data owner/name is no text file, .*: pip install datasets"):
+        read("owner/name")
+
+
+@pytest.mark.parametrize("count", [2000, 2019, 16000, 100000, 1000003])
+def test_a_twentieth_in_blocks_of_stretches_is_held_out(count):
+    text = torch.arange(count)
+    training, held_out = hold_out(text, 100)
+    assert len(held_out) >= 100 and len(training) == (HELD_OUT - 1) * len(held_out)
+    assert not set(training.tolist()) & set(held_out.tolist())
+    assert len(training) + len(held_out) > 0.9 * count
+    assert (training.diff() > 0).all() and (held_out.diff() > 0).all()
+    pieces = (held_out.diff() != 1).nonzero().flatten()
+    starts = [0, *(pieces + 1).tolist(), len(held_out)]
+    assert all(end - start >= 100 for start, end in zip(starts, starts[1:], strict=False))
+
+
+def test_a_text_of_a_few_windows_is_refused():
+    with pytest.raises(ValueError, match="--data must hold at least 20 stretches of --length 100, .* got 1999"):
+        hold_out(torch.arange(1999), 100)

@@ -1,0 +1,78 @@
+"""A recipe is checked as a whole, and the files in configs are recipes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flash_dmattn_hf.training.recipe import Recipe
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+def from_file(name):
+    return Recipe.from_dict(yaml.safe_load((CONFIGS / name).read_text()), name)
+
+
+def test_the_file_of_the_whole_recipe_has_the_defaults():
+    assert from_file("distill.yaml") == Recipe()
+
+
+def test_the_file_for_the_importance_alone_differs_in_stages_and_input():
+    assert from_file("distill_importance.yaml") == Recipe(stages=("importance",), importance_input="hidden")
+
+
+def test_a_quarter_of_the_window_is_local_and_dt_proj_has_a_bias():
+    mask = Recipe(keep_window_size=200).mask()
+    assert (mask.local_window_size, mask.num_sink_tokens, mask.dt_proj_bias) == (50, 4, True)
+    assert mask.add_importance_bias is False and Recipe(local_window_size=7).mask().local_window_size == 7
+
+
+def test_limits_are_shared_between_the_stages():
+    assert Recipe().limit_of("importance") == {"max_minutes": 5.0}
+    assert Recipe().limit_of("all") == {"max_minutes": 15.0}
+    assert Recipe(steps=50).limit_of("importance") == {"max_steps": 12}
+    assert Recipe(steps=50).limit_of("all") == {"max_steps": 38}
+    assert Recipe(stages=("all",), minutes=3.0).limit_of("all") == {"max_minutes": 3.0}
+    assert Recipe(stages=("importance",), steps=9).limit_of("importance") == {"max_steps": 9}
+
+
+def test_one_stage_of_a_mapping_leaves_the_other_at_its_default():
+    recipe = Recipe(gate_learning_rates={"all": 1e-3})
+    assert recipe.gate_learning_rates == {"importance": 1e-2, "all": 1e-3}
+
+
+WRONG = {
+    "keep_window_size": (0, "keep_window_size must be an integer of at least 1, got 0"),
+    "length": (513, r"length must be at least keep_window_size \+ 2 = 514, .* got 513"),
+    "batch_size": (2.5, "batch_size must be an integer of at least 1, got 2.5"),
+    "minutes": (0, "minutes must be above 0, got 0"),
+    "learning_rate": ("fast", "learning_rate must be above 0, got 'fast'"),
+    "stages": (["all", "importance"], r"stages must be one or both of \['importance', 'all'\], in this order"),
+    "importance_share": (1, "importance_share must be at least 0 and below 1, got 1"),
+    "hard_share": (-0.1, "hard_share must be at least 0 and below 1, got -0.1"),
+    "gate_learning_rates": ({"all": 0.0}, "gate_learning_rates must be above 0, got 0.0"),
+    "temperatures": ({"all": [0.3, 0.0]}, "temperatures must be a first and a last one above 0 for each stage"),
+    "selection_band": (0.5, "selection_band must be None or at least 1, got 0.5"),
+    "importance_input": ("keys", "importance_input must be one of"),
+    "add_importance_bias": (1, "add_importance_bias must be true or false, got 1"),
+    "local_window_size": (510, r"num_sink_tokens \+ local_window_size must not exceed keep_window_size"),
+    "colour": (1, r"recipe must only have the names .*, got \['colour'\]"),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), [(name, *rest) for name, rest in WRONG.items()])
+def test_values_out_of_range_are_refused(name, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Recipe.from_dict({name: value}, "recipe")
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="minutes or steps must be given, got both: 2 and 3"):
+        Recipe(minutes=2, steps=3)
+    with pytest.raises(ValueError, match="lora_rank needs the stage all"):
+        Recipe(stages=("importance",), lora_rank=4)
+    with pytest.raises(ValueError, match="importance_share must be above 0"):
+        Recipe(importance_share=0.0)
+    with pytest.raises(ValueError, match="recipe must hold a mapping, got list"):
+        Recipe.from_dict([1], "recipe")
