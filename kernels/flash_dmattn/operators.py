@@ -114,8 +114,15 @@ def save_call(ctx, kind: type[OperatorCall], inputs: tuple, output: tuple) -> No
     """Saves an operator's inputs, and out and stats of its (out, lse, stats), for its backward."""
     out, _, stats = output
     ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)  # else zeros are launched for stats
     ctx.save_for_backward(out, stats, *inputs[: kind.num_tensors])
     ctx.options = inputs[kind.num_tensors :]
+
+
+def output_gradients(dout, dlse, out: torch.Tensor, stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns dout and dlse, zeros for one that is None."""
+    dout = torch.zeros_like(out) if dout is None else dout
+    return dout, stats.new_zeros(stats.shape[1:]) if dlse is None else dlse
 
 
 def spread_gradients(ctx, kind: type[OperatorCall], gradients: tuple[torch.Tensor, ...]) -> tuple:

@@ -12,6 +12,7 @@ from flash_dmattn.operators import (
     fake_attention,
     fake_gradient,
     first_derivative,
+    output_gradients,
     save_call,
     spread_gradients,
 )
@@ -68,6 +69,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout, dlse, _):
     out, stats, *tensors = ctx.saved_tensors
+    dout, dlse = output_gradients(dout, dlse, out, stats)
     arguments = (dout, dlse, out, stats, *tensors, *ctx.options)
     if can_call_directly(dout, dlse, out, *tensors):
         gradients = _call_directly(_attention_backward, *arguments)

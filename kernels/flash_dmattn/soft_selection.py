@@ -101,8 +101,7 @@ def _backend(call: CutCall, name: str):
 
 def _fake_cut(*arguments) -> tuple[torch.Tensor, ...]:
     call = CutCall.unflatten(arguments)
-    importance, lanes = call.importance, call.importance.shape[:2]
-    precision = torch.float64 if importance.dtype == torch.float64 else torch.float32
+    importance, lanes, precision = call.importance, call.importance.shape[:2], _precision(call.importance)
     return (
         importance.new_empty(importance.shape, dtype=precision),
         importance.new_empty((*lanes, call.seqlen_q), dtype=precision),
@@ -119,14 +118,24 @@ def _fake_cut_backward(dscore, dthreshold, cut, scale, importance, *_) -> torch.
 def _setup_context(ctx, inputs, output) -> None:
     *_, contested_from, cut, scale = output
     ctx.mark_non_differentiable(contested_from, cut, scale)
+    ctx.set_materialize_grads(False)  # else zeros are launched for these three
     ctx.save_for_backward(cut, scale, *inputs[: CutCall.num_tensors])
     ctx.options = inputs[CutCall.num_tensors :]
 
 
 def _backward(ctx, dscore, dthreshold, *_):
-    tensors = (dscore, dthreshold, *ctx.saved_tensors)  # checkpointing hands the saved ones out once
+    saved = cut, _, importance, *_ = ctx.saved_tensors  # read once, as checkpointing demands
+    if dscore is None:
+        dscore = importance.new_zeros(importance.shape, dtype=_precision(importance))
+    if dthreshold is None:
+        dthreshold = importance.new_zeros(cut.shape[1:], dtype=_precision(importance))
+    tensors = (dscore, dthreshold, *saved)
     run = _cut_backward if can_call_directly(*tensors) else _first_derivative
     return spread_gradients(ctx, CutCall, (run(*tensors, *ctx.options),))
+
+
+def _precision(importance: torch.Tensor) -> torch.dtype:
+    return torch.float64 if importance.dtype == torch.float64 else torch.float32
 
 
 def _first_derivative(*arguments) -> torch.Tensor:

@@ -19,10 +19,13 @@ from flash_dmattn.backends.triton.causal_kernels import LARGEST_BIAS, _causal_fo
 from flash_dmattn.backends.triton.decode_kernel import _decode
 from flash_dmattn.backends.triton.forward_kernels import _forward
 from flash_dmattn.backends.triton.importance_kernel import _importance
+from flash_dmattn.backends.triton.soft_cut import _BLOCK, _cut, _cut_backward
 
 DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"}
 INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches contested".split()}
 INDICES |= {"arrivals_ptr", "lengths_ptr", "victims_ptr"}
+INDICES |= {f"{name}_ptr" for name in "cut dying given_contested cu_seqlens".split()}
+OTHERS = {"padding_ptr": "*i1", "worst_ptr": "*i64", "scale_ptr": "*fp64"}
 TOKEN = {"keys_ptr", "values_ptr"}
 SLOTS = 2048
 ALIGNED = {"seqlen_q", "seqlen_k", "capacity", "num_epochs", "tiles_per_epoch"}
@@ -60,8 +63,12 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_so
         "SPLITS": 16,
         "HAS_PADDING": True,
         "NUM_INPUTS": 8 * head_dim,
-        "BLOCK": 1024,
+        "BLOCK": config.block_n,
         "HAS_EXP": True,
+        "HAS_CONTESTED": True,
+        "HAS_KEPT": True,
+        "HAS_TEMPERATURE": True,
+        "IS_PACKED": True,
     }
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
     signature, attributes = {}, {}
@@ -72,9 +79,9 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_so
             signature[name] = types[dtype]
         elif name in INDICES:
             signature[name] = "*i32"
-        elif name in ("padding_ptr", "worst_ptr"):
-            signature[name] = {"padding_ptr": "*i1", "worst_ptr": "*i64"}[name]
-        elif name.endswith("_ptr") or name.startswith(("soft", "max_exponent")):
+        elif name in OTHERS:
+            signature[name] = OTHERS[name]
+        elif name.endswith("_ptr") or name.startswith(("soft", "max_exponent", "temperature")):
             signature[name] = "*fp32" if name.endswith("_ptr") else "fp32"
         else:
             signature[name] = "i32"
@@ -99,12 +106,14 @@ def main():
             "dquery": (_dquery, configs.dquery_config(query), True),
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query), True),
             "decode": (_decode, configs.decode_config(8, SLOTS, query), True),
-            "token importance": (_importance, configs.DecodeConfig(SLOTS, 64, 4, 1), True),
+            "token importance": (_importance, configs.DecodeConfig(SLOTS, 1024, 4, 1), True),
         }
         soft_kernels = {
             "soft forward": (_forward, configs.forward_config(query, True), True, True),
             "soft dquery": (_dquery, configs.dquery_config(query, True), True, True),
             "soft dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query, True), True, True),
+            "soft cut": (_cut, configs.DecodeConfig(SLOTS, _BLOCK, 8, 1), True),
+            "soft cut backward": (_cut_backward, configs.DecodeConfig(SLOTS, _BLOCK, 8, 1), True),
         }
     for name, (kernel, config, *options) in {**kernels, **soft_kernels}.items():
         print(f"{name}: {compile_kernel(kernel, config, capability, dtype, head_dim, *options)}")

@@ -7,39 +7,57 @@ import torch
 from tests.core.definition import ranking_strengths, sequences_of_row, visible_keys
 
 
-def gates(importance, temperature, *, keep_window_size, num_sink_tokens=0, local_window_size=0, padding_mask=None,
-          cu_seqlens=None):  # fmt: skip
-    """ln g for every row and key, (B, Hi, Sk, Sk) float64, differentiable in importance; 0 where nothing is gated."""
-    batch, num_heads, seqlen = importance.shape
+def cuts(importance, *, keep_window_size, num_sink_tokens=0, local_window_size=0, padding_mask=None, cu_seqlens=None):
+    """Yields, for every row that has evicted a key, (b, h, document, row, contested, best evicted, worst kept key).
+
+    document: its rows; contested: keys that compete at the row. The worst kept key is None where none is kept.
+    """
     strengths = ranking_strengths(importance.detach())
     num_contested = keep_window_size - num_sink_tokens - local_window_size
-    rows = []
+    batch, num_heads, seqlen = importance.shape
     for b in range(batch):
         real = [True] * seqlen if padding_mask is None else padding_mask[b].tolist()
         for h in range(num_heads):
-            result = [[importance.new_zeros((), dtype=torch.float64)] * seqlen for _ in range(seqlen)]
             for document in sequences_of_row(seqlen, real, cu_seqlens):
-                values = torch.nan_to_num(importance[b, h, document].double(), nan=-math.inf, neginf=-math.inf)
-                finite = [x for x in values.tolist() if math.isfinite(x)]
-                mean = sum(finite) / max(1, len(finite))
-                deviation = math.sqrt(sum((x - mean) ** 2 for x in finite) / max(1, len(finite)))
-                scale = 1 / (temperature * max(deviation, 1e-6))
                 for t, row in enumerate(document):
-                    contested = [p for p in range(num_sink_tokens, len(document)) if t - p >= local_window_size]
-                    contested = [p for p in contested if p <= t]
+                    contested = [p for p in range(num_sink_tokens, t + 1) if t - p >= local_window_size]
                     best_first = sorted(contested, key=lambda p: (strengths[b][h][document[p]], p), reverse=True)
                     kept, evicted = best_first[:num_contested], best_first[num_contested:]
-                    if not evicted:
-                        continue
-                    theta = values[evicted[0]]
-                    if kept:
-                        theta = (values[kept[-1]] + values[evicted[0]]) / 2
-                    if theta == -math.inf:
-                        continue
-                    for p in contested:
-                        result[row][document[p]] = torch.nn.functional.logsigmoid((values[p] - theta) * scale)
-            rows.append(torch.stack([torch.stack(row) for row in result]))
-    return torch.stack(rows).view(batch, num_heads, seqlen, seqlen)
+                    if evicted:
+                        worst_kept = document[kept[-1]] if kept else None
+                        yield b, h, document, row, [document[p] for p in contested], document[evicted[0]], worst_kept
+
+
+def comparable(importance):
+    largest = torch.finfo(torch.float32).max
+    return torch.nan_to_num(importance.double(), nan=-math.inf, posinf=largest, neginf=-math.inf)
+
+
+def threshold(values, best_evicted, worst_kept):
+    """theta, given `comparable` importances of a head."""
+    if worst_kept is None:
+        return values[best_evicted]
+    return values[worst_kept] / 2 + values[best_evicted] / 2
+
+
+def mean_and_scale(values, document, temperature):
+    """Of a document: what is subtracted from importances, and what they are then multiplied by."""
+    finite = [x for x in values[document].tolist() if math.isfinite(x)]
+    mean = sum(finite) / max(1, len(finite))
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in finite) / max(1, len(finite)))
+    return mean, 1 / (temperature * max(deviation, 1e-6))
+
+
+def gates(importance, temperature, **selection):
+    """ln g for every row and key, (B, Hi, Sk, Sk) float64, differentiable in importance; 0 where nothing is gated."""
+    values = comparable(importance)
+    gate = torch.zeros(*values.shape, values.shape[-1], dtype=torch.float64)
+    for b, h, document, row, contested, best_evicted, worst_kept in cuts(importance, **selection):
+        theta = threshold(values[b, h], best_evicted, worst_kept)
+        if theta > -math.inf:
+            _, scale = mean_and_scale(values[b, h].detach(), document, temperature)
+            gate[b, h, row, contested] = torch.nn.functional.logsigmoid((values[b, h, contested] - theta) * scale)
+    return gate
 
 
 def attention(query, key, value, importance, temperature, band, *, softmax_scale=None, softcap=0.0,

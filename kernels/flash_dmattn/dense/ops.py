@@ -10,6 +10,7 @@ from flash_dmattn.operators import (
     fake_attention,
     fake_gradient,
     first_derivative,
+    output_gradients,
     save_call,
     spread_gradients,
 )
@@ -44,6 +45,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout, dlse, _):
     out, stats, *tensors = ctx.saved_tensors
+    dout, dlse = output_gradients(dout, dlse, out, stats)
     needs_dbias = ctx.needs_input_grad[DenseCall.differentiable_indices[-1]]
     arguments = (dout, dlse, out, stats, needs_dbias, *tensors, *ctx.options)
     return spread_gradients(ctx, DenseCall, first_derivative(dense_attention_backward_op, *arguments))
