@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
         with _autocast(model):
             results.measure_stage(model, stage, log, reference=reference, **measure)
         del reference
+    cast_parameters(model, _own_dtype(source))  # a resumed run may have nothing left to train
     _write(out, model, tokenizer, results, recipe, args, len(input_ids))
 
 

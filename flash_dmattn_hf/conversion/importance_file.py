@@ -102,6 +102,8 @@ def load_importance(model: nn.Module, directory: str | Path) -> nn.Module:
     saved, model_given = read_importance(directory), model
     model = _base_of(model)
     _refuse_native(model)
+    if absent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+        raise ValueError(f"model must be in memory to take an importance, but {absent} is not: load it without offload")
     _check_architecture(model, saved, directory)
     planned = plan(model, saved.settings)
     if planned.refused or not planned.shapes:

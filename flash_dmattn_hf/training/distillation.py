@@ -44,7 +44,8 @@ class DistillationTrainer(Trainer):
     Added to the log: kld (unweighted), top1, temperature, gate_learning_rate, tokens_per_second, and of held-out text
     `held_out/kld`, `held_out/top1`, `held_out/gap` and one figure for each task of the prompts.
 
-    Raises ValueError for a model without gates, another vocabulary of the teacher, an output layer that is no plain
+    Raises ValueError for a model without gates, or whose trained weights are not float32 (in bfloat16 most steps would
+    round away; autocast, `bf16`, loses nothing), another vocabulary of the teacher, an output layer that is no plain
     linear layer, or a hard_share in which nothing would have a gradient.
     """
 
@@ -60,6 +61,7 @@ class DistillationTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_gates(model)
+        _refuse_half_precision(model)
         in_gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
         trains_backbone = any(p.requires_grad and id(p) not in in_gates for p in model.parameters())
         if args.n_gpu > 1:
@@ -161,7 +163,9 @@ class DistillationTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
         """The mean over the examples of their weighted mean KL, (). Outputs, if asked for, are none."""
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        weights = inputs.pop("token_weights", inputs.get("attention_mask"))
+        weights = inputs.pop("token_weights", None)
+        if (mask := inputs.get("attention_mask")) is not None:
+            weights = mask if weights is None else weights * mask
         with self.accelerator.autocast():
             expected = self.teacher.logits(inputs)
         with deferred_logits(self.model):
@@ -242,6 +246,17 @@ class _Conductor(TrainerCallback):
 def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stacks examples of equal length."""
     return {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in examples[0]}
+
+
+def _refuse_half_precision(model: nn.Module) -> None:
+    gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
+    for name, parameter in model.named_parameters():
+        is_half = parameter.dtype in (torch.float16, torch.bfloat16)
+        if is_half and (parameter.requires_grad or id(parameter) in gates):
+            raise ValueError(
+                f"what trains must be float32, got {name} in {parameter.dtype}: load the model with "
+                "dtype=torch.float32 and set bf16=True"
+            )
 
 
 def _loss(found: DeferredLogits, expected: DeferredLogits, weights: torch.Tensor | None) -> Distillation:

@@ -30,6 +30,7 @@ class DistillationArguments(TrainingArguments):
     adam_beta2: float = 0.95
     max_grad_norm: float = 0.0
     remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False  # it would wait for the GPU at every step
     train_sampling_strategy: str = "sequential"
     gate_learning_rate: float | None = None
     first_temperature: float | None = None

@@ -22,6 +22,7 @@ from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.gates.importance import ImportanceGate
+from flash_dmattn_hf.training.deferred_logits import deferred_logits
 from flash_dmattn_hf.training.standardized_inputs import StandardizedLayer
 
 LEVEL = 10.0
@@ -72,7 +73,7 @@ def _measure(
         gate.dt_proj.register_forward_pre_hook(moments.add) for gate, moments in zip(gates, inputs, strict=True)
     ]
     try:
-        with evaluating(model):
+        with evaluating(model), deferred_logits(model):  # nobody needs the logits
             for stretch in stretches:
                 model(input_ids=stretch[None].to(model.get_input_embeddings().weight.device), use_cache=False)
     finally:

@@ -344,13 +344,20 @@ def test_held_out_text_must_hold_a_stretch():
         type(held_out())(text(63), context_length=LENGTH)
 
 
-def test_padding_counts_for_nothing(tmp_path):
+def test_weights_that_would_round_the_steps_away_are_refused(tmp_path):
+    model = make_model().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="what trains must be float32, got .* in torch.bfloat16"):
+        make_trainer(model, tmp_path, max_steps=1)
+
+
+@pytest.mark.parametrize("weight_of_padding", [0.0, 1.0])
+def test_padding_counts_for_nothing(tmp_path, weight_of_padding):
     data = FarReuse(text(), length=LENGTH, count=8)
     padded = [
         {
             "input_ids": F.pad(example["input_ids"], (0, 16)),
             "attention_mask": F.pad(torch.ones(LENGTH, dtype=torch.long), (0, 16)),
-            "token_weights": F.pad(example["token_weights"], (0, 16)),
+            "token_weights": F.pad(example["token_weights"], (0, 16), value=weight_of_padding),
         }
         for example in data
     ]
