@@ -5,6 +5,8 @@ their own, which grows.
 """
 
 import functools
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +26,18 @@ def keep_cache(model: nn.Module, model_kwargs: Mapping[str, Any]) -> None:
     if not isinstance(model_kwargs[name], DynamicMaskCache):
         return
     _generating.slot.content = (model, name, model_kwargs[name])
-    if _bring_cache_back not in model._forward_pre_hooks.values():
+    if _drops_caches(type(model)) and _bring_cache_back not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_bring_cache_back, with_kwargs=True)
+
+
+@functools.cache
+def _drops_caches(cls: type) -> bool:
+    """Whether a model class may leave its cache out of a forward of generate(), as its source says."""
+    try:
+        source = inspect.getsource(cls.prepare_inputs_for_generation)
+    except (OSError, TypeError):
+        return True
+    return re.search(r"^\s+(past_key_values|cache) = None$", source, re.MULTILINE) is not None
 
 
 def wrap_generate(original):

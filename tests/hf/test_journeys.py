@@ -20,7 +20,6 @@ MOST_FILES = {"uncached": 17, "step": 16}
 FORWARD = {
     "arguments.py",
     "integration/masks.py",
-    "integration/mask_functions.py",
     "integration/documents.py",
     "integration/attention.py",
     "cache/handover.py",
@@ -30,7 +29,12 @@ FORWARD = {
 """Files of flash_dmattn_hf that one forward without a cache runs through, in the order in which they come."""
 DEFAULT_FORWARD = FORWARD | {"integration/generation.py"}
 """With the DynamicCache that models in eval mode make by themselves."""
-STEP = FORWARD - {"integration/documents.py"} | {"cache/cache.py", "cache/layer.py", "cache/slots.py"}
+STEP = FORWARD - {"integration/documents.py"} | {
+    "cache/cache.py",
+    "cache/padding.py",
+    "cache/layer.py",
+    "cache/slots.py",
+}
 """One token of `generate`, or of a loop of one's own, with a DynamicMaskCache."""
 CORE_OF_FORWARD = {
     "attention.py",
