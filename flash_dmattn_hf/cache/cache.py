@@ -147,19 +147,6 @@ class DynamicMaskCache(DynamicCache):
                         setattr(layer, name, state.to(device, non_blocking=non_blocking))
         return self
 
-    def absorb(self, cache: DynamicCache, padding_mask: torch.Tensor | None) -> None:
-        """Starts anew from a cache of this model that holds all keys, as if its tokens had come here.
-
-        padding_mask: (B, tokens) bool, True for real tokens; None if all are.
-        """
-        self.reset()
-        padding_mask = self.padding.admit(padding_mask, 0)
-        for index, (layer, whole) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            if isinstance(layer, DynamicMaskCacheLayer):
-                layer.absorb(whole.keys, whole.values, padding_mask)
-            else:
-                self.layers[index] = whole
-
     def __reduce_ex__(self, protocol: int) -> Any:
         raise TypeError(
             "a DynamicMaskCache cannot be pickled, it belongs to a model of this process: save its state_dict(), "

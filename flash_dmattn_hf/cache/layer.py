@@ -235,13 +235,6 @@ class DynamicMaskCacheLayer(SlotLayer):
         _, num_sinks, local_window, _ = self.windows
         refresh_victims(self.slots, num_sink_tokens=num_sinks, local_window_size=local_window)
 
-    def absorb(self, keys: torch.Tensor, values: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
-        """Takes tokens that have been attended to elsewhere; shapes as for `update` and `view`."""
-        self.update(keys, values)
-        hand_over.withdraw()
-        self.view(padding_mask)
-        self.evict()
-
     def activate_past_recording(self) -> None:
         """Keeps what is needed to undo, by `crop`, every token from now on."""
         self.record_past = True

@@ -17,6 +17,7 @@ from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.integration.kept_cache import keep_cache, wrap_generate
 from flash_dmattn_hf.names import NAMES, is_ours
 
 _CONSTANT = "the default DynamicMaskCache is of constant size anyway"
@@ -48,6 +49,7 @@ def wrap_prepare_cache(original):
         _check_cache_implementation(generation_config.cache_implementation)
         if (passed := get_cache(model_kwargs)) is not None:
             check_cache(self, passed)
+            keep_cache(self, model_kwargs)
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         static = generation_config.cache_implementation == "static"
         with _dynamic(generation_config):
@@ -57,6 +59,7 @@ def wrap_prepare_cache(original):
             cache = model_kwargs[name] = DynamicMaskCache(self, static=static)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+            keep_cache(self, model_kwargs)
         return result
 
     return _prepare_cache_for_generation
@@ -87,24 +90,6 @@ def wrap_assisted_decoding(original):
                 cache.stop_past_recording()
 
     return _assisted_decoding
-
-
-def wrap_update_model_kwargs(original):
-    """Lets a cache go on after a model has dropped it once and processed all tokens again.
-
-    Models with two rotary scales do so where the second one begins; their new cache would grow from there.
-    """
-
-    @functools.wraps(original)
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        cache, name = get_cache(model_kwargs), name_of_cache(outputs)
-        if isinstance(cache, DynamicMaskCache) and name is not None and type(outputs[name]) is DynamicCache:
-            mask = model_kwargs.get("attention_mask")
-            cache.absorb(outputs[name], None if mask is None else mask.bool())
-            outputs[name] = cache
-        return original(self, outputs, model_kwargs, *args, **kwargs)
-
-    return _update_model_kwargs_for_generation
 
 
 def wrap_compiled_call(original):
@@ -213,7 +198,7 @@ def _check_cache_implementation(name: str | None) -> None:
 PATCHES = [
     (GenerationMixin, "_prepare_cache_for_generation", wrap_prepare_cache),
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
-    (GenerationMixin, "_update_model_kwargs_for_generation", wrap_update_model_kwargs),
+    (GenerationMixin, "generate", wrap_generate),
     (PreTrainedModel, "get_compiled_call", wrap_compiled_call),
     (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
     (DynamicCache, "__init__", wrap_dynamic_cache),

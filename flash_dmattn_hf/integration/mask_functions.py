@@ -14,13 +14,11 @@ _BLOCKS_CODE = masking_utils.blockwise_overlay(torch.empty(0)).__code__
 
 
 def sliding_window_of_mask(mask_function: Callable, local_size: int | None, use_vmap: bool) -> int | None:
-    """Returns the window of a sliding mask, None for a causal one. Raises ValueError for every other.
+    """Returns the window of a mask that slides, None for one that comes to a causal one. ValueError for every other.
 
     local_size, use_vmap: the window according to the caller, and whether a part of the mask is a caller's own. Only
     while compiling they are believed, because what a function holds cannot be read then.
     """
-    if mask_function is masking_utils.causal_mask_function:
-        return None
     compiling = torch.compiler.is_compiling()
     if compiling and local_size is not None and not use_vmap and _code_of(mask_function) is _AND_CODE:
         return local_size

@@ -45,7 +45,9 @@ def dynamic_mask_mask(
 
     Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
     """
-    window = sliding_window_of_mask(mask_function, local_size, use_vmap)
+    window = None
+    if mask_function is not masking_utils.causal_mask_function:
+        window = sliding_window_of_mask(mask_function, local_size, use_vmap)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
             raise ValueError(

@@ -71,7 +71,7 @@ def test_a_cache_can_be_copied(duplicate):
     assert cache.get_seq_length() == ids.shape[1] + (duplicate is copy.copy)
 
 
-def make_longrope(switch=32):
+def make_longrope(switch=32, **settings):
     """A Phi3 that drops its cache when it has seen `switch` tokens, and processes all of them with other angles."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
     rope |= {"original_max_position_embeddings": switch, "partial_rotary_factor": 1.0}
@@ -82,7 +82,7 @@ def make_longrope(switch=32):
     config = Phi3Config(
         **sizes, **ids, rope_parameters=rope, max_position_embeddings=256, original_max_position_embeddings=switch
     )
-    with dynamic_mask_config(keep_window_size=12, num_sink_tokens=2, local_window_size=3):
+    with dynamic_mask_config(keep_window_size=12, num_sink_tokens=2, local_window_size=3, **settings):
         model = Phi3ForCausalLM._from_config(config, attn_implementation="flash_dmattn")
     for _, _, gate in iter_gates(model):
         torch.nn.init.normal_(gate.A)
@@ -117,12 +117,14 @@ def test_a_cache_that_the_model_drops_is_taken_up_again(way, batch):
 
 
 @pytest.mark.skipif(not DROPS_WHOLLY, reason="this version drops the tokens with the cache")
-def test_the_callers_own_cache_is_taken_up_again():
-    model, (ids, mask) = make_longrope(), make_prompt()
+@pytest.mark.parametrize("importance_input", ["value", "hidden"])
+def test_the_callers_own_cache_is_taken_up_again(importance_input):
+    model, (ids, mask) = make_longrope(importance_input=importance_input), make_prompt()
     cache = DynamicMaskCache(model)
     sequences = greedy(model, ids, mask, new=20, past_key_values=cache)
     assert torch.equal(sequences, greedy(model, ids, mask, new=20, use_cache=False))
     assert cache.max_keys == 12 and cache.get_seq_length() == sequences.shape[1] - 1
+    assert not isinstance(model(ids, use_cache=True).past_key_values, DynamicMaskCache), "generate() is over"
 
 
 @pytest.mark.skipif(DROPS_WHOLLY, reason="this version keeps the tokens")
