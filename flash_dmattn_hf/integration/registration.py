@@ -9,14 +9,13 @@ from typing import Any
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     masking_utils,
 )
 from transformers.utils import generic
 
-from flash_dmattn_hf.gates import doge, soft_selection
+from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.integration import generation, loading
 from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
@@ -119,7 +118,6 @@ def _patches() -> list[Patch]:
             (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),
             (masking_utils, "_preprocess_mask_arguments", wrap_preprocess_mask_arguments),
             (DogeAttention, "forward", doge.wrap_forward),
-            (GenerationMixin, "generate", soft_selection.wrap_generate),
             *generation.PATCHES,
         ]
         _PATCHES.extend(Patch(*entry) for entry in entries)

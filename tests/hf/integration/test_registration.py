@@ -85,8 +85,7 @@ def test_patches_are_undone_in_reverse_and_register_is_idempotent():
     originals = [patch.original for patch in registration._PATCHES]
     register()
     assert [patch.original for patch in registration._PATCHES] == originals
-    wraps = {(patch.owner, patch.attribute, patch.make_wrapper) for patch in registration._PATCHES}
-    assert len(wraps) == len(originals)
+    assert len({(patch.owner, patch.attribute) for patch in registration._PATCHES}) == len(originals)
     unregister()
     assert registration._PATCHES == []
     register()
