@@ -31,6 +31,7 @@ def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGat
     """Yields name, attention module and gate for every module with a gate, in the model's order."""
     for name, module in model.named_modules():
         if is_attention(module) and (gate := get_gate(module)) is not None:
+            gate.layer_idx = module.layer_idx  # layers may have been taken out or renumbered
             yield name, module, gate
 
 
@@ -162,6 +163,7 @@ def parameter_shapes(model: nn.Module, planned: AttachPlan) -> dict[int, dict[st
 def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
     return ImportanceGate(
         config,
+        model_config=module.config,
         layer_idx=module.layer_idx,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
