@@ -112,15 +112,26 @@ def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig
     if is_native_doge(module):
         module.dma = doge.DogeGate(module, shape, config)
         return
-    # on the device and in the dtype of its neighbours
-    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = torch.get_default_device() if neighbour is None else neighbour.device
-    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
-    with torch.device(device):
-        gate = _make_gate(module, shape, config).to(dtype)
+    with torch.device(_device_of(module)):
+        gate = _make_gate(module, shape, config).to(_dtype_of(module))
     module.add_module(GATE_NAME, gate.train(module.training))
     if config.importance_input == "hidden":
         offer_hidden_states(module)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Returns where a module computes: where its weights are, or are brought if they are offloaded."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    brought = next((place for hook in hooks if (place := getattr(hook, "execution_device", None)) is not None), None)
+    weights = next(module.parameters(), None)
+    return torch.device(brought) if brought is not None else getattr(weights, "device", torch.get_default_device())
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """Returns the dtype that a module's weights are trained in; quantized ones are integers or have 8 bits."""
+    weights = (p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    configured = getattr(module.config, "dtype", None)
+    return next(weights, configured if isinstance(configured, torch.dtype) else torch.get_default_dtype())
 
 
 def freeze_unused(model: nn.Module) -> None:
