@@ -17,17 +17,19 @@ from flash_dmattn_hf.gates.attach import iter_gates
 class DynamicMaskCache(DynamicCache):
     """A DynamicCache whose attached layers keep at most `keep_window_size` keys per head, without loss.
 
-    model: a model with flash_dmattn attached. Its other layers get transformers' own cache layers. The cache does
-        not keep the model alive.
+    model: a model with flash_dmattn attached, or what holds one, such as PEFT's, compiled, DDP's and FSDP's models. Its
+        other layers get transformers' own cache layers. The cache does not keep the model alive.
     static: lets `generate()` on a GPU capture the forward of one token as a CUDA graph, or compile it, as
         `cache_implementation="static"` does. All layers of the model must be of constant size then.
 
     Raises ValueError when no layer of the model has an importance gate, or, for a static cache, one has none.
     """
 
-    def __init__(self, model: PreTrainedModel, *, static: bool = False):
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
+    def __init__(self, model: nn.Module, *, static: bool = False):
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        wrapped, model = model, next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+        if model is None:
+            raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
         super().__init__(config=model.config.get_text_config(decoder=True))
         gates = self._gates_by_index(model)
         for index, layer in enumerate(self.layers):
