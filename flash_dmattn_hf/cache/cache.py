@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -16,23 +17,21 @@ from flash_dmattn_hf.gates.attach import iter_gates
 class DynamicMaskCache(DynamicCache):
     """A DynamicCache whose attached layers keep at most `keep_window_size` keys per head, without loss.
 
-    model: a model with flash_dmattn attached. Its other layers get transformers' own cache layers. The cache does
-        not keep the model alive.
+    model: a model with flash_dmattn attached, or what holds one, such as PEFT's, compiled, DDP's and FSDP's models. Its
+        other layers get transformers' own cache layers. The cache does not keep the model alive.
     static: lets `generate()` on a GPU capture the forward of one token as a CUDA graph, or compile it, as
         `cache_implementation="static"` does. All layers of the model must be of constant size then.
 
     Raises ValueError when no layer of the model has an importance gate, or, for a static cache, one has none.
     """
 
-    def __init__(self, model: PreTrainedModel, *, static: bool = False):
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
+    def __init__(self, model: nn.Module, *, static: bool = False):
+        parts = model.modules() if isinstance(model, nn.Module) else ()
+        wrapped, model = model, next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+        if model is None:
+            raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
         super().__init__(config=model.config.get_text_config(decoder=True))
-        gates = {gate.layer_idx: gate for _, _, gate in iter_gates(model)}
-        if not gates:
-            raise ValueError(
-                f"model must have flash_dmattn attached, got a {type(model).__name__} without an importance gate"
-            )
+        gates = self._gates_by_index(model)
         for index, layer in enumerate(self.layers):
             if index not in gates:
                 continue
@@ -54,6 +53,26 @@ class DynamicMaskCache(DynamicCache):
                 'its keys grow with the text; use cache_implementation="dynamic"'
             )
 
+    def _gates_by_index(self, model: PreTrainedModel) -> dict[int, Any]:
+        """Returns layer_idx -> gate. ValueError if there is none, or a cache cannot tell the layers apart."""
+        names, gates = {}, {}
+        for name, _, gate in iter_gates(model):
+            index = gate.layer_idx
+            if index in gates:
+                raise ValueError(
+                    f"every layer of model must have a layer_idx of its own, got {index} for {names[index]} and "
+                    f"{name}: number them anew"
+                )
+            names[index], gates[index] = name, gate
+        if not gates:
+            raise ValueError(
+                f"model must have flash_dmattn attached, got a {type(model).__name__} without an importance gate"
+            )
+        for name, layers in model.named_modules():
+            if isinstance(layers, nn.ModuleList) and len(set(layers)) < len(layers) and any(iter_gates(layers)):
+                raise ValueError(f"{name} of model must not hold a module twice: put in a copy.deepcopy of it")
+        return gates
+
     @property
     def is_compileable(self) -> bool:
         """Whether `generate()` may capture or compile the forward of one token."""
@@ -72,9 +91,17 @@ class DynamicMaskCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in transformers. RuntimeError when the layer before was updated but not attended to by flash_dmattn."""
+        """As in transformers. RuntimeError when the layer before was updated but not attended to by flash_dmattn.
+
+        Raises ValueError for a layer that the cache was not made for.
+        """
         if self._last_updated is not None:
             self._last_updated.check_attended()
+        if layer_idx >= len(self.layers):  # a model may run with its first layers alone, as its own assistant does
+            raise ValueError(
+                f"num_hidden_layers of the model's config must count all layers, got {len(self.layers)} when this "
+                f"cache was made, and a layer whose layer_idx is {layer_idx}"
+            )
         layer = self.layers[layer_idx]
         self._last_updated = layer if isinstance(layer, DynamicMaskCacheLayer) else None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -31,6 +31,7 @@ def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGat
     """Yields name, attention module and gate for every module with a gate, in the model's order."""
     for name, module in model.named_modules():
         if is_attention(module) and (gate := get_gate(module)) is not None:
+            gate.layer_idx = module.layer_idx  # layers may have been taken out or renumbered
             yield name, module, gate
 
 
@@ -111,15 +112,26 @@ def _install(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig
     if is_native_doge(module):
         module.dma = doge.DogeGate(module, shape, config)
         return
-    # on the device and in the dtype of its neighbours
-    neighbour = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = torch.get_default_device() if neighbour is None else neighbour.device
-    dtype = torch.get_default_dtype() if neighbour is None else neighbour.dtype
-    with torch.device(device):
-        gate = _make_gate(module, shape, config).to(dtype)
+    with torch.device(_device_of(module)):
+        gate = _make_gate(module, shape, config).to(_dtype_of(module))
     module.add_module(GATE_NAME, gate.train(module.training))
     if config.importance_input == "hidden":
         offer_hidden_states(module)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Returns where a module computes: where its weights are, or are brought if they are offloaded."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    brought = next((place for hook in hooks if (place := getattr(hook, "execution_device", None)) is not None), None)
+    weights = next(module.parameters(), None)
+    return torch.device(brought) if brought is not None else getattr(weights, "device", torch.get_default_device())
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """Returns the dtype that a module's weights are trained in; quantized ones are integers or have 8 bits."""
+    weights = (p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    configured = getattr(module.config, "dtype", None)
+    return next(weights, configured if isinstance(configured, torch.dtype) else torch.get_default_dtype())
 
 
 def freeze_unused(model: nn.Module) -> None:
@@ -162,6 +174,7 @@ def parameter_shapes(model: nn.Module, planned: AttachPlan) -> dict[int, dict[st
 def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConfig) -> ImportanceGate:
     return ImportanceGate(
         config,
+        model_config=module.config,
         layer_idx=module.layer_idx,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,

@@ -17,10 +17,13 @@ from flash_dmattn_hf.names import is_ours
 class DogeGate(Gate):
     """The gate of a DogeAttention; it owns no parameters and reads the module's."""
 
+    starts_dense = False
+
     def __init__(self, module: nn.Module, shape: Any, config: DynamicMaskConfig) -> None:
         if config.importance_heads != "kv":
             raise ValueError(f'importance_heads must be "kv" for native Doge, got {config.importance_heads!r}')
         self.module = module
+        self.model_config = module.config
         self.config = config
         self.layer_idx = module.layer_idx
         self.num_kv_heads = self.num_importance_heads = shape.num_kv_heads

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization
 
 from flash_dmattn.token_importance import can_fuse, token_importance
-from flash_dmattn_hf.config import DynamicMaskConfig, Windows
+from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, Windows
 from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.hidden_states import take_hidden_states
 from flash_dmattn_hf.names import GATE_NAME
@@ -74,14 +74,18 @@ def _is_plain(module: nn.Module) -> bool:
 class Gate:
     """What every gate says about its layer to the attention function, the cache and the conversion.
 
-    config: resolved settings. layer_idx: index of the layer, as the cache counts.
+    config: resolved settings, those of the model's config as soon as that has any.
+    model_config: the config of the layer's model, whose section `flash_dmattn` may change at any time.
+    starts_dense: what None stands for in that section, as `dense` of `DynamicMaskConfig.resolve`.
+    layer_idx: index of the layer, as the cache counts.
     num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
     sliding_window: the layer's own window in tokens, None for full attention.
     was_called: whether the attention function has ever been called for this layer.
     soft_selections: those active, the innermost last (`gates.soft_selection`); copies and pickles have none.
     """
 
-    config: DynamicMaskConfig
+    model_config: Any = None
+    starts_dense = True
     layer_idx: int
     num_kv_heads: int
     num_importance_heads: int
@@ -92,6 +96,38 @@ class Gate:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "soft_selections"}
+
+    @property
+    def config(self) -> DynamicMaskConfig:
+        """Raises ValueError for a section of the model's config that does not fit the gate's weights or its place."""
+        section = getattr(self.model_config, SECTION, None)
+        if section != self._section:
+            self._follow(section)
+        return self._config
+
+    @config.setter
+    def config(self, config: DynamicMaskConfig) -> None:
+        section = getattr(self.model_config, SECTION, None)
+        self._config, self._section = config, None if section is None else dict(section)
+
+    def _follow(self, section: dict[str, Any] | None) -> None:
+        if section is None:
+            raise ValueError(f"config.{SECTION} must hold the settings of a model with importance gates, got None")
+        settings = DynamicMaskConfig.from_dict(section).resolve(dense=self.starts_dense)
+        for name in ("importance_heads", "importance_input", "dt_proj_bias"):
+            if getattr(settings, name) != getattr(self._config, name):
+                raise ValueError(
+                    f"config.{SECTION}[{name!r}] of a live model must stay {getattr(self._config, name)!r}, got "
+                    f"{getattr(settings, name)!r}: it decides about the shape of the gates"
+                )
+        is_left_out = settings.layers is not None and self.layer_idx not in settings.layers
+        if is_left_out or (self.sliding_window is not None and self.sliding_window <= settings.keep_window_size):
+            raise ValueError(
+                f"config.{SECTION} of a live model must want a gate in layer {self.layer_idx}, which has one, got "
+                f"{settings}: save the model with its old settings, and load it with these"
+            )
+        setattr(self.model_config, SECTION, settings.to_dict())
+        self._config, self._section = settings, settings.to_dict()
 
     @property
     def windows(self) -> Windows:
@@ -107,7 +143,7 @@ class ImportanceGate(Gate, nn.Module):
 
     Parameters: `A` (Hi,), `dt_proj.weight` (Hi, Hkv * D or hidden size) and, if configured, `dt_proj.bias` (Hi,).
 
-    config: resolved settings. layer_idx: index of the layer, as the cache counts.
+    config, model_config: as `Gate` says; layer_idx: index of the layer, as the cache counts.
     num_heads, num_kv_heads, head_dim: shape of the attention, head_dim that of the values.
     hidden_size: of what the layer's projections read; needed for importance_input="hidden".
     sliding_window: the layer's own window in tokens, None for full attention.
@@ -118,6 +154,7 @@ class ImportanceGate(Gate, nn.Module):
         self,
         config: DynamicMaskConfig,
         *,
+        model_config: Any = None,
         layer_idx: int,
         num_heads: int,
         num_kv_heads: int,
@@ -127,6 +164,7 @@ class ImportanceGate(Gate, nn.Module):
         initializer_range: float = 0.02,
     ) -> None:
         super().__init__()
+        self.model_config = model_config
         self.config = config
         self.layer_idx = layer_idx
         self.num_kv_heads = num_kv_heads

@@ -14,6 +14,7 @@ from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
+from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 
 UNSUPPORTED = {
     "s_aux": "attention sinks (s_aux)",
@@ -50,6 +51,7 @@ def dynamic_mask_attention_forward(
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
     if gate is None:
+        refuse_missing_gate(module)
         windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
     else:
         windows = gate.windows

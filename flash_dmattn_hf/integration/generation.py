@@ -16,9 +16,8 @@ from flash_dmattn_hf.arguments import by_name, get_cache, name_of_cache, paramet
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 from flash_dmattn_hf.config import SECTION
-from flash_dmattn_hf.gates import soft_selection
 from flash_dmattn_hf.gates.attach import iter_gates
-from flash_dmattn_hf.integration.kept_cache import keep_cache, wrap_generate
+from flash_dmattn_hf.integration.kept_cache import keep_cache
 from flash_dmattn_hf.names import NAMES, is_ours
 
 _CONSTANT = "the default DynamicMaskCache is of constant size anyway"
@@ -196,15 +195,9 @@ def _check_cache_implementation(name: str | None) -> None:
         )
 
 
-def _wrap_generate(original):
-    """One wrap around generate(): it keeps its cache, and has the hard mask."""
-    return soft_selection.wrap_generate(wrap_generate(original))
-
-
 PATCHES = [
     (GenerationMixin, "_prepare_cache_for_generation", wrap_prepare_cache),
     (GenerationMixin, "_assisted_decoding", wrap_assisted_decoding),
-    (GenerationMixin, "generate", _wrap_generate),
     (PreTrainedModel, "get_compiled_call", wrap_compiled_call),
     (ContinuousMixin, "init_continuous_batching", wrap_init_continuous_batching),
     (DynamicCache, "__init__", wrap_dynamic_cache),

@@ -134,6 +134,11 @@ def _admit_padding(cache: Any, mask: torch.Tensor | None, q_length: int) -> torc
     if not isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
         return mask
     num_cached = cache.get_seq_length()
+    if num_cached == 0 and any(layer.num_rows for layer in cache.mask_layers):
+        raise ValueError(
+            "the layer_idx of a model's layers must begin at 0 and the first layer must cache its tokens, got none: "
+            "number its layers anew"
+        )
     if mask is not None:
         is_whole = mask.shape[1] == num_cached + q_length  # any other length is refused later
         if not is_whole or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):

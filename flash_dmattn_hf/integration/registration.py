@@ -9,16 +9,18 @@ from typing import Any
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     masking_utils,
 )
 from transformers.utils import generic
 
-from flash_dmattn_hf.gates import doge
+from flash_dmattn_hf.gates import doge, soft_selection
 from flash_dmattn_hf.integration import generation, loading
 from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
+from flash_dmattn_hf.integration.kept_cache import wrap_generate
 from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
 from flash_dmattn_hf.names import NAMES
 
@@ -118,6 +120,7 @@ def _patches() -> list[Patch]:
             (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),
             (masking_utils, "_preprocess_mask_arguments", wrap_preprocess_mask_arguments),
             (DogeAttention, "forward", doge.wrap_forward),
+            (GenerationMixin, "generate", lambda original: wrap_generate(soft_selection.wrap_generate(original))),
             *generation.PATCHES,
         ]
         _PATCHES.extend(Patch(*entry) for entry in entries)

@@ -131,9 +131,10 @@ def test_a_broken_layer_is_named(bad):
     assert not hasattr(model.config, "flash_dmattn")
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "gptj"])
-def test_a_refused_family_stays_as_it_was(model_type):
-    sizes = {"n_head": 4, "n_layer": 2, "n_embd": 32, "rotary_dim": 4} if model_type == "gptj" else {"n_head": 4}
+@pytest.mark.parametrize(
+    "model_type, sizes", [("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}), ("bloom", {"n_head": 4})]
+)
+def test_a_refused_family_stays_as_it_was(model_type, sizes):
     model = tiny_model(model_type, **sizes)
     before = snapshot(model)
     with pytest.raises(ValueError, match="cannot use flash_dmattn"):
