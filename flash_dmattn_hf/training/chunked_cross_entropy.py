@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from flash_dmattn_hf.training.output_layer import (
     apply_operations,
     check_output_layer,
+    empty_gradients,
     precision_of,
+    scale_gradients,
     tokens_per_chunk,
     undo_operations,
 )
@@ -95,9 +97,7 @@ def _chunked_cross_entropy_op(
 def _(hidden, weight, bias, labels, operations, ignore_index, chunk_size, wants_hidden, wants_weight, wants_bias):
     return (
         hidden.new_empty((), dtype=precision_of(hidden.dtype)),
-        torch.empty_like(hidden if wants_hidden else hidden[:0]),
-        torch.empty_like(weight if wants_weight else weight[:0]),
-        weight.new_empty(weight.shape[0] if wants_bias else 0),
+        *empty_gradients(hidden, weight, wants_hidden, wants_weight, wants_bias),
     )
 
 
@@ -108,11 +108,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dloss, *_):
-    gradients = [
-        gradient * dloss.to(gradient.dtype) if wanted and dloss is not None else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    ]
-    return *gradients, *[None] * 7
+    return *scale_gradients(ctx, dloss), *[None] * 7
 
 
 _chunked_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)

@@ -32,6 +32,25 @@ def undo_operations(gradient: torch.Tensor, steps: list[tuple[str, object]]) -> 
     return gradient
 
 
+def empty_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, wants_hidden: bool, wants_weight: bool, wants_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of hidden, weight and bias without contents; one that nobody wants has no entries."""
+    return (
+        torch.empty_like(hidden if wants_hidden else hidden[:0]),
+        torch.empty_like(weight if wants_weight else weight[:0]),
+        weight.new_empty(weight.shape[0] if wants_bias else 0),
+    )
+
+
+def scale_gradients(ctx, dloss: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Returns the gradients that the forward has saved, times that of the loss; None for the unwanted."""
+    return [
+        gradient * dloss.to(gradient.dtype) if wanted and dloss is not None else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    ]
+
+
 def precision_of(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a loss adds up."""
     return torch.float64 if dtype == torch.float64 else torch.float32
