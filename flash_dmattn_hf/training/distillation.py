@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import TrainOutput
 
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.importance import Gate
 from flash_dmattn_hf.gates.soft_selection import hard_selection, soft_selection
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, deferred_logits
 from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES, DistillationArguments
@@ -71,6 +72,11 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"hard_share must be 0, got {args.hard_share}: nothing would have a gradient under the hard mask, "
                 "because only the importance trains and it is not added to the logits"
+            )
+        if not trains_backbone and not any(map(_keeps_by_importance, iter_gates(model))):
+            raise ValueError(
+                "num_sink_tokens + local_window_size must be below keep_window_size when only the importance trains: "
+                "no key is kept for its importance, so nothing would have a gradient"
             )
         super().__init__(
             model,
@@ -246,6 +252,11 @@ class _Conductor(TrainerCallback):
 def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stacks examples of equal length."""
     return {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in examples[0]}
+
+
+def _keeps_by_importance(found: tuple[str, nn.Module, Gate]) -> bool:
+    keep, sinks, local, _ = found[2].windows
+    return keep > sinks + local
 
 
 def _refuse_half_precision(model: nn.Module) -> None:

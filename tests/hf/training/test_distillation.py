@@ -168,6 +168,15 @@ def test_models_that_cannot_be_distilled_are_refused(tmp_path):
         make_trainer(model, tmp_path)
 
 
+def test_without_contested_keys_only_a_backbone_can_train(tmp_path):
+    """The control of every result: sinks and a window, trained for as many steps."""
+    model = make_model(keep_window_size=WINDOW, num_sink_tokens=4, local_window_size=WINDOW - 4)
+    make_trainer(model, tmp_path, max_steps=1).train()
+    freeze_backbone(model)
+    with pytest.raises(ValueError, match="no key is kept for its importance"):
+        make_trainer(model, tmp_path, max_steps=1)
+
+
 WRONG = {
     "first_temperature": (0.0, "first_temperature must be above 0, got 0.0"),
     "last_temperature": (-1.0, "last_temperature must be above 0, got -1.0"),
