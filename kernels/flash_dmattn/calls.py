@@ -199,6 +199,7 @@ class DecodeCall(OperatorCall):
 
     query: (B, 1, H, D). key, value: (B, 1, Hkv, D), query's dtype. importance: (B, Hc, 1) floating point, any value.
     padding_mask: (B, 1) bool, False where a row has no token; None: all have one.
+    rows: (B,) int32, the row of the slots that each token belongs to; None: its own. No row twice.
     slots: the state, which the step changes.
     The other fields as in `flash_dmattn.slots.decode_step`.
     """
@@ -208,6 +209,7 @@ class DecodeCall(OperatorCall):
     value: torch.Tensor
     importance: torch.Tensor
     padding_mask: torch.Tensor | None
+    rows: torch.Tensor | None
     slots: Slots
     num_sink_tokens: int
     local_window_size: int

@@ -55,6 +55,7 @@ def decode_step(
     local_window_size: int = 0,
     sliding_window: int | None = None,
     padding_mask: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     add_importance_bias: bool = True,
@@ -68,6 +69,8 @@ def decode_step(
     importance: (B, Hi, 1) floating point, Hi = Hc, the heads of the slots.
     slots: the state, changed in place.
     padding_mask: (B, 1) bool, False for a row without a token, whose slots stay as they are and whose output is 0.
+    rows: (B,) int32, no number twice: which row of the slots each token belongs to, so that the slots may have other
+        rows, in any order, which stay as they are; None: the slots have B rows, one per token.
     softmax_scale: None: D ** -0.5. softcap: 0 is off.
     backend: "auto" or one of `get_available_backends()`.
 
@@ -75,7 +78,7 @@ def decode_step(
 
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
     """
-    _check(query, key, value, importance, slots, padding_mask, softcap)
+    _check(query, key, value, importance, slots, padding_mask, rows, softcap)
     check_windows(slots.keys.shape[2], num_sink_tokens, local_window_size, sliding_window)
     call = DecodeCall(
         query=query,
@@ -83,6 +86,7 @@ def decode_step(
         value=value,
         importance=importance,
         padding_mask=padding_mask,
+        rows=rows,
         slots=slots,
         num_sink_tokens=num_sink_tokens,
         local_window_size=local_window_size,
@@ -91,7 +95,7 @@ def decode_step(
         softcap=float(softcap),
         add_importance_bias=add_importance_bias,
     )
-    if can_call_directly(query, key, value, importance, padding_mask, *slots):
+    if can_call_directly(query, key, value, importance, padding_mask, rows, *slots):
         return _run(call, backend)
     return decode_step_op(*call.flatten(), backend)
 
@@ -118,9 +122,10 @@ def _(query, *_):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-def _check(query, key, value, importance, slots, padding_mask, softcap) -> None:
+def _check(query, key, value, importance, slots, padding_mask, rows, softcap) -> None:
     check_attention(query, key, value, importance, softcap=softcap, backend="auto")
-    batch, num_heads, _, head_dim = slots.keys.shape
+    batch = query.shape[0]
+    num_rows, num_heads, _, head_dim = slots.keys.shape
     if query.shape[1] != 1 or key.shape[1] != 1:
         raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
     precision = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -140,12 +145,28 @@ def _check(query, key, value, importance, slots, padding_mask, softcap) -> None:
                 f"slots.{name} must be {dtype} on query's device {query.device} with the shape {tuple(shape)}, "
                 f"got {tensor.dtype} on {tensor.device}, {tuple(tensor.shape)}"
             )
-    if (batch, num_heads, head_dim) != (query.shape[0], importance.shape[1], query.shape[3]):
+    if rows is not None:
+        _check_rows(rows, query, num_rows)
+        num_rows = batch
+    if (num_rows, num_heads, head_dim) != (batch, importance.shape[1], query.shape[3]):
         raise ValueError(
             f"slots must have the batch, importance heads and head dim of the token "
-            f"{(query.shape[0], importance.shape[1], query.shape[3])}, got {(batch, num_heads, head_dim)}"
+            f"{(batch, importance.shape[1], query.shape[3])}, got {(num_rows, num_heads, head_dim)}"
         )
     if padding_mask is not None and (tuple(padding_mask.shape) != (batch, 1) or padding_mask.dtype != torch.bool):
         raise ValueError(
             f"padding_mask must be bool of shape {(batch, 1)}, got {padding_mask.dtype} {tuple(padding_mask.shape)}"
         )
+
+
+def _check_rows(rows: torch.Tensor, query: torch.Tensor, num_rows: int) -> None:
+    """The numbers themselves are looked at on a CPU only: a GPU would have to be waited for."""
+    if tuple(rows.shape) != query.shape[:1] or rows.dtype != torch.int32 or rows.device != query.device:
+        raise ValueError(
+            f"rows must be int32 of shape {tuple(query.shape[:1])} on query's device {query.device}, got {rows.dtype} "
+            f"{tuple(rows.shape)} on {rows.device}"
+        )
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        numbers = rows.tolist()
+        if len(set(numbers)) < len(numbers) or not all(0 <= number < num_rows for number in numbers):
+            raise ValueError(f"rows must be different numbers from 0 to {num_rows - 1}, got {numbers}")

@@ -52,6 +52,7 @@ def test_the_calls_of_the_package_come_back_as_they_were():
         value=key,
         importance=torch.zeros(1, 1, 1),
         padding_mask=None,
+        rows=None,
         slots=slots,
         **numbers,
         softcap=0.0,

@@ -118,7 +118,7 @@ def small_programs(monkeypatch):
         monkeypatch.setattr(decode_kernel, "decode_config", lambda *_: DecodeConfig(16, 16, 2, 1))
 
 
-def steps(case, slots, query, key, value, importance, mask, backend):
+def steps(case, slots, query, key, value, importance, mask, backend, rows=None):
     for t in range(case.length):
         row = slice(t, t + 1)
         yield decode_step(
@@ -128,6 +128,7 @@ def steps(case, slots, query, key, value, importance, mask, backend):
             importance[:, :, row],
             slots,
             padding_mask=mask[:, row] if case.is_padded else None,
+            rows=rows,
             softcap=case.softcap,
             add_importance_bias=case.add_importance_bias,
             backend=backend,
@@ -197,6 +198,25 @@ def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
         assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.parametrize("name", ["sinks-local", "several-blocks", "query-heads"])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_rows_of_more_slots(name, backend, dtype, small_programs):
+    """Two tokens, whose slots are rows 3 and 1 of 5: as with slots of their own, and no other row is touched."""
+    case = CASES[name]
+    inputs = draw(case, dtype)
+    own, pool = (make_slots(n, inputs[3].shape[1], case.w, case.head_dim, dtype, DEVICE) for n in (2, 5))
+    untouched = [0, 2, 4]
+    for state in pool:
+        state[untouched] = 7
+    rows = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
+    expected = list(steps(case, own, *inputs, backend))
+    for out, found in zip(expected, steps(case, pool, *inputs, backend, rows=rows), strict=True):
+        assert torch.equal(found, out)
+    for state, other in zip(own, pool, strict=True):
+        assert torch.equal(state, other[rows.long()])
+        assert (other[untouched] == 7).all()
+
+
 def test_strided_tokens():
     """As a model's projections give them: heads before the token, cut out of one tensor."""
     case = Case(5, 1, 2)
@@ -247,6 +267,10 @@ def fewer_importances():
         ({"importance": torch.zeros(2, 4, 1)}, r"slots must have .* \(2, 4, 8\), got \(2, 2, 8\)"),
         ({"padding_mask": torch.ones(2, 2, dtype=torch.bool)}, r"padding_mask must be bool of shape \(2, 1\)"),
         ({"padding_mask": torch.ones(2, 1)}, "padding_mask must be bool .* got torch.float32"),
+        ({"rows": torch.zeros(2)}, r"rows must be int32 of shape \(2,\) .* got torch.float32"),
+        ({"rows": torch.zeros(3, dtype=torch.int32)}, r"rows must be int32 of shape \(2,\) .* got torch.int32 \(3,\)"),
+        ({"rows": torch.tensor([1, 1], dtype=torch.int32)}, r"rows must be different .* from 0 to 1, got \[1, 1\]"),
+        ({"rows": torch.tensor([0, 2], dtype=torch.int32)}, r"rows must be different .* from 0 to 1, got \[0, 2\]"),
         ({"num_sink_tokens": 4, "local_window_size": 2}, "must not exceed keep_window_size, got 4 . 2 > 5"),
         ({"softcap": -1.0}, "softcap must be 0 .off. or positive"),
     ],
@@ -284,7 +308,7 @@ def test_the_operator_is_what_the_compiler_expects():
     query, key, value = (states[:, :1] for states in (query, key, value))
     slots = make_slots(2, 2, case.w, case.head_dim, torch.float32, DEVICE)
     options = (case.s, case.r, None, 0.3, 0.0, True, "reference")
-    call = (query, key, value, importance[:, :, :1], None, *slots, *options)
+    call = (query, key, value, importance[:, :, :1], None, None, *slots, *options)
     torch.library.opcheck(decode_step_op, call, test_utils=("test_schema", "test_faketensor"))
 
 

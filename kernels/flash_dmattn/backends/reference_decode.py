@@ -1,13 +1,17 @@
 """The reference of the decoding step: fixed shapes, no look at any value, so it can be captured as it is."""
 
+from dataclasses import replace
+
 import torch
 
-from flash_dmattn.calls import DecodeCall
+from flash_dmattn.calls import DecodeCall, Slots
 from flash_dmattn.ranking import comparable, find_victim, priority
 
 
 def decode(call: DecodeCall) -> torch.Tensor:
     """Changes the slots and returns out (B, 1, H, D), computed in float32 or float64, also under autocast."""
+    if call.rows is not None:
+        return _decode_rows(call)
     slots = call.slots
     now = slots.lengths.unsqueeze(-1).clone()  # (B, Hc, 1), the position of the token
     is_real = torch.ones_like(now, dtype=torch.bool)
@@ -25,6 +29,16 @@ def decode(call: DecodeCall) -> torch.Tensor:
     slots.victims.copy_(victims)
     with torch.autocast(call.query.device.type, enabled=False):
         return _attend(call, now, is_real)
+
+
+def _decode_rows(call: DecodeCall) -> torch.Tensor:
+    """The same over copies of some rows, which then go back to their places."""
+    rows = call.rows.long()
+    own = Slots(*(state[rows] for state in call.slots))
+    out = decode(replace(call, slots=own, rows=None))
+    for state, new in zip(call.slots, own, strict=True):
+        state.index_copy_(0, rows, new)
+    return out
 
 
 def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:

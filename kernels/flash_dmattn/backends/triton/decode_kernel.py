@@ -20,8 +20,9 @@ NO_WINDOW = 2**31 - 1
 
 def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Tensor:
     """Changes the slots and returns out (B, 1, H, D)."""
-    slots = call.slots
-    batch, heads, num_slots, head_dim = slots.keys.shape
+    slots, rows = call.slots, call.rows
+    batch = call.query.shape[0]
+    _, heads, num_slots, head_dim = slots.keys.shape
     group_size = call.query.shape[2] // heads
     config = config or decode_config(batch * heads, num_slots, call.query)
     num_splits, block_s, group_rows, block_d = _sizes(num_slots, config.split_size, group_size, head_dim)
@@ -38,6 +39,7 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
         call.value,
         call.importance,
         out if padding_mask is None else padding_mask,
+        out if rows is None else rows.contiguous(),
         *slots,
         parts,
         sums,
@@ -66,6 +68,7 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
         BLOCK_S=block_s,
         EVEN=num_slots % config.split_size == 0 and head_dim == block_d,
         HAS_PADDING=padding_mask is not None,
+        HAS_ROWS=rows is not None,
         HAS_BIAS=call.add_importance_bias,
         HAS_SOFTCAP=call.softcap > 0,
         PRECISION="ieee" if call.query.dtype == torch.float32 else "tf32",
@@ -91,13 +94,14 @@ def _decode(
     value_ptr,  # (B, 1, Hkv, D)
     importance_ptr,  # (B, Hc, 1)
     padding_ptr,  # (B, 1)
-    keys_ptr,  # (B, Hc, w, D)
-    values_ptr,  # (B, Hc, w, D)
-    slot_importance_ptr,  # (B, Hc, w)
-    positions_ptr,  # (B, Hc, w)
-    victims_ptr,  # (B, Hc)
-    lengths_ptr,  # (B, Hc)
-    arrivals_ptr,  # (B, Hc)
+    rows_ptr,  # (B,), which of the R rows of the slots; without it R = B
+    keys_ptr,  # (R, Hc, w, D)
+    values_ptr,  # (R, Hc, w, D)
+    slot_importance_ptr,  # (R, Hc, w)
+    positions_ptr,  # (R, Hc, w)
+    victims_ptr,  # (R, Hc)
+    lengths_ptr,  # (R, Hc)
+    arrivals_ptr,  # (R, Hc)
     parts_ptr,  # (B * Hc, splits, G, D), weighted sums of values
     sums_ptr,  # (B * Hc, splits, G, 2), the highest logit, the sum of weights
     worst_ptr,  # (B * Hc, splits, 2): rank of the worst key, its slot
@@ -129,6 +133,7 @@ def _decode(
     BLOCK_S: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -138,15 +143,18 @@ def _decode(
     batch = head // HEADS
     head_in_batch = head % HEADS
     kv_head = head_in_batch // HEADS_PER_KV
-    now = tl.load(lengths_ptr + head)
-    victim = tl.load(victims_ptr + head)
+    state = head  # of which head of the slots
+    if HAS_ROWS:
+        state = tl.load(rows_ptr + batch).to(tl.int64) * HEADS + head_in_batch
+    now = tl.load(lengths_ptr + state)
+    victim = tl.load(victims_ptr + state)
     is_real = now >= 0
     if HAS_PADDING:
         is_real = tl.load(padding_ptr + batch * padding_stride) != 0
-    keys_ptr += head * num_slots * HEAD_DIM
-    values_ptr += head * num_slots * HEAD_DIM
-    slot_importance_ptr += head * num_slots
-    positions_ptr += head * num_slots
+    keys_ptr += state * num_slots * HEAD_DIM
+    values_ptr += state * num_slots * HEAD_DIM
+    slot_importance_ptr += state * num_slots
+    positions_ptr += state * num_slots
 
     lane = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
@@ -242,10 +250,10 @@ def _decode(
     tl.store(worst_ptr + split * 2, lowest)
     tl.store(worst_ptr + split * 2 + 1, lowest_slot.to(tl.int64))
     tl.debug_barrier()  # every thread's part is in memory
-    if tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
-        tl.store(victims_ptr + head, _worst_slot(worst_ptr, SPLITS, BLOCK_S))
-        tl.store(lengths_ptr + head, after)
-        tl.store(arrivals_ptr + head, 0)
+    if tl.atomic_add(arrivals_ptr + state, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(victims_ptr + state, _worst_slot(worst_ptr, SPLITS, BLOCK_S))
+        tl.store(lengths_ptr + state, after)
+        tl.store(arrivals_ptr + state, 0)
         _put_together(out_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, HEAD_DIM, BLOCK_D, SPLITS, BLOCK_S)
 
 
