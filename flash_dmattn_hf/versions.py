@@ -9,6 +9,15 @@ TESTED = ("5.17.0", "5.23.0", "5.24.0")
 """Versions that the whole of tests/hf was run with, oldest first; pyproject.toml requires what lies between."""
 
 
+FIRST_SERVING = "5.23.0"
+"""The first version of transformers whose continuous batching can hold something else than pages."""
+
+
+def can_serve(version: str = transformers.__version__) -> bool:
+    """Whether a version of transformers can do continuous batching with flash_dmattn."""
+    return Version(version).release >= Version(FIRST_SERVING).release
+
+
 def is_covered(version: str) -> bool:
     """Whether a version of transformers lies between the oldest and the newest tested one, patches of that included."""
     oldest, newest = Version(TESTED[0]), Version(TESTED[-1])

@@ -11,6 +11,7 @@ LEVELS = [
     {"arguments", "config", "forms", "names", "progress", "thread_slot", "versions"},
     {"gates"},
     {"cache"},
+    {"serving"},
     {"integration"},
     {"conversion", "evaluation", "training"},
     {"cli"},

@@ -1,4 +1,4 @@
-"""One layer of the constant-size, lossless key/value cache.
+"""One layer of the constant-size, lossless key/value cache, as a model's attention module uses it.
 
 A key that leaves the top K of its head never comes back, so it can be forgotten: `keep_window_size` slots per head,
 allocated once, hold all that later tokens can see. Each key in them carries its importance and its true position: both
@@ -6,52 +6,29 @@ decide what later queries see, and neither can be recomputed once the heads have
 """
 
 import weakref
-from typing import NamedTuple
 
 import torch
 
-from flash_dmattn import Visibility, select_visible
-from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
-from flash_dmattn.slots import decode_step, refresh_victims
+from flash_dmattn_hf.cache.eviction import EvictingLayer
 from flash_dmattn_hf.cache.handover import hand_over
-from flash_dmattn_hf.cache.slots import SlotLayer
-from flash_dmattn_hf.cache.tail import ROWS, Tail
 from flash_dmattn_hf.gates.importance import importance_of
 
 
-class CacheView(NamedTuple):
-    """What the tokens being processed attend to: survivors first, then the new tokens in order.
-
-    key, value: (B, Hc, n, D).
-    importance: (B, Hc, n) float32 or float64, as computed when the key was written.
-    visibility: birth and death, int32 (B, Hc, n), as positions.
-    query_positions: (B, T) int32, positions of the new tokens, -1 for padding.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    importance: torch.Tensor
-    visibility: Visibility
-    query_positions: torch.Tensor
-
-
-class DynamicMaskCacheLayer(SlotLayer):
+class DynamicMaskCacheLayer(EvictingLayer):
     """The cache of one attention layer with an importance gate.
 
-    One forward is `update` (from the model), then, from the attention function, `step` for a single token, else `view`
-    and `evict`. Several tokens wait in a tail behind the slots until `evict` puts those that survive into them; while
-    the past is recorded all wait there until the next `crop`, which undoes tokens by dropping them.
+    One forward is `update` (from the model), then, from the attention function, `step` for a single token, else
+    `attend`. While the past is recorded all tokens wait in the tail until the next `crop`, which undoes tokens by
+    dropping them.
 
     Hc, the number of heads of the slots, is that of kv heads, or of query heads when importance is per query head.
 
-    is_counted_outside: True while a captured or compiled forward of one token leaves counting it to `count_step`.
     record_past: while True nothing is evicted before the next `crop`, which can then undo every token since.
     """
 
     def __init__(self, gate):
         super().__init__(gate.windows)
         self._gate = weakref.ref(gate)
-        self.record_past = self.is_counted_outside = False
 
     @property
     def gate(self):
@@ -81,8 +58,7 @@ class DynamicMaskCacheLayer(SlotLayer):
             self._change_windows(gate)
         if not self.is_counted_outside:
             self._make_room(key_states, value_states)
-        self._new = (key_states.to(self.dtype), value_states, importance_of(gate, value_states))
-        self._num_new = key_states.shape[2]
+        self.take(key_states.to(self.dtype), value_states, importance_of(gate, value_states))
         hand_over.offer(self, key_states, value_states)
         return key_states, value_states
 
@@ -124,116 +100,6 @@ class DynamicMaskCacheLayer(SlotLayer):
             return False
         wants_grad = torch.is_grad_enabled() and any(states.requires_grad for states in self._new)
         return not (wants_grad or self.keys.requires_grad)
-
-    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
-        """Appends the new token, evicts and attends, in place.
-
-        query: (B, 1, H, D). padding_mask: (B, 1) bool, True for real tokens, or None. options: of `decode_step`.
-        Returns out (B, 1, H, D).
-        """
-        padding_mask = self._checked(padding_mask)
-        key, value, importance = self._new
-        num_slots, num_sinks, local_window, sliding_window = self.windows
-        out = decode_step(
-            query.to(self.dtype),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            importance,
-            self.slots,
-            num_sink_tokens=num_sinks,
-            local_window_size=local_window,
-            sliding_window=sliding_window,
-            padding_mask=padding_mask,
-            **options,
-        )
-        if not self.is_counted_outside:
-            self._count_rows(padding_mask)
-            self._num_undoable = self._num_undoable + 1 if self.num_rows <= num_slots else 0
-        self._new, self._num_new = None, 0
-        return out
-
-    def count_step(self) -> None:
-        """Counts one token of every batch row, which can then not be undone."""
-        self.num_rows += 1
-        self._num_undoable = 0
-
-    def view(self, padding_mask: torch.Tensor | None = None) -> CacheView:
-        """Gives the new tokens their positions and says which keys each of them sees.
-
-        padding_mask: (B, T) bool, True for real tokens, or None when all are real.
-        Raises ValueError for another shape.
-        """
-        padding_mask = self._checked(padding_mask)
-        query_positions = self._next_positions(padding_mask)
-        num_kept = self.num_kept
-        key, value, importance = self._new
-        self._tail.append(key, value, comparable(importance), query_positions)
-        self._count_rows(padding_mask)
-        key, value, importance, positions = self._tail.behind(self.slots, num_kept)
-        visibility = select_visible(importance, positions=positions, **self.windows._asdict())
-        return CacheView(key, value, importance, visibility, query_positions)
-
-    def _checked(self, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
-        if padding_mask is None:
-            return None
-        expected = (self.keys.shape[0], self._num_new)
-        if tuple(padding_mask.shape) != expected:
-            raise ValueError(f"padding_mask must have shape {expected}, got {tuple(padding_mask.shape)}")
-        return padding_mask.to(device=self.keys.device, dtype=torch.bool)
-
-    def _next_positions(self, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        batch = self.lengths.shape[0]
-        if padding_mask is None:
-            count = torch.arange(1, self._num_new + 1, dtype=torch.int32, device=self.lengths.device)
-            count = count.expand(batch, -1)
-        else:
-            count = padding_mask.cumsum(dim=1, dtype=torch.int32)
-        positions = self.lengths[:, :1] + count - 1
-        self.lengths.add_(count[:, -1:])
-        return positions if padding_mask is None else positions.masked_fill(~padding_mask, -1)
-
-    def _count_rows(self, padding_mask: torch.Tensor | None) -> None:
-        before, self.num_rows = self.num_rows, self.num_rows + self._num_new
-        self._new = None
-        if padding_mask is not None and before < self.windows.keep_window_size:
-            rows = self.row_is_real[:, before : self.num_rows]
-            rows.copy_(padding_mask[:, : rows.shape[1]])
-
-    def evict(self) -> None:
-        """Ends the forward: drops every key that no later query can see and that no longer competes."""
-        self._num_undoable += self._num_new
-        self._num_new = 0
-        if not self.record_past:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Puts what survives of the tail into the slots."""
-        if not len(self._tail):
-            return
-        num_kept, (num_slots, num_sinks, local_window, _) = self.num_kept, self.windows
-        if self.num_keys <= cache_capacity(num_slots, local_window):
-            start, rows = num_kept, self._tail.rows
-        else:
-            self._num_undoable = 0
-            start, rows = 0, dict(zip(ROWS, self._tail.behind(self.slots, num_kept), strict=True))
-            kept = select_survivors(
-                rows["importance"],
-                rows["positions"],
-                self.lengths[:, 0],
-                keep_window_size=num_slots,
-                num_sink_tokens=num_sinks,
-                local_window_size=local_window,
-            )
-            rows = {name: _gather(states, kept) for name, states in rows.items()}
-            self.positions.fill_(-1)
-        for name, states in rows.items():
-            self._write(name, start, states)
-        self._tail = Tail()
-        self._refresh_victims()
-
-    def _refresh_victims(self) -> None:
-        _, num_sinks, local_window, _ = self.windows
-        refresh_victims(self.slots, num_sink_tokens=num_sinks, local_window_size=local_window)
 
     def activate_past_recording(self) -> None:
         """Keeps what is needed to undo, by `crop`, every token from now on."""
@@ -278,10 +144,3 @@ class DynamicMaskCacheLayer(SlotLayer):
             self.positions.masked_fill_(self.positions >= self.lengths.unsqueeze(-1), -1)
             self._refresh_victims()
         self.row_is_real[:, self.num_rows :] = True
-
-
-def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Picks rows (B, Hc, m) of states (B, Hc, n, ...)."""
-    if states.dim() == 4:
-        return states.gather(2, index.unsqueeze(-1).expand(*index.shape, states.shape[-1]))
-    return states.gather(2, index)

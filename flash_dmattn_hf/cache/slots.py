@@ -1,9 +1,9 @@
-"""The tensors of one cache layer: w slots per head that stay where they are, and a tail of tokens behind them."""
+"""The tensors of one cache layer, w slots per head that stay where they are, and the step of one token over them."""
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from flash_dmattn.slots import Slots, make_slots
+from flash_dmattn.slots import Slots, decode_step, make_slots
 from flash_dmattn_hf.cache.tail import Tail
 from flash_dmattn_hf.config import Windows
 
@@ -11,13 +11,16 @@ STATE = (*Slots._fields, "row_is_real")
 
 
 class SlotLayer(DynamicLayer):
-    """What a cache layer holds, and how it is moved, reordered and emptied; who fills it is another matter.
+    """What a cache layer holds, how one token enters it, and how it is moved, reordered and emptied.
 
     windows: those that the slots are filled by; keep_window_size is the number of slots per head.
     keys, values, importance, positions, victims, lengths, arrivals: the fields of `slots`, None before the first token.
     row_is_real: (B, w) bool, which of the first w tokens were no padding.
     num_rows: tokens processed, padding included.
+    is_counted_outside: True while a captured or compiled forward of one token leaves counting it to `count_step`.
     """
+
+    is_counted_outside = False
 
     def __init__(self, windows: Windows):
         super().__init__()
@@ -26,9 +29,7 @@ class SlotLayer(DynamicLayer):
 
     @property
     def slots(self) -> Slots:
-        return Slots(
-            self.keys, self.values, self.importance, self.positions, self.victims, self.lengths, self.arrivals
-        )
+        return Slots(self.keys, self.values, self.importance, self.positions, self.victims, self.lengths, self.arrivals)
 
     @property
     def num_kept(self) -> int:
@@ -81,6 +82,14 @@ class SlotLayer(DynamicLayer):
             self.row_is_real = torch.ones(batch, num_slots, dtype=torch.bool, device=device)
         self.is_initialized = True
 
+    def borrow(self, slots: Slots, num_rows: int) -> None:
+        """Works on slots that belong to somebody else and hold `num_rows` tokens, none of them padding."""
+        self._release()
+        for name, state in slots._asdict().items():
+            setattr(self, name, state)
+        self.dtype, self.device = slots.keys.dtype, slots.keys.device
+        self.num_rows, self.is_initialized = num_rows, True
+
     def _write(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Writes (B, Hc, n, ...) to the slots from `start` on; out of place where gradients flow."""
         state, end = getattr(self, name), start + rows.shape[2]
@@ -88,6 +97,58 @@ class SlotLayer(DynamicLayer):
             setattr(self, name, torch.cat([state[:, :, :start], rows, state[:, :, end:]], dim=2))
         else:
             state[:, :, start:end] = rows
+
+    def take(self, key: torch.Tensor, value: torch.Tensor, importance: torch.Tensor) -> None:
+        """Gives the layer T new tokens. key, value: (B, Hkv, T, D), in the slots' dtype. importance: (B, Hi, T)."""
+        self._new = (key, value, importance)
+        self._num_new = key.shape[2]
+
+    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
+        """Appends the new token, evicts and attends, in place.
+
+        query: (B, 1, H, D). padding_mask: (B, 1) bool, True for real tokens, or None. options: of `decode_step`.
+        Returns out (B, 1, H, D).
+        """
+        padding_mask = self._checked(padding_mask)
+        key, value, importance = self._new
+        num_slots, num_sinks, local_window, sliding_window = self.windows
+        out = decode_step(
+            query.to(self.dtype),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            importance,
+            self.slots,
+            num_sink_tokens=num_sinks,
+            local_window_size=local_window,
+            sliding_window=sliding_window,
+            padding_mask=padding_mask,
+            **options,
+        )
+        if not self.is_counted_outside:
+            self._count_rows(padding_mask)
+            self._num_undoable = self._num_undoable + 1 if self.num_rows <= num_slots else 0
+        self._new, self._num_new = None, 0
+        return out
+
+    def count_step(self) -> None:
+        """Counts one token of every batch row, which can then not be undone."""
+        self.num_rows += 1
+        self._num_undoable = 0
+
+    def _checked(self, padding_mask: torch.Tensor | None) -> torch.Tensor | None:
+        if padding_mask is None:
+            return None
+        expected = (self.keys.shape[0], self._num_new)
+        if tuple(padding_mask.shape) != expected:
+            raise ValueError(f"padding_mask must have shape {expected}, got {tuple(padding_mask.shape)}")
+        return padding_mask.to(device=self.keys.device, dtype=torch.bool)
+
+    def _count_rows(self, padding_mask: torch.Tensor | None) -> None:
+        before, self.num_rows = self.num_rows, self.num_rows + self._num_new
+        self._new = None
+        if padding_mask is not None and before < self.windows.keep_window_size:
+            rows = self.row_is_real[:, before : self.num_rows]
+            rows.copy_(padding_mask[:, : rows.shape[1]])
 
     def get_seq_length(self) -> int:
         """Returns the number of tokens processed, padding included."""

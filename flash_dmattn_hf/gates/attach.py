@@ -57,7 +57,7 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
         return AttachPlan(config, refused={"": reason})
     result = AttachPlan(config)
     text_config = text_config_of(model)
-    for name, module, owner in _attention_modules(model):
+    for name, module, owner in attention_modules(model):
         if getattr(module, "config", owner) is not text_config:
             result.skipped[name] = "it belongs to another part than the text model"
             continue
@@ -93,12 +93,12 @@ def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
 
 
 def _check_layers(model: nn.Module, config: DynamicMaskConfig) -> None:
-    indices = {getattr(module, "layer_idx", None) for _, module, _ in _attention_modules(model)}
+    indices = {getattr(module, "layer_idx", None) for _, module, _ in attention_modules(model)}
     if absent := [index for index in config.layers or () if index not in indices]:
         raise ValueError(f"layers must be indices of attention layers of {type(model).__name__}, got {absent}")
 
 
-def _attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Yields name, module and the config of the innermost model around it, for every attention module."""
     owners = {"": model.config}
     for name, module in model.named_modules():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from flash_dmattn import dynamic_mask_attention, interval_attention
+from flash_dmattn import dynamic_mask_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
@@ -15,6 +15,7 @@ from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.serving.live_requests import LiveRequests
 
 UNSUPPORTED = {
     "s_aux": "attention sinks (s_aux)",
@@ -22,7 +23,7 @@ UNSUPPORTED = {
     "position_bias": "a position bias",
     "indices": "an indexer's indices",
     "block_indices": "an indexer's blocks",
-    "cache": "continuous batching",
+    "cache": "a paged cache",
 }
 """Arguments of an attention function that would change its result and that are not supported."""
 
@@ -50,12 +51,21 @@ def dynamic_mask_attention_forward(
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
+    requests = getattr(kwargs.get("cache"), "live_requests", None)
     if gate is None:
         refuse_missing_gate(module)
         windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
     else:
         windows = gate.windows
+    if requests is not None:
+        del kwargs["cache"]
+        attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
+    if requests is not None:
+        if gate is not None:
+            gate.was_called = True
+        options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
+        return _attend_served(gate, requests, module.layer_idx, query, key, value, options), None
     tag = tag_of(attention_mask)
     is_step = cache_layer is not None and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
@@ -100,20 +110,18 @@ def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
     options["add_importance_bias"] = gate.config.add_importance_bias
     if layer.takes_step:
         return layer.step(query.transpose(1, 2), padding_mask, **options)
-    view = layer.view(padding_mask)
-    out = interval_attention(
-        query.to(view.value.dtype).transpose(1, 2),
-        view.key.to(view.value.dtype).transpose(1, 2),
-        view.value.transpose(1, 2),
-        view.importance,
-        view.visibility,
-        query_positions=view.query_positions,
-        max_visible=layer.windows.keep_window_size,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        **options,
-    )
-    layer.evict()
-    return out
+    return layer.attend(query.transpose(1, 2), padding_mask, **options)
+
+
+def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, value, options) -> torch.Tensor:
+    """Attends to the slots of the requests whose tokens these are, and lets those evict."""
+    if gate is None:
+        importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
+    else:
+        importance = importance_of(gate, value)
+    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return requests.attend(layer_idx, query.transpose(1, 2), key, value, importance, **options)
 
 
 def _attend_packed(query, key, value, importance, documents: Documents, options) -> torch.Tensor:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import transformers
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousMixin
@@ -19,13 +20,14 @@ from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.integration.kept_cache import keep_cache
 from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.versions import FIRST_SERVING, can_serve
 
 _CONSTANT = "the default DynamicMaskCache is of constant size anyway"
 _REFUSED = {
     "quantized": f"quantized values have other importances; {_CONSTANT}",
     "offloaded": f"evicting needs the keys on the device; {_CONSTANT}",
     "offloaded_static": f"evicting needs the keys on the device; {_CONSTANT}",
-    "paged": "its paged cache holds the same tokens for all heads, flash_dmattn keeps other tokens per head",
+    "paged": "pages hold the same tokens for all heads; call model.generate_batch(), which has slots instead",
 }
 
 
@@ -138,15 +140,30 @@ def wrap_dynamic_cache(original):
 
 
 def wrap_init_continuous_batching(original):
-    """Refuses continuous batching with a ValueError."""
+    """Gives a model that runs through flash_dmattn a manager of slots instead of pages.
+
+    The replacement raises ValueError before transformers 5.23, and what `SlotBatchingManager` raises.
+    """
+    names = parameter_names(original)[1:]
 
     @functools.wraps(original)
     def init_continuous_batching(self, *args, **kwargs):
-        if is_active(self):
+        active = is_active(self)
+        if active and not can_serve():
             raise ValueError(
-                f"continuous batching is not supported with flash_dmattn: {_REFUSED['paged']}; "
-                "call model.generate() on a padded batch"
+                f"continuous batching with flash_dmattn needs transformers {FIRST_SERVING} or newer, got "
+                f"{transformers.__version__}; call model.generate() on a padded batch"
             )
+        if not can_serve():
+            return original(self, *args, **kwargs)
+        from flash_dmattn_hf.serving.manager import SlotBatchingManager, make_manager
+
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        if kept is not None and isinstance(kept, SlotBatchingManager) != active:
+            self.destroy_cached_continuous_batching_manager()  # it was made for another implementation
+            kept = None
+        if active and kept is None:
+            return make_manager(self, **by_name(names, args, kwargs))
         return original(self, *args, **kwargs)
 
     return init_continuous_batching

@@ -11,8 +11,9 @@ from conftest import SEED
 
 from flash_dmattn import NEVER, Visibility
 from flash_dmattn.ranking import find_victim
+from flash_dmattn_hf.cache.eviction import CacheView
 from flash_dmattn_hf.cache.handover import hand_over
-from flash_dmattn_hf.cache.layer import CacheView, DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates.importance import Gate
 

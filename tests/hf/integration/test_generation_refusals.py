@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedCache
 
 import flash_dmattn_hf
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
+from flash_dmattn_hf.integration import generation
 
 from ..generation_models import NEW, greedy, make_model, make_prompt
 
@@ -95,8 +96,9 @@ def test_a_dynamic_cache_that_drops_keys():
         model(ids[:, :1], past_key_values=past)
 
 
-def test_continuous_batching(model):
-    message = "continuous batching is not supported with flash_dmattn: .* call model.generate"
+def test_continuous_batching_of_an_old_transformers(model, monkeypatch):
+    monkeypatch.setattr(generation, "can_serve", lambda: False)
+    message = "continuous batching with flash_dmattn needs transformers 5.23.0 or newer, got .* call model.generate"
     prompts = make_prompt(batch=2)[0].tolist()
     with pytest.raises(ValueError, match=message):
         model.generate_batch(inputs=prompts)
@@ -106,6 +108,8 @@ def test_continuous_batching(model):
         pass
     with pytest.raises(ValueError, match=message):
         greedy(model, *make_prompt(), cache_implementation="paged")
+
+
 
 
 def test_a_model_without_gates_has_no_such_cache(dense):

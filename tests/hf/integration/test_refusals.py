@@ -179,7 +179,7 @@ def test_attention_dropout_is_refused_at_the_first_training_step(model_type, fie
 
 UNSUPPORTED = {
     **dict.fromkeys(["s_aux", "sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
-    "cache": PagedAttentionCache.__new__(PagedAttentionCache),  # continuous batching, under whatever name
+    "cache": PagedAttentionCache.__new__(PagedAttentionCache),  # of pages, which are not ours
 }
 
 

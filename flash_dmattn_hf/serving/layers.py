@@ -1,0 +1,65 @@
+"""Which slots a model's layers need to serve requests: the formula of its memory."""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from flash_dmattn.calls import Slots
+from flash_dmattn.slots import make_slots
+from flash_dmattn_hf.config import Windows
+from flash_dmattn_hf.gates.attach import attention_modules, text_config_of
+from flash_dmattn_hf.gates.eligibility import read_shape
+from flash_dmattn_hf.gates.importance import get_gate
+
+
+class ServedLayer(NamedTuple):
+    """One attention layer: its windows, the heads of its slots and their head dim."""
+
+    windows: Windows
+    num_heads: int
+    head_dim: int
+
+    def make_slots(self, num_rows: int, dtype: torch.dtype, device: torch.device | str) -> Slots:
+        """Returns empty slots for so many requests."""
+        return make_slots(num_rows, self.num_heads, self.windows.keep_window_size, self.head_dim, dtype, device)
+
+    def bytes_per_request(self, dtype: torch.dtype) -> int:
+        """Returns the bytes of one request's slots, exactly."""
+        return sum(state.nbytes for state in self.make_slots(1, dtype, "meta"))
+
+
+def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
+    """Returns the attention layers of a model by layer_idx.
+
+    Layers of dynamic masks have their windows. Native sliding-window layers have as many slots as their window has
+    tokens. Raises ValueError for a layer whose memory would grow with the text, or that is not attention.
+    """
+    config = text_config_of(model)
+    layers: dict[int, ServedLayer] = {}
+    for name, module, owner in attention_modules(model):
+        if getattr(module, "config", owner) is not config:
+            continue
+        if (gate := get_gate(module)) is not None:
+            num_heads = max(gate.num_kv_heads, gate.num_importance_heads)
+            layers[module.layer_idx] = ServedLayer(gate.windows, num_heads, gate.head_dim)
+        else:
+            layers[module.layer_idx] = _native_layer(name, module)
+    missing = sorted(set(range(config.num_hidden_layers)) - set(layers))
+    if missing:
+        raise ValueError(
+            f"continuous batching needs attention in every layer, got {type(model).__name__}, whose layers {missing} "
+            "hold another state"
+        )
+    return layers
+
+
+def _native_layer(name: str, module: Any) -> ServedLayer:
+    shape = read_shape(module)
+    window = shape.sliding_window
+    if window is None:
+        raise ValueError(
+            f"continuous batching needs an importance gate or a sliding window in every layer, got {name} without "
+            "either: its keys grow with the text"
+        )
+    return ServedLayer(Windows(window, 0, window, None), shape.num_kv_heads, shape.head_dim)

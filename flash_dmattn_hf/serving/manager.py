@@ -1,0 +1,148 @@
+"""`model.generate_batch` and what else transformers builds on its continuous batching, with slots instead of pages."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+)
+from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
+
+from flash_dmattn_hf.serving.cache import SlotCache
+from flash_dmattn_hf.serving.layers import served_layers
+from flash_dmattn_hf.serving.scheduler import SCHEDULERS
+
+_OFF = {
+    "use_cuda_graph": "a forward of several requests is not captured",
+    "use_async_batching": "a batch is made when the one before is done",
+    "varlen_compile_config": "a forward of several requests is not compiled",
+    "decode_compile_config": "a forward of several requests is not compiled",
+    "default_compile_level": "a forward of several requests is not compiled",
+    "max_blocks_per_request": "a request has one block, whatever its length",
+    "cpu_offload_space": "no request is ever moved out of the way of another",
+}
+"""Settings of transformers that must be left out or off, and why."""
+
+
+def checked_settings(settings: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
+    """Returns a copy with everything off that slots do not have. ValueError for such a setting that is on."""
+    for name, reason in _OFF.items():
+        value = getattr(settings, name)
+        if value not in (None, False, 0, (False, False)) or (name == "cpu_offload_space" and value is None):
+            raise ValueError(f"{name} must be left out with flash_dmattn, got {value!r}: {reason}")
+    if settings.scheduler_type not in SCHEDULERS:
+        raise ValueError(f"scheduler_type must be one of {list(SCHEDULERS)}, got {settings.scheduler_type!r}")
+    settings = copy.deepcopy(settings)
+    settings.use_cuda_graph, settings.use_async_batching, settings.max_blocks_per_request = (False, False), False, 0
+    return settings
+
+
+class SlotBatchProcessor(ContinuousBatchProcessor):
+    """Runs forwards over a `SlotCache`."""
+
+    @torch.no_grad()
+    def _generation_step(self, model: nn.Module) -> None:
+        io = self.inputs_and_outputs
+        self.cache.begin(io.requests_in_batch)
+        inputs = io.get_model_kwargs()
+        # Ready-made, so that no model looks for documents in the positions: the cache knows whose tokens these are.
+        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model_device)
+        if io.compute_stream is not None:
+            io.compute_stream.wait_stream(torch.cuda.current_stream(self.model_device))
+        self.model_runner.compute_batch(model, inputs)
+        io.retrieve_device_outputs()
+
+    def update_batch(self) -> None:
+        """Also forks requests into their children, for each of which a row was kept."""
+        forking, self.scheduler._requests_to_fork = self.scheduler._requests_to_fork, []
+        super().update_batch()
+        for state in forking:
+            num_children, state.num_children = state.num_children, 0
+            for number in range(num_children):
+                child_id = f"{state.request_id}__child#{number}"
+                self.cache.fork(state.request_id, child_id)
+                self.scheduler.active_requests[child_id] = state.fork(child_id)
+
+
+class SlotBatchingManager(ContinuousBatchingManager):
+    """A ContinuousBatchingManager for a model that runs through flash_dmattn.
+
+    Raises ValueError for settings that slots do not have, a model whose layers grow with the text and, when it starts
+    or warms up, for memory into which not one request fits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        workload_hints: Any = None,
+    ):
+        served_layers(model)
+        settings = checked_settings(continuous_batching_config)
+        super().__init__(model, generation_config, settings, workload_hints)
+        self.continuous_batching_config.varlen_compile_config = None
+        self.continuous_batching_config.decode_compile_config = None
+
+    def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
+        """The implementation stays."""
+
+    def start(self) -> None:
+        """Starts the thread that generates; what cannot work fails here, not there."""
+        if self.batch_processor is None:
+            self.batch_processor = self._create_batch_processor()
+        super().start()
+
+    def _create_batch_processor(self) -> SlotBatchProcessor:
+        if self.batch_processor is not None:
+            self.batch_processor.reset()
+            return self.batch_processor
+        settings, config = self.continuous_batching_config, self.model.config.get_text_config()
+        cache = SlotCache(self.model, settings)
+        self._use_prefix_sharing = cache.use_prefix_sharing
+        update_cb_config_after_cache_creation(
+            cb_config=settings, num_blocks=cache.num_blocks, max_batch_tokens=cache.max_batch_tokens
+        )
+        scheduler = SCHEDULERS[settings.scheduler_type](
+            cache=cache, safety_margin=0.0, max_requests_per_batch=settings.max_requests_per_batch
+        )
+        # What the input tensors ask of a config: FlashAttention is the implementation without masks.
+        without_masks = SimpleNamespace(
+            sliding_window=getattr(config, "sliding_window", None), _attn_implementation="flash_attention_2"
+        )
+        return SlotBatchProcessor(
+            cache=cache,
+            config=without_masks,
+            generation_config=self.generation_config,
+            continuous_batching_config=settings,
+            logit_processor=self.logit_processor,
+            input_queue=self.input_queue if self.is_tp_driver else None,
+            cancel_queue=self.cancel_queue if self.is_tp_driver else None,
+            output_router=self.output_router,
+            background_thread_status=self.background_thread_status,
+            model_device=self.model.device,
+            model_dtype=self.model.dtype,
+            scheduler=scheduler,
+            distributed_helper=self.distributed_helper,
+        )
+
+
+def make_manager(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    workload_hints: Any = None,
+) -> SlotBatchingManager:
+    """As `model.init_continuous_batching` of transformers, and raises what `SlotBatchingManager` raises."""
+    generation_config = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
+    if generation_config.eos_token_id is None:
+        generation_config.eos_token_id = -1
+    if continuous_batching_config is None:
+        continuous_batching_config = ContinuousBatchingConfig()
+    return SlotBatchingManager(model, generation_config, continuous_batching_config, workload_hints)

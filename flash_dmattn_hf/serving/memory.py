@@ -1,0 +1,54 @@
+"""How many requests fit into memory: known before the first one comes, because no request ever needs more."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
+
+from flash_dmattn_hf.serving.layers import ServedLayer
+
+SPARE_ROWS = 16
+"""Rows beyond those that requests can hold at once: there snapshots of prefixes can stay."""
+
+
+def bytes_per_request(layers: Mapping[int, ServedLayer], dtype: torch.dtype) -> int:
+    """Returns the bytes of one request of any length: its slots in all layers."""
+    return sum(layer.bytes_per_request(dtype) for layer in layers.values())
+
+
+def workspace_bytes(
+    layers: Mapping[int, ServedLayer], config: Any, dtype: torch.dtype, num_tokens: int, num_logits: int
+) -> int:
+    """Returns about what a forward of so many tokens needs while it runs, logits for `num_logits` of them included."""
+    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    num_heads = config.num_attention_heads
+    most = max(
+        num_tokens * (num_heads + 4 * layer.num_heads) * layer.head_dim
+        + 2 * (layer.windows.keep_window_size + num_tokens) * layer.num_heads * layer.head_dim
+        for layer in layers.values()
+    )
+    activations = (num_tokens * (4 * hidden + 3 * inner) + most) * dtype.itemsize
+    return activations + num_logits * config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
+
+
+def count_rows(
+    row_bytes: int, workspace: int, *, share: float, num_rows: int | None, most: int, available: int | None = None
+) -> int:
+    """Returns for how many requests there will be slots.
+
+    row_bytes: of one request. workspace: of a forward. share: of the free memory, that both may take.
+    num_rows: what the user asks for, None: as many as fit, `most` at most. available: free bytes, None: look.
+    Raises ValueError when not even one request fits, or fewer than the user asks for.
+    """
+    if available is None:
+        _, total, reserved, allocated = get_device_and_memory_breakdown()
+        available = total - max(reserved, allocated)
+    fitting = max(0, int(available * share) - workspace) // row_bytes
+    if fitting < (num_rows or 1):
+        raise ValueError(
+            f"{num_rows or 1} request(s) of {row_bytes / 2**20:.1f} MiB and {workspace / 2**20:.1f} MiB for a forward must "
+            f"fit into {share:.0%} of the {available / 2**20:.1f} MiB that are free, got room for {fitting}: lower "
+            "max_batch_tokens, num_blocks or keep_window_size, or raise max_memory_percent"
+        )
+    return min(fitting, most) if num_rows is None else num_rows

@@ -1,0 +1,59 @@
+"""Which requests a forward is about: transformers' schedulers, with admission by rows of slots.
+
+A request that has started has all the memory that it will ever need. So none is preempted or computed again; one for
+which there is no row waits.
+"""
+
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler, PrefillFirstScheduler
+
+
+class RowScheduler:
+    """What both schedulers do differently with a `SlotCache`."""
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Raises ValueError for a request that could never start."""
+        self.cache.register(state)
+        super().add_waiting_request(state)
+
+    def _get_waiting_candidates(self) -> list[RequestState]:
+        return [state for state in super()._get_waiting_candidates() if self.cache.may_start(state)]
+
+    def _try_to_meet_safety_margin(self) -> bool:
+        return True  # nothing that has started can run out of memory
+
+    def _infer_request_tokens(self, state: RequestState, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
+        """Returns the tokens of a request that are to be processed, without those that a snapshot holds."""
+        if state.status == RequestStatus.PENDING and self.cache.use_prefix_sharing:
+            if num_held := self.cache.start_from_snapshot(state):
+                self.active_requests[state.request_id] = state
+                self.waiting_requests.pop(state.request_id, None)
+                request_ids_to_remove_from_waiting.add(state.request_id)
+                state.status = RequestStatus.PREFILLING
+                state.remaining_prefill_tokens = state.remaining_prefill_tokens[num_held:]
+                state.position_offset = num_held
+        return state.tokens_to_process if state.status == RequestStatus.DECODING else state.remaining_prefill_tokens
+
+    def _schedule_request(
+        self,
+        state: RequestState,
+        request_tokens: list[int],
+        token_budget: int,
+        request_ids_to_remove_from_waiting: set[str],
+    ) -> None:
+        """A chunk ends where its request leaves a snapshot."""
+        end = self.cache.prefixes.end_of(state.request_id)
+        if end is not None and end > state.current_len():
+            token_budget = min(token_budget, end - state.current_len())
+        super()._schedule_request(state, request_tokens, token_budget, request_ids_to_remove_from_waiting)
+
+
+class FIFORowScheduler(RowScheduler, FIFOScheduler):
+    """Decoding before prefill, in the order of arrival."""
+
+
+class PrefillFirstRowScheduler(RowScheduler, PrefillFirstScheduler):
+    """Prompts that have begun before decoding."""
+
+
+SCHEDULERS = {"fifo": FIFORowScheduler, "prefill_first": PrefillFirstRowScheduler}

@@ -1,0 +1,153 @@
+"""Continuous batching makes of every request what generate() makes of it alone, whatever else goes on."""
+
+import random
+
+import pytest
+import torch
+
+from tests.hf import gpu_models
+from tests.hf.generation_models import KINDS, VOCAB, make_model
+from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
+
+pytestmark = needs_serving
+
+
+def make_prompts(lengths, vocab=VOCAB, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_batch(kind):
+    """Prompts shorter and longer than the window and than a batch; more of them than there are rows."""
+    model, prompts = make_model(kind), make_prompts((3, 26, 1, 40, 17))
+    results = model.generate_batch(
+        prompts, generation_config=greedy_config(), continuous_batching_config=batching(num_blocks=3)
+    )
+    assert [result.generated_tokens for result in results.values()] == [alone(model, prompt, 6) for prompt in prompts]
+
+
+def serve_at_random(model, vocab, num_requests, longest, max_new, **values):
+    """Requests come at random times and some are cancelled; returns what was asked for and the engine at the end."""
+    choose = random.Random(0)
+    lengths = [choose.randint(1, longest) for _ in range(num_requests)]
+    news = [choose.randint(1, max_new) for _ in lengths]
+    asked = dict(enumerate(zip(make_prompts(lengths, vocab), news, strict=True)))
+    engine = Engine(model, **values)
+    waiting, cancelled = list(asked), set()
+    while waiting or engine.processor.has_pending_requests():
+        for _ in range(min(len(waiting), choose.choice((0, 0, 1, 3)))):
+            number = waiting.pop(0)
+            engine.add(str(number), *asked[number], streaming=number % 3 == 0)
+        if choose.random() < 0.15 and engine.processor.scheduler.active_requests:
+            name = choose.choice(sorted(engine.processor.scheduler.active_requests))
+            engine.manager.cancel_request(name)
+            cancelled.add(name)
+        engine.step()
+    return {str(number): request for number, request in asked.items()}, cancelled, engine
+
+
+def test_64_random_requests_with_arrivals_and_cancellations():
+    model = make_model("llama-sinks-local")
+    asked, cancelled, engine = serve_at_random(model, VOCAB, 64, longest=45, max_new=8)
+    assert 5 < len(cancelled) < 25
+    assert set(engine.results) == set(asked) - cancelled
+    for name, result in engine.results.items():
+        assert result.generated_tokens == alone(model, *asked[name]), name
+        if int(name) % 3 == 0:  # streamed, token by token
+            assert [len(tokens) for tokens in engine.streamed[name]] == list(range(1, asked[name][1] + 1))
+    assert engine.cache.rows.num_available == engine.cache.num_blocks and not engine.cache.rows.held
+
+
+def test_a_chunk_and_single_tokens_in_one_forward():
+    model, (short, long) = make_model("llama-topk"), make_prompts((5, 60))
+    engine, batches = Engine(model), []
+    begin = engine.cache.live_requests.begin
+    engine.cache.live_requests.begin = lambda batch: (
+        batches.append([tokens.num_new for tokens in batch]) or begin(batch)
+    )
+    engine.add("short", short, 8)
+    engine.step()
+    engine.add("long", long, 3)
+    engine.run()
+    assert batches[:4] == [[5], [1, 23], [1, 23], [1, 14]]
+    assert engine.results["short"].generated_tokens == alone(model, short, 8)
+    assert engine.results["long"].generated_tokens == alone(model, long, 3)
+
+
+def test_several_sequences_of_a_prompt():
+    """A request forks into rows that were kept for it: equal ones, when nothing is drawn at random."""
+    model, (prompt, other) = make_model("llama-sinks-local"), make_prompts((37, 9))
+    config = greedy_config(do_sample=True, top_k=1, num_return_sequences=3)
+    results = model.generate_batch([prompt, other], generation_config=config, continuous_batching_config=batching())
+    expected = [alone(model, prompt, 6)] * 3 + [alone(model, other, 6)] * 3
+    assert [result.generated_tokens for result in results.values()] == expected
+
+
+def test_more_sequences_than_rows_and_empty_prompts_fail_alone():
+    engine = Engine(make_model("llama-topk"), greedy_config(do_sample=True, num_return_sequences=3), num_blocks=2)
+    engine.add("many", [3, 4, 5], 2)
+    engine.run()
+    assert "num_return_sequences of request many must be at most 2" in engine.results["many"].error
+    engine = Engine(engine.model)
+    engine.add("none", [], 2)
+    engine.add("some", [3, 4, 5], 2)
+    engine.run()
+    assert "must have at least 1 token(s)" in engine.results["none"].error
+    assert engine.results["some"].generated_tokens == alone(engine.model, [3, 4, 5], 2)
+
+
+def test_sampling_parameters_per_request():
+    """Of one candidate the sample is the greedy one; a hot request beside it is not."""
+    model, (prompt,) = make_model("llama-topk"), make_prompts((20,))
+    config = greedy_config(do_sample=True, top_k=5, temperature=2.0)
+    engine = Engine(model, config, per_request_processors=True, allow_block_sharing=False, seed=0)
+    engine.add("cold", prompt, 8, top_k=1)
+    engine.add("hot", prompt, 8, temperature=100.0)
+    engine.run()
+    assert engine.results["cold"].generated_tokens == alone(model, prompt, 8)
+    assert engine.results["hot"].generated_tokens != alone(model, prompt, 8)
+
+
+def test_generate_with_a_paged_cache():
+    """As transformers spells continuous batching inside generate()."""
+    model, (prompt,) = make_model("llama-topk"), make_prompts((30,))
+    out = model.generate(torch.tensor([prompt]), cache_implementation="paged", max_new_tokens=6, do_sample=False)
+    assert out.flatten().tolist() == prompt + alone(model, prompt, 6)
+
+
+def test_a_manager_that_is_kept_serves_again():
+    model, prompts = make_model("llama-topk"), make_prompts((9, 30))
+    for _ in range(2):
+        results = model.generate_batch(
+            prompts,
+            generation_config=greedy_config(),
+            continuous_batching_config=batching(),
+            persistent_manager=True,
+        )
+        assert [result.generated_tokens for result in results.values()] == [alone(model, p, 6) for p in prompts]
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_a_dense_model_keeps_its_pages():
+    model = make_model("llama-topk", implementation="sdpa", dtype=torch.float32)
+    manager = model.init_continuous_batching(greedy_config(), batching())
+    assert type(manager).__name__ == "ContinuousBatchingManager"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_64_random_requests_on_a_gpu():
+    """float32: in one pass over prompt and answer, the logit of every token that was chosen is the highest to 1e-3."""
+    model = gpu_models.make_model()
+    asked, cancelled, engine = serve_at_random(
+        model, gpu_models.VOCABULARY, 64, longest=300, max_new=16, max_batch_tokens=128, num_blocks=16, page_size=32
+    )
+    assert set(engine.results) == set(asked) - cancelled
+    for name, result in engine.results.items():
+        prompt, answer = asked[name][0], result.generated_tokens
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer], device=model.device), use_cache=False).logits[0]
+        logits = logits[len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer, device=model.device).unsqueeze(1))
+        torch.testing.assert_close(chosen, logits.max(-1, keepdim=True).values, atol=1e-3, rtol=1e-3)
