@@ -1,0 +1,125 @@
+"""Memory is known in advance: what fits is counted before the first request, and what started never has to stop."""
+
+import pytest
+import torch
+
+from flash_dmattn_hf import DynamicMaskConfig
+from flash_dmattn_hf.serving.rows import Rows
+from tests.hf.generation_models import make_model
+from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
+from tests.hf.serving.test_generate_batch import make_prompts
+
+pytestmark = needs_serving
+
+
+def test_rows():
+    rows = Rows(4)
+    assert rows.admit("a", 3) and not rows.admit("b", 2) and rows.num_available == 1
+    own, child = rows.hand_over("a", "child")
+    assert rows.held == {"a": [own, rows.held["a"][1]], "child": [child]} and own != child
+    assert rows.keep_snapshot("prefix") is not None and rows.keep_snapshot("other") is None
+    assert rows.num_available == 1 and rows.admit("b", 1) and not rows.snapshots
+    for name in ("a", "b", "child", "unknown"):
+        rows.release(name)
+    assert rows.num_available == 4
+    first, second = rows.keep_snapshot("first"), rows.keep_snapshot("second")
+    assert rows.use_snapshot("first") == first  # so the second is given up before it
+    assert rows.admit("c", 3) and second in rows.held["c"] and list(rows.snapshots) == ["first"]
+
+
+def test_what_is_counted_is_what_is_allocated():
+    from flash_dmattn_hf.serving.layers import served_layers
+    from flash_dmattn_hf.serving.memory import bytes_per_request
+
+    for kind in ("llama-query-heads", "qwen2-sliding-below-w"):
+        model = make_model(kind)
+        engine = Engine(model, num_blocks=3)
+        allocated = sum(state.nbytes for slots in engine.cache.live_requests.slots.values() for state in slots)
+        assert allocated == 3 * bytes_per_request(served_layers(model), model.dtype)
+
+
+def test_how_many_fit():
+    from flash_dmattn_hf.serving.memory import count_rows
+
+    sizes = {"row_bytes": 10, "workspace": 20, "share": 0.5, "available": 100}
+    assert count_rows(**sizes, num_rows=None, most=99) == 3
+    assert count_rows(**sizes, num_rows=None, most=2) == 2
+    assert count_rows(**sizes, num_rows=3, most=2) == 3
+    with pytest.raises(ValueError, match="4 request.* must fit into 50% .* got room for 3: lower max_batch_tokens"):
+        count_rows(**sizes, num_rows=4, most=9)
+    with pytest.raises(ValueError, match="1 request.* got room for 0"):
+        count_rows(**{**sizes, "available": 50}, num_rows=None, most=9)
+
+
+def test_not_even_one_request_fits():
+    """The error reaches the caller, not a log of the thread that generates."""
+    model = make_model("llama-topk")
+    with pytest.raises(ValueError, match="1 request.* must fit into 0% of the .* got room for 0"):
+        model.generate_batch(
+            [[3, 4]],
+            generation_config=greedy_config(),
+            continuous_batching_config=batching(num_blocks=None, max_memory_percent=1e-9),
+            warmup=False,
+        )
+
+
+def test_what_has_no_row_waits_and_nothing_is_computed_twice():
+    """Seven requests, two rows: at most two at once, in order of arrival, every token of every prompt once."""
+    model, prompts = make_model("llama-topk"), make_prompts((30, 5, 44, 2, 17, 28, 9))
+    engine, batches = Engine(model, num_blocks=2), []
+    begin = engine.cache.live_requests.begin
+    engine.cache.live_requests.begin = lambda batch: batches.append(batch) or begin(batch)
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, 4)
+    engine.run()
+    assert max(map(len, batches)) == 2
+    assert sum(tokens.num_new for batch in batches for tokens in batch) == sum(map(len, prompts)) + 3 * len(prompts)
+    for number, prompt in enumerate(prompts):
+        assert engine.results[str(number)].generated_tokens == alone(model, prompt, 4)
+
+
+def test_a_row_is_empty_for_the_next_request():
+    """Not even NaN, which no weight of 0 takes away, goes from one request to another."""
+    model, (first, second) = make_model("llama-topk"), make_prompts((30, 3))
+    engine = Engine(model, num_blocks=1)
+    engine.add("first", first, 3)
+    engine.run()
+    for slots in engine.cache.live_requests.slots.values():
+        slots.keys.fill_(torch.nan)
+        slots.values.fill_(torch.nan)
+    engine.add("second", second, 3)
+    engine.run()
+    assert engine.results["second"].generated_tokens == alone(model, second, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_cuda_graph": True}, "use_cuda_graph must be left out with flash_dmattn, got True"),
+        ({"use_async_batching": True}, "use_async_batching must be left out"),
+        ({"default_compile_level": 1}, "default_compile_level must be left out"),
+        ({"max_blocks_per_request": 8}, "max_blocks_per_request must be left out.* one block, whatever its length"),
+        ({"cpu_offload_space": 1.0}, "cpu_offload_space must be left out.* no request is ever moved"),
+        ({"cpu_offload_space": None}, "cpu_offload_space must be left out"),
+        ({"scheduler_type": "best"}, "scheduler_type must be one of .'fifo', 'prefill_first'., got 'best'"),
+    ],
+)
+def test_settings_that_slots_do_not_have(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_model("llama-topk").init_continuous_batching(greedy_config(), batching(**settings))
+
+
+def test_prefill_first():
+    model, prompts = make_model("llama-topk"), make_prompts((5, 60))
+    engine = Engine(model, scheduler_type="prefill_first")
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, 6)
+    engine.run()
+    for number, prompt in enumerate(prompts):
+        assert engine.results[str(number)].generated_tokens == alone(model, prompt, 6)
+
+
+def test_layers_that_grow_with_the_text_are_refused():
+    model = make_model("llama-topk", flash_dmattn=DynamicMaskConfig(keep_window_size=12, layers=[0]).to_dict())
+    with pytest.raises(ValueError, match="gate or a sliding window in every layer, got model.layers.1.self_attn"):
+        model.init_continuous_batching(greedy_config(), batching())

@@ -1,0 +1,102 @@
+"""Prompts that begin alike: the first leaves a snapshot of w slots, the others start from it, with the same results."""
+
+import pytest
+
+from tests.hf.generation_models import make_model
+from tests.hf.serving.engine import Engine, alone, needs_serving
+from tests.hf.serving.test_generate_batch import make_prompts
+
+pytestmark = needs_serving
+
+SYSTEM, *QUESTIONS = make_prompts((41, 3, 9, 1, 6), seed=3)
+PROMPTS = [SYSTEM + question for question in QUESTIONS]
+SHARED = 40
+"""The longest multiple of a page of 4 tokens within the common prefix."""
+
+
+def record_tokens(engine):
+    """Request rows' tokens, forward by forward: (row, before, new)."""
+    batches, begin = [], engine.cache.live_requests.begin
+    engine.cache.live_requests.begin = lambda batch: batches.append([tuple(t) for t in batch]) or begin(batch)
+    return batches
+
+
+def check_results(engine, names):
+    for name in names:
+        assert engine.results[name].generated_tokens == alone(engine.model, PROMPTS[int(name)], 5), name
+
+
+@pytest.mark.parametrize("kind", ["llama-sinks-local", "llama-topk", "qwen2-sliding-below-w"])
+def test_prompts_that_come_together(kind):
+    """One of them is prefilled from its beginning, the rest wait until its snapshot is there, and copy it."""
+    engine = Engine(make_model(kind), num_blocks=8)
+    batches = record_tokens(engine)
+    for number, prompt in enumerate(PROMPTS):
+        engine.add(str(number), prompt, 5)
+    engine.run()
+    check_results(engine, map(str, range(4)))
+    assert sum(before == 0 for batch in batches for _, before, _ in batch) == 1
+    assert sum(before == SHARED and new > 0 for batch in batches for _, before, new in batch) == 4
+    assert batches[0] == [(batches[0][0][0], 0, 24)] and batches[1][0][1:] == (24, SHARED - 24)
+    assert list(engine.cache.rows.snapshots.values()) and not engine.cache.rows.held
+
+
+def test_prompts_that_come_later():
+    """Nobody knew that the first prompt begins like others; the second leaves the snapshot, the third starts from it."""
+    engine = Engine(make_model("llama-sinks-local"))
+    starts = []
+    for number in range(3):
+        batches = record_tokens(engine)
+        engine.add(str(number), PROMPTS[number], 5)
+        engine.run()
+        starts.append(batches[0][0][1])
+        check_results(engine, [str(number)])
+    assert starts == [0, 0, SHARED]
+
+
+def test_a_request_takes_the_row_of_a_snapshot():
+    """With two rows for requests none is left for snapshots, and with one free row a snapshot goes when it is needed."""
+    engine = Engine(make_model("llama-sinks-local"), num_blocks=2)
+    for number in (0, 1):
+        engine.add(str(number), PROMPTS[number], 5)
+    engine.run()
+    assert len(engine.cache.rows.snapshots) == 1
+    others = make_prompts((7, 8), seed=9)
+    for number, prompt in enumerate(others):
+        engine.add(f"other{number}", prompt, 5)
+    engine.run()
+    check_results(engine, ["0", "1"])
+    for number, prompt in enumerate(others):
+        assert engine.results[f"other{number}"].generated_tokens == alone(engine.model, prompt, 5)
+    assert not engine.cache.rows.snapshots and engine.cache.rows.num_available == 2
+
+
+def test_a_cancelled_owner_does_not_keep_others_waiting():
+    engine = Engine(make_model("llama-sinks-local"))
+    for number in (0, 1):
+        engine.add(str(number), PROMPTS[number], 5)
+    engine.step()
+    engine.manager.cancel_request("0")
+    engine.run()
+    check_results(engine, ["1"])
+    assert set(engine.results) == {"1"}
+
+
+def test_without_sharing_everything_is_prefilled():
+    engine = Engine(make_model("llama-topk"), allow_block_sharing=False)
+    for number in (0, 1):
+        engine.add(str(number), PROMPTS[number], 5)
+    engine.run()
+    check_results(engine, ["0", "1"])
+    assert not engine.cache.rows.snapshots
+
+
+def test_snapshots_survive_a_session_and_go_with_a_reset():
+    engine = Engine(make_model("llama-topk"))
+    for number in (0, 1):
+        engine.add(str(number), PROMPTS[number], 5)
+    engine.run()
+    engine.processor.reset()
+    assert len(engine.cache.rows.snapshots) == 1
+    engine.cache.free_all_requests(clear_ledgers=True)
+    assert engine.cache.rows.num_available == engine.cache.num_blocks and not engine.cache.rows.snapshots
