@@ -160,6 +160,6 @@ class SlotCache(PagedAttentionCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Passes this cache on to the attention function, which does what there is to do (transformers from 5.24 on)."""
+        """Passes this cache on to the attention function, which does what there is to do; for transformers from 5.24."""
         kwargs["cache"] = self
         return key_states, value_states

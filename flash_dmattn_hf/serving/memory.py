@@ -47,8 +47,8 @@ def count_rows(
     fitting = max(0, int(available * share) - workspace) // row_bytes
     if fitting < (num_rows or 1):
         raise ValueError(
-            f"{num_rows or 1} request(s) of {row_bytes / 2**20:.1f} MiB and {workspace / 2**20:.1f} MiB for a forward must "
-            f"fit into {share:.0%} of the {available / 2**20:.1f} MiB that are free, got room for {fitting}: lower "
-            "max_batch_tokens, num_blocks or keep_window_size, or raise max_memory_percent"
+            f"{num_rows or 1} request(s) of {row_bytes / 2**20:.1f} MiB and a forward of {workspace / 2**20:.1f} MiB "
+            f"must fit into {share:.0%} of the {available / 2**20:.1f} MiB that are free, got room for {fitting}: "
+            "lower max_batch_tokens, num_blocks or keep_window_size, or raise max_memory_percent"
         )
     return min(fitting, most) if num_rows is None else num_rows

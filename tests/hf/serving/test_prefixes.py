@@ -42,7 +42,7 @@ def test_prompts_that_come_together(kind):
 
 
 def test_prompts_that_come_later():
-    """Nobody knew that the first prompt begins like others; the second leaves the snapshot, the third starts from it."""
+    """Nobody knew that the first begins like others; the second leaves the snapshot, the third starts from it."""
     engine = Engine(make_model("llama-sinks-local"))
     starts = []
     for number in range(3):
@@ -54,21 +54,30 @@ def test_prompts_that_come_later():
     assert starts == [0, 0, SHARED]
 
 
-def test_a_request_takes_the_row_of_a_snapshot():
-    """With two rows for requests none is left for snapshots, and with one free row a snapshot goes when it is needed."""
+def test_a_request_that_is_given_the_row_of_its_own_snapshot():
     engine = Engine(make_model("llama-sinks-local"), num_blocks=2)
+    batches = record_tokens(engine)
+    for number in (0, 1):
+        engine.add(str(number), PROMPTS[number], 5)
+    engine.run()
+    check_results(engine, ["0", "1"])
+    assert sum(before == SHARED for batch in batches for _, before, _ in batch) == 2  # the second started from it
+    assert not engine.cache.rows.snapshots and engine.cache.rows.num_available == 2
+
+
+def test_a_snapshot_gives_its_row_to_a_request():
+    engine = Engine(make_model("llama-sinks-local"), num_blocks=3)
     for number in (0, 1):
         engine.add(str(number), PROMPTS[number], 5)
     engine.run()
     assert len(engine.cache.rows.snapshots) == 1
-    others = make_prompts((7, 8), seed=9)
+    others = make_prompts((7, 8, 9), seed=9)
     for number, prompt in enumerate(others):
         engine.add(f"other{number}", prompt, 5)
     engine.run()
-    check_results(engine, ["0", "1"])
     for number, prompt in enumerate(others):
         assert engine.results[f"other{number}"].generated_tokens == alone(engine.model, prompt, 5)
-    assert not engine.cache.rows.snapshots and engine.cache.rows.num_available == 2
+    assert not engine.cache.rows.snapshots and engine.cache.rows.num_available == 3
 
 
 def test_a_cancelled_owner_does_not_keep_others_waiting():
