@@ -1,7 +1,7 @@
 """DynamicMaskCache: a DynamicCache of constant size that forgets nothing that is still needed."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.cache.padding import SeenPadding
 from flash_dmattn_hf.cache.state import check_state_of_layer, load_state_of_layer, state_of_layer
 from flash_dmattn_hf.gates.attach import iter_gates
+
+if TYPE_CHECKING:
+    from flash_dmattn_hf.cache.snapshot import CacheSnapshot
 
 
 class DynamicMaskCache(DynamicCache):
@@ -197,6 +200,12 @@ class DynamicMaskCache(DynamicCache):
         """
         padding = None if self.padding.mask is None else self.padding.mask.clone()
         return {"layers": [state_of_layer(layer) for layer in self.layers], "padding": padding}
+
+    def snapshot(self) -> "CacheSnapshot":
+        """Returns what the cache holds now, to start from again as often as one likes; raises as `state_dict` does."""
+        from flash_dmattn_hf.cache.snapshot import CacheSnapshot
+
+        return CacheSnapshot(self.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from the state of a cache of such a model, on the device of that state.

@@ -160,6 +160,6 @@ class SlotCache(PagedAttentionCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Passes this cache on to the attention function, which does what there is to do; for transformers from 5.24."""
+        """Passes this cache on to the attention function, which does the rest; called by transformers from 5.24 on."""
         kwargs["cache"] = self
         return key_states, value_states

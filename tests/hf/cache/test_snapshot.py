@@ -1,0 +1,59 @@
+"""A prefix is prefilled once, and any number of texts go on from its snapshot as if each had been processed whole."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flash_dmattn_hf.cache import CacheSnapshot, DynamicMaskCache
+
+from ..generation_models import greedy, make_model, make_prompt
+
+
+def after_prefix(model, prefix):
+    cache = DynamicMaskCache(model)
+    with torch.no_grad():
+        model(prefix, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("kind", ["llama-sinks-local", "qwen2-sliding-below-w", "doge"])
+@pytest.mark.parametrize("length", [7, 40])
+def test_texts_with_a_common_prefix(kind, length, tmp_path):
+    model = make_model(kind)
+    prefix, _ = make_prompt(length=length)
+    snapshot = after_prefix(model, prefix).snapshot()
+    snapshot.save(tmp_path / "prefix.safetensors")
+    for source in (snapshot, CacheSnapshot.load(tmp_path / "prefix.safetensors")):
+        assert source.num_tokens == length and source.nbytes == snapshot.nbytes
+        for seed in (1, 2):
+            ids = torch.cat([prefix, make_prompt(length=5, seed=seed)[0]], dim=1)
+            expected = greedy(model, ids, torch.ones_like(ids))
+            found = greedy(model, ids, torch.ones_like(ids), past_key_values=source.restore(model))
+            assert torch.equal(found, expected)
+
+
+def test_a_batch_that_goes_on_from_one_snapshot():
+    model = make_model("llama-topk")
+    prefix, _ = make_prompt(length=30)
+    cache = after_prefix(model, prefix)
+    snapshot = cache.snapshot()
+    cache.reset()  # the snapshot is a copy
+    ids = torch.cat([prefix.expand(3, -1), make_prompt(batch=3, length=4, seed=3)[0]], dim=1)
+    mask = torch.ones_like(ids)
+    found = greedy(model, ids, mask, past_key_values=snapshot.restore(model, batch_size=3))
+    assert torch.equal(found, greedy(model, ids, mask))
+
+
+def test_its_size_does_not_depend_on_the_prefix():
+    model = make_model("llama-topk")
+    sizes = {after_prefix(model, make_prompt(length=length)[0]).snapshot().nbytes for length in (5, 20, 90)}
+    assert len(sizes) == 1
+
+
+def test_other_models_and_other_files(tmp_path):
+    snapshot = after_prefix(make_model("llama-topk"), make_prompt()[0]).snapshot()
+    with pytest.raises(ValueError, match="state must be of a layer with the windows"):
+        snapshot.restore(make_model("llama-sinks-local"))
+    save_file({"x": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="must be a snapshot of a DynamicMaskCache, got None"):
+        CacheSnapshot.load(tmp_path / "other.safetensors")
