@@ -1,4 +1,4 @@
-"""The command line `flash-dmattn`: convert or distill a checkpoint, say what runs here, measure, generate."""
+"""The command line `flash-dmattn`: convert or distill a checkpoint, say what runs here, measure, generate, serve."""
 
 import argparse
 import os
@@ -10,10 +10,10 @@ import warnings
 
 import torch
 
-from flash_dmattn_hf.cli import convert, distill, evaluate, generate, info
+from flash_dmattn_hf.cli import convert, distill, evaluate, generate, info, serve
 from flash_dmattn_hf.conversion.checkpoint import first_line
 
-COMMANDS = (convert, distill, info, evaluate, generate)
+COMMANDS = (convert, distill, info, evaluate, generate, serve)
 BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfMemoryError)
 """What this package, transformers and torch raise for a request they cannot serve; anything else is a bug."""
 

@@ -1,5 +1,6 @@
 """The cache of transformers' continuous batching, with one row of slots for a request instead of pages of tokens."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.requests import RequestState
 
 from flash_dmattn_hf.gates.attach import text_config_of
-from flash_dmattn_hf.serving.layers import served_layers
+from flash_dmattn_hf.serving.layers import ServedLayer, served_layers
 from flash_dmattn_hf.serving.live_requests import LiveRequests, RowTokens
 from flash_dmattn_hf.serving.memory import SPARE_ROWS, bytes_per_request, count_rows, workspace_bytes
 from flash_dmattn_hf.serving.prefixes import Prefixes
@@ -16,6 +17,22 @@ from flash_dmattn_hf.serving.rows import Rows
 
 DEFAULT_BATCH_TOKENS = 8192
 _PREFIX = "prefix"
+
+
+def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], settings: Any) -> int:
+    """Returns for how many requests a model will have slots.
+
+    layers: those of the model. settings: a resolved ContinuousBatchingConfig. Raises what `count_rows` raises.
+    """
+    num_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
+    num_logits = settings.max_requests_per_batch if model._supports_logits_to_keep() else num_tokens
+    return count_rows(
+        bytes_per_request(layers, model.dtype),
+        workspace_bytes(layers, text_config_of(model), model.dtype, num_tokens, num_logits),
+        share=settings.max_memory_percent,
+        num_rows=settings.num_blocks,
+        most=settings.max_requests_per_batch + SPARE_ROWS,
+    )
 
 
 class RequestAllocator:
@@ -45,15 +62,8 @@ class SlotCache(PagedAttentionCache):
         self.config, self.dtype, self.device = text_config_of(model), model.dtype, model.device
         self.max_batch_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
         layers = served_layers(model)
-        row_bytes = self.bytes_per_sector = bytes_per_request(layers, self.dtype)
-        num_logits = settings.max_requests_per_batch if model._supports_logits_to_keep() else self.max_batch_tokens
-        self.num_blocks = self.num_sectors = count_rows(
-            row_bytes,
-            workspace_bytes(layers, self.config, self.dtype, self.max_batch_tokens, num_logits),
-            share=settings.max_memory_percent,
-            num_rows=settings.num_blocks,
-            most=settings.max_requests_per_batch + SPARE_ROWS,
-        )
+        self.bytes_per_sector = bytes_per_request(layers, self.dtype)
+        self.num_blocks = self.num_sectors = count_requests(model, layers, settings)
         self.live_requests = LiveRequests(layers, self.num_blocks, self.dtype, self.device)
         self.rows = Rows(self.num_blocks)
         self.allow_block_sharing = self.use_prefix_sharing = settings.allow_block_sharing
