@@ -6,6 +6,7 @@ import sys
 import transformers
 
 from flash_dmattn_hf.cli import common
+from flash_dmattn_hf.conversion.checkpoint import find_source
 from flash_dmattn_hf.versions import FIRST_SERVING, can_serve
 
 DESCRIPTION = """\
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     if args.memory_share is not None and not 0 < args.memory_share <= 1:
         raise ValueError(f"--memory-share must be above 0 and at most 1, got {args.memory_share}")
     from flash_dmattn_hf.serving.server import check_room, make_server
+
+    find_source(args.model, allow_pickle=False)
 
     settings = transformers.ContinuousBatchingConfig(
         num_blocks=args.requests,
