@@ -100,7 +100,7 @@ def test_more_clients_than_rows_and_a_prompt_longer_than_a_batch(server, client,
 def test_a_client_that_goes_away_gives_its_row_back(server, client, checkpoint):
     stream = client.completions.create(model=str(checkpoint), prompt="long", max_tokens=100_000, stream=True)
     next(iter(stream))
-    scheduler = server.generation_state.get_manager(f"{checkpoint}@main", use_cb=True).scheduler
+    scheduler = server.generation_state._cb_manager.scheduler
     assert scheduler.active_requests
     stream.close()
     deadline = time.monotonic() + 20
