@@ -43,6 +43,7 @@ class Case:
     sliding_window: int | None = None
     length: int = 12
     head_dim: int = 8
+    value_dim: int | None = None
     group_size: int = 2
     num_kv_heads: int = 2
     per_query_head: bool = False
@@ -73,6 +74,8 @@ CASES = {
     "softcap": Case(5, softcap=2.0),
     "no-bias": Case(5, add_importance_bias=False, importance="special"),
     "special": Case(5, 1, importance="special", is_padded=True),
+    "values-shorter": Case(5, 1, 2, head_dim=24, value_dim=16, is_padded=True),
+    "values-longer": Case(20, 4, 8, length=30, num_kv_heads=1, head_dim=8, value_dim=20),
     "group-of-three": Case(5, 0, 2, group_size=3, num_kv_heads=1, head_dim=20),
 }
 
@@ -83,6 +86,8 @@ def draw(case, dtype):
     importance_heads = heads if case.per_query_head else case.num_kv_heads
     query = torch.randn(2, case.length, heads, case.head_dim).to(DEVICE, dtype)
     key, value = torch.randn(2, 2, case.length, case.num_kv_heads, case.head_dim).to(DEVICE, dtype)
+    if case.value_dim is not None:
+        value = torch.randn(*value.shape[:3], case.value_dim).to(DEVICE, dtype)
     importance = torch.randint(-2, 3, (2, importance_heads, case.length)).float().to(DEVICE)
     if case.importance == "special":
         special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0], device=DEVICE)
@@ -141,8 +146,8 @@ def test_token_by_token_equals_one_pass(case, backend, dtype, small_programs):
     query, key, value, importance, mask = inputs = draw(case, dtype)
     expected = expected_output(case, *inputs)
     for states in (query, key, value):
-        states[~mask] = torch.tensor([torch.nan, torch.inf], device=DEVICE, dtype=dtype).repeat(case.head_dim // 2)
-    slots = make_slots(2, importance.shape[1], case.w, case.head_dim, dtype, DEVICE)
+        states[~mask] = torch.tensor([torch.nan, torch.inf], device=DEVICE, dtype=dtype).repeat(states.shape[3] // 2)
+    slots = make_slots(2, importance.shape[1], case.w, case.head_dim, dtype, DEVICE, case.value_dim)
     found = torch.cat(list(steps(case, slots, *inputs, backend)), dim=1)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(found.to(expected.dtype), expected, atol=tolerance, rtol=tolerance)
