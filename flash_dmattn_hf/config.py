@@ -12,7 +12,7 @@ SECTION = "flash_dmattn"
 """The attribute of a model config that holds the settings as a dict."""
 
 _NUMBERS = {"keep_window_size": 1, "num_sink_tokens": 0, "local_window_size": 0}
-IMPORTANCE_HEADS = ("kv", "query")
+IMPORTANCE_HEADS = ("kv", "query", "shared")
 IMPORTANCE_INPUTS = ("value", "hidden")
 _CHOICES = {"importance": FORMS, "importance_heads": IMPORTANCE_HEADS, "importance_input": IMPORTANCE_INPUTS}
 _SWITCHES = ("add_importance_bias", "dt_proj_bias")
@@ -38,7 +38,8 @@ class DynamicMaskConfig:
         checkpoint, 0 for a model trained with dynamic masks.
     local_window_size: r, most recent tokens that are always seen; None: 3w // 4 and 0, in the same way.
     importance: the name of one of `forms.FORMS`: "log_zoh" for A * softplus(dt), "zoh" for its exponential.
-    importance_heads: "kv" for one importance per key and kv head, "query" for one per query head.
+    importance_heads: "kv" for one importance per key and kv head, "query" for one per query head, "shared" for one per
+        key, so that all heads of a layer see the same keys.
     add_importance_bias: add the importance to the logits; without it only a soft selection trains the importance.
     dt_proj_bias: whether the projection of a token to its importance has a bias.
     initializer_std: A starts at 0, where all keys tie, or spreads around it with this standard deviation.

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from flash_dmattn_hf.cache.latent import LatentCacheLayer
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.cache.padding import SeenPadding
 from flash_dmattn_hf.cache.state import check_state_of_layer, load_state_of_layer, state_of_layer
@@ -36,7 +37,7 @@ class DynamicMaskCache(DynamicCache):
             if index not in gates:
                 continue
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                self.layers[index] = DynamicMaskCacheLayer(gates[index])
+                self.layers[index] = _layer_for(gates[index], static)
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 raise ValueError(
                     f"layer {index} of model must have a cache of keys and values alone, got a {type(layer).__name__}, "
@@ -216,3 +217,9 @@ class DynamicMaskCache(DynamicCache):
         """Undoes `activate_past_recording` for the layers of constant size."""
         for layer in self.mask_layers:
             layer.stop_past_recording()
+
+
+def _layer_for(gate: Any, is_static: bool) -> DynamicMaskCacheLayer:
+    """Returns an empty layer: with latents where all heads keep the same tokens and no step has to be captured."""
+    holds_latents = gate.is_latent and gate.num_importance_heads == 1 and not is_static
+    return (LatentCacheLayer if holds_latents else DynamicMaskCacheLayer)(gate)

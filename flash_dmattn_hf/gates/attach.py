@@ -181,6 +181,7 @@ def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConf
         head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
         sliding_window=shape.sliding_window,
+        is_latent=shape.is_latent,
         initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
     )
 

@@ -80,6 +80,7 @@ class Gate:
     layer_idx: index of the layer, as the cache counts.
     num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
     sliding_window: the layer's own window in tokens, None for full attention.
+    is_latent: whether a cache is given latents, of which the layer makes keys and values afterwards (MLA).
     was_called: whether the attention function has ever been called for this layer.
     soft_selections: those active, the innermost last (`gates.soft_selection`); copies and pickles have none.
     """
@@ -91,6 +92,7 @@ class Gate:
     num_importance_heads: int
     head_dim: int
     sliding_window: int | None
+    is_latent = False
     was_called = False
     soft_selections: tuple[Any, ...] = ()
 
@@ -146,7 +148,7 @@ class ImportanceGate(Gate, nn.Module):
     config, model_config: as `Gate` says; layer_idx: index of the layer, as the cache counts.
     num_heads, num_kv_heads, head_dim: shape of the attention, head_dim that of the values.
     hidden_size: of what the layer's projections read; needed for importance_input="hidden".
-    sliding_window: the layer's own window in tokens, None for full attention.
+    sliding_window, is_latent: as `Gate` says.
     initializer_range: standard deviation of dt_proj.weight before training.
     """
 
@@ -161,6 +163,7 @@ class ImportanceGate(Gate, nn.Module):
         head_dim: int,
         hidden_size: int | None = None,
         sliding_window: int | None = None,
+        is_latent: bool = False,
         initializer_range: float = 0.02,
     ) -> None:
         super().__init__()
@@ -169,8 +172,9 @@ class ImportanceGate(Gate, nn.Module):
         self.layer_idx = layer_idx
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.num_importance_heads = num_heads if config.importance_heads == "query" else num_kv_heads
+        self.num_importance_heads = {"kv": num_kv_heads, "query": num_heads, "shared": 1}[config.importance_heads]
         self.sliding_window = sliding_window
+        self.is_latent = is_latent
         self.initializer_range = initializer_range
         self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
         self.source_shape = (num_kv_heads, head_dim) if config.importance_input == "value" else (1, hidden_size)

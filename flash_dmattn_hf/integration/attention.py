@@ -43,10 +43,11 @@ def dynamic_mask_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
 
-    query: (B, H, T, D). key, value: (B, Hkv, S, D), S >= T, the queries last.
+    query: (B, H, T, D). key: (B, Hkv, S, D), value: (B, Hkv, S, Dv), S >= T, the queries last.
+    dropout: of the attention weights, in training mode alone.
     attention_mask: what `masks.dynamic_mask_mask` returned.
 
-    Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
+    Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
@@ -55,7 +56,7 @@ def dynamic_mask_attention_forward(
         windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
     else:
         windows = gate.windows
-    _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
+    _check_arguments(module, attention_mask, kwargs)
     tag = tag_of(attention_mask)
     is_step = cache_layer is not None and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
@@ -63,12 +64,16 @@ def dynamic_mask_attention_forward(
     if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
+    if dropout and module.training:
+        options["dropout_p"] = dropout
     documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
         if cache_layer is not None:
             _refuse_documents(documents)
+            if gate.is_latent:
+                cache_layer.receive(key, value)
             return _attend_cached(gate, cache_layer, query, attention_mask, options), None
         _refuse_missing_keys(gate, query, key, attention_mask)
         importance = importance_of(gate, value)
@@ -98,7 +103,7 @@ def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
     """Attends over the survivors and the new tokens of a cache layer, and lets it evict."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     options["add_importance_bias"] = gate.config.add_importance_bias
-    if layer.takes_step:
+    if layer.takes_step and "dropout_p" not in options:
         return layer.step(query.transpose(1, 2), padding_mask, **options)
     view = layer.view(padding_mask)
     out = interval_attention(
@@ -158,7 +163,7 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Document
     return documents_of(numbers)
 
 
-def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
+def _check_arguments(module, attention_mask, kwargs) -> None:
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
         given = kwargs.get(argument)
@@ -170,18 +175,10 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
         raise ValueError(f"{name} is not causal self-attention, which flash_dmattn does not support")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
-    if dropout:
-        raise ValueError(
-            f"config.{_dropout_field(module.config, dropout)} must be 0 to train with flash_dmattn, got {dropout}"
-        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must have shape (B, S) with flash_dmattn, got "
             f"{tuple(attention_mask.shape)}: custom masks are not supported"
-        )
-    if key.shape[-1] != value.shape[-1]:
-        raise ValueError(
-            f"{name} has keys of dim {key.shape[-1]} and values of dim {value.shape[-1]}: they must be equal"
         )
 
 
@@ -198,12 +195,6 @@ def _check_sliding_window(module, window, argument, attention_mask, tag) -> None
                 f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {other} from "
                 f"the forward of {type(module).__name__}"
             )
-
-
-def _dropout_field(config: Any, dropout: float) -> str:
-    """Returns the name of the config's attention dropout."""
-    names = [name for name, value in vars(config).items() if value == dropout and "drop" in name]
-    return next((name for name in names if "att" in name), names[0] if names else "attention_dropout")
 
 
 def _refuse_documents(documents: Documents | None) -> None:
