@@ -24,6 +24,15 @@ _SIZES = {
 }
 _LAYER_TYPES = ["sliding_attention", "full_attention"]
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "resid_pdrop": 0, "embd_pdrop": 0}
+_MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 2,  # no experts
+}
 
 KINDS = {
     "llama-topk": ("llama", {}, {"keep_window_size": 12, "num_sink_tokens": 0, "local_window_size": 0}),
@@ -47,6 +56,16 @@ KINDS = {
         "gpt2",
         {**_GPT2, "attn_pdrop": 0},
         {"keep_window_size": 12, "num_sink_tokens": 4, "local_window_size": 4},
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        _MLA,
+        {"keep_window_size": 12, "num_sink_tokens": 2, "local_window_size": 4},
+    ),
+    "deepseek-v3-shared": (
+        "deepseek_v3",
+        _MLA,
+        {"keep_window_size": 12, "num_sink_tokens": 2, "local_window_size": 4, "importance_heads": "shared"},
     ),
     "doge": ("doge", {"keep_window_size": 12}, {"keep_window_size": 12}),
 }

@@ -196,11 +196,11 @@ def test_another_sliding_window_than_the_configured_one_is_refused():
             model(tokens())
 
 
-def test_different_dims_of_key_and_value_are_refused():
-    module = converted().model.layers[0].self_attn
-    query, key, value = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4)
-    with pytest.raises(ValueError, match="keys of dim 8 and values of dim 4"):
-        dynamic_mask_attention_forward(module, query, key, value, None)
+def test_latent_attention_of_another_make_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.kv_lora_rank = 8
+    with pytest.raises(ValueError, match=r"LlamaAttention is multi-head latent attention \(MLA\) without expand_kv"):
+        attach(model, plan(model, DynamicMaskConfig()))
 
 
 def test_values_sharded_by_head_are_refused():
