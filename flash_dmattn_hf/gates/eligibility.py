@@ -50,9 +50,9 @@ class Verdict:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """True for modules that transformers calls attention, by the name of their class."""
+    """True for modules that transformers calls attention, or MLA, by the name of their class."""
     cls = type(module)
-    return re.search(r"Attention\d*$", cls.__name__) is not None and not cls.__module__.startswith("torch.")
+    return re.search(r"(Attention|MLA)\d*$", cls.__name__) is not None and not cls.__module__.startswith("torch.")
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
