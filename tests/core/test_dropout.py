@@ -147,6 +147,7 @@ def test_a_compiled_call_drops_what_its_seed_says():
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     for chosen in (seeds, seeds + 1):
         assert torch.equal(compiled(chosen, *inputs), attend(chosen, *inputs))
+    assert not torch.equal(compiled(None, *inputs), compiled(None, *inputs))  # each call draws another seed
 
 
 def test_a_mapped_call_drops_what_the_seeds_of_its_rows_say():

@@ -166,7 +166,7 @@ def test_importance_ranks_by_the_predicted_mass(model_type, settings):
     model.set_attn_implementation("eager")
     sources, masses = [], []
     is_hidden = config.importance_input == "hidden"
-    projection = module.v_proj if hasattr(module, "v_proj") else module.kv_a_proj_with_mqa  # reads hidden states as well
+    projection = module.v_proj if hasattr(module, "v_proj") else module.kv_a_proj_with_mqa  # both read them
     hook = projection.register_forward_hook(lambda _, args, out: sources.append(args[0][0] if is_hidden else out[0]))
     for stretch in ids[0].view(-1, STRETCH):
         weights = model(stretch[None], output_attentions=True).attentions[module.layer_idx][0]
