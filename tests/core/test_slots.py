@@ -179,12 +179,15 @@ def test_engines_keep_the_same_keys(name, small_programs):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU: these are the programs that batches of many heads get")
-@pytest.mark.parametrize(("batch", "head_dim"), [(1, 128), (1, 64), (4, 128), (16, 128), (16, 64)])
+@pytest.mark.parametrize(
+    ("batch", "head_dim", "value_dim"),
+    [(1, 128, 128), (1, 64, 64), (4, 128, 128), (16, 128, 128), (16, 64, 64), (1, 192, 128), (16, 192, 128)],
+)
 @torch.no_grad()
-def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
+def test_engines_agree_at_the_sizes_of_models(batch, head_dim, value_dim):
     """Full slots of 2048, 32 query heads over 8 kv heads, bfloat16: outputs, kept keys and next victims."""
     windows = {"num_sink_tokens": 4, "local_window_size": 1536}
-    ours, theirs = (make_slots(batch, 8, 2048, head_dim, torch.bfloat16, DEVICE) for _ in range(2))
+    ours, theirs = (make_slots(batch, 8, 2048, head_dim, torch.bfloat16, DEVICE, value_dim) for _ in range(2))
     for state in ours[:3]:
         state.normal_()
     ours.positions.copy_(torch.rand(batch, 8, 10000, device=DEVICE).argsort(-1)[..., :2048])
@@ -194,7 +197,8 @@ def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
         other.copy_(state)
     for _ in range(3):
         query = torch.randn(batch, 1, 32, head_dim, device=DEVICE, dtype=torch.bfloat16)
-        key, value = torch.randn(2, batch, 1, 8, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        key = torch.randn(batch, 1, 8, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        value = torch.randn(batch, 1, 8, value_dim, device=DEVICE, dtype=torch.bfloat16)
         token = (query, key, value, torch.randn(batch, 8, 1, device=DEVICE))
         out = decode_step(*token, ours, **windows, backend="triton")
         expected = decode_step(*token, theirs, **windows, backend="reference")

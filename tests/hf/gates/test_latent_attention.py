@@ -8,6 +8,7 @@ from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config, iter_gates
 
 from ..converted import WINDOW, converted
 from ..dense_definition import by_definition
+from ..generation_models import greedy, left_padded_prompt, make_model
 from ..tiny import build, tiny_config, tokens
 
 SHARED = {"importance_heads": "shared"}
@@ -45,6 +46,17 @@ def test_one_importance_for_all_heads_generates_as_without_a_cache(model_type, s
     cache = {} if implementation == "dynamic" else {"cache_implementation": implementation}
     cached = model.generate(input_ids, **options, **cache)
     assert torch.equal(cached, model.generate(input_ids, **options, use_cache=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: Triton's kernels and a captured step")
+@pytest.mark.parametrize("kind", ["deepseek-v3", "deepseek-v3-shared"])
+def test_a_gpu_generates_with_every_cache_as_without_one(kind):
+    model = make_model(kind, dtype=torch.float32).cuda()
+    ids, mask = (tensor.cuda() for tensor in left_padded_prompt())
+    expected = greedy(model, ids, mask, use_cache=False)
+    assert torch.equal(greedy(model, ids, mask), expected)
+    assert torch.equal(greedy(model, ids, mask, cache_implementation="static"), expected)
 
 
 @pytest.mark.parametrize(("heads", "numbers"), [("kv", 4 * (12 + 8)), ("shared", 16 + 4)])
