@@ -70,8 +70,7 @@ def main() -> int:
     arguments = parse()
     started, where = time.perf_counter(), environment(arguments.device)
     print(header(where), flush=True)
-    source = find_source(arguments.base or smollm2())
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(find_source(arguments.base))
     tokens = {name: ids.long() for name, ids in torch.load(arguments.tokens, weights_only=True).items()}
     leading = leading_tokens(tokenizer)
     samples = {"tasks": arguments.tasks, "depths": arguments.depths, "samples": arguments.samples}
@@ -88,7 +87,7 @@ def main() -> int:
             "max_stretches": arguments.stretches,
             "progress": True,
         }
-        base = load(arguments.base or smollm2(), arguments.device)
+        base = load(arguments.base, arguments.device)
         calibration = Calibration(tokens["train"], num_tokens=arguments.calibration_tokens)
         convert_model(base, DynamicMaskConfig(keep_window_size=setting.window), calibration=calibration)
         results = []
@@ -101,7 +100,7 @@ def main() -> int:
         del base, row
 
     if arguments.peers:
-        model = load(arguments.base or smollm2(), arguments.device)
+        model = load(arguments.base, arguments.device)
         for setting in arguments.settings:
             with precision(arguments.device):
                 tables[setting] += peers(model, setting, asked[setting], arguments.num_sink_tokens)
@@ -138,14 +137,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one small setting and few prompts, to see that it works")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
+    arguments.base = arguments.base or smollm2()
     for text in arguments.model:
         if "=" not in text:
             parser.error(f"--model must be LABEL=FOLDER, got {text}")
     if arguments.quick:
-        arguments.settings = [Setting(768, 192)]
-        arguments.depths, arguments.samples, arguments.stretches = [20, 80], 1, 2
-        arguments.tasks = ["pass_key", "several_keys"]
-        arguments.calibration_tokens = 4096
+        arguments.settings = [Setting(512, 160)]
+        arguments.tasks, arguments.depths, arguments.samples, arguments.stretches = ["pass_key"], [20, 80], 1, 1
+        arguments.calibration_tokens = 2048
     elif not arguments.settings:
         parser.error("--settings must be given, such as 4096/512")
     return arguments
