@@ -76,6 +76,20 @@ def main() -> int:
     samples = {"tasks": arguments.tasks, "depths": arguments.depths, "samples": arguments.samples}
 
     tables, asked = {}, {}
+
+    def save() -> str:
+        options = {
+            name: value for name, value in vars(arguments).items() if name not in ("settings", "output", "tokens")
+        }
+        report = {
+            "environment": {**where, "kvpress": importlib.metadata.version("kvpress") if arguments.peers else None},
+            "command": shlex.join(["python", *sys.argv]),
+            "options": options,
+            "seconds": round(time.perf_counter() - started),
+            "tables": [{**setting._asdict(), "rows": found} for setting, found in tables.items()],
+        }
+        return write(arguments.output, report)
+
     for setting in arguments.settings:
         text = tokens["test"][: arguments.stretches * setting.context_length]
         prompts = recall_prompts(tokenizer, text, contexts=[setting.context_length], seed=arguments.seed, **samples)
@@ -97,6 +111,7 @@ def main() -> int:
             print(f"{setting}: {row.label}, after {time.perf_counter() - started:.0f} s", flush=True)
         add_shares_of_gap(results)
         tables[setting] = results
+        save()  # a run that is cut off leaves what it has
         del base, row
 
     if arguments.peers:
@@ -106,15 +121,7 @@ def main() -> int:
                 tables[setting] += peers(model, setting, asked[setting], arguments.num_sink_tokens)
             print(f"{setting}: other methods, after {time.perf_counter() - started:.0f} s", flush=True)
 
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("settings", "output", "tokens")}
-    report = {
-        "environment": {**where, "kvpress": importlib.metadata.version("kvpress") if arguments.peers else None},
-        "command": shlex.join(["python", *sys.argv]),
-        "options": settings,
-        "seconds": round(time.perf_counter() - started),
-        "tables": [{**setting._asdict(), "rows": tables[setting]} for setting in arguments.settings],
-    }
-    write(arguments.output, report)
+    print(save())
     return 0
 
 
@@ -213,8 +220,8 @@ def peers(model: PreTrainedModel, setting: Setting, prompts: list[Prompt], num_s
     ]
 
 
-def write(prefix: Path, report: dict) -> None:
-    """Writes PREFIX.json, PREFIX.md and PREFIX_N_w.png."""
+def write(prefix: Path, report: dict) -> str:
+    """Writes PREFIX.json, PREFIX.md and PREFIX_N_w.png, and returns the text."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     save_json(prefix.with_name(prefix.name + ".json"), report)
     title = header(report["environment"])
@@ -226,7 +233,7 @@ def write(prefix: Path, report: dict) -> None:
         pictures.draw(table["rows"], picture, f"{setting}; {title}")
     text = "\n\n".join(parts)
     prefix.with_name(prefix.name + ".md").write_text(text + "\n")
-    print(text)
+    return text
 
 
 if __name__ == "__main__":
