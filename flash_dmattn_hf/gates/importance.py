@@ -14,7 +14,6 @@ from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.hidden_states import take_hidden_states
 from flash_dmattn_hf.names import GATE_NAME
 
-
 _WITHOUT_FLOAT64 = ("mps", "xpu")
 """Types of devices, some of which have no float64."""
 

@@ -1,4 +1,4 @@
-"""Do equal tokens tie with and without a cache? Counted in the first layer of a random model, where they have equal values.
+"""Do equal tokens tie with and without a cache? Counted in the first layer of a random model, where they can.
 
     python scripts/checks/equal_tokens.py --json docs/benchmarks/equal_tokens_cpu.json
 
@@ -47,7 +47,8 @@ def main() -> None:
             rows.append(row | count(model, arguments.prompts, arguments.length, arithmetic == "training"))
             print(rows[-1], flush=True)
     if arguments.json:
-        save_json(arguments.json, {"environment": where, "settings": vars(arguments) | {"json": None}, "rows": rows})
+        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+        save_json(arguments.json, {"environment": where, "settings": settings, "rows": rows})
 
 
 def make_model(dtype: torch.dtype, device: str) -> PreTrainedModel:
