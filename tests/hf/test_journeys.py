@@ -99,7 +99,7 @@ def reference(monkeypatch):
 )
 @torch.no_grad()
 def test_a_forward(options, expected):
-    model, (ids, _) = make_model("llama-sinks-local", on_grid=False), make_prompt()
+    model, (ids, _) = make_model("llama-sinks-local"), make_prompt()
     model(ids, **options)
     journey = Journey()
     journey.start()
@@ -124,7 +124,7 @@ class OneStep(LogitsProcessor):
 
 
 def test_a_step_of_generate():
-    model, (ids, mask) = make_model("llama-sinks-local", on_grid=False), make_prompt()
+    model, (ids, mask) = make_model("llama-sinks-local"), make_prompt()
     journey = Journey()
     greedy(model, ids, mask, new=6, logits_processor=LogitsProcessorList([OneStep(journey)]))
     journey.check(STEP, CORE_OF_STEP)
