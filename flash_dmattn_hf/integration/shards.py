@@ -1,0 +1,96 @@
+"""What a forward on several ranks knows of its sequence: found with its mask, and handed on with it.
+
+It travels with the mask, because checkpointed layers are computed again later, perhaps in another thread.
+"""
+
+from typing import Any
+
+import torch
+
+from flash_dmattn_hf.integration.documents import has_documents, mark_documents
+from flash_dmattn_hf.parallel.context import PADDING, ContextParallel, Shard, active_context
+from flash_dmattn_hf.parallel.exchange import gather_from_ranks
+
+_SHARD = "_flash_dmattn_shard"
+
+_PROBLEMS = (
+    "",
+    "context_parallel needs position_ids (B, n), those of the whole sequence, and a model that tells its mask about them",
+    "context_parallel does not support cached tokens: pass use_cache=False, and generate outside of it",
+    PADDING,
+)
+
+
+def find_shard(
+    context: ContextParallel, position_ids: Any, mask: torch.Tensor | None, inputs_embeds: torch.Tensor, q_offset: Any
+) -> torch.Tensor:
+    """Returns a mask (B, n) int64 that carries the `Shard` of a forward: the row where each token's document begins.
+
+    The ranks exchange their position_ids, so that a document ends where it would in one process. mask: (B, n) bool,
+    or None. inputs_embeds: (B, n, hidden size). q_offset: the number of cached tokens.
+
+    Raises ValueError on all ranks if one of them cannot take part, or if they differ in shape.
+    """
+    shape, device, problem = inputs_embeds.shape[:2], inputs_embeds.device, 0
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
+        problem = 1
+    elif isinstance(q_offset, torch.Tensor) or q_offset:
+        problem = 2
+    elif mask is not None and not bool(mask.all()):
+        problem = 3
+    said = gather_from_ranks(context, torch.tensor([problem, *shape], device=device)).tolist()
+    for rank, (problem, *_) in enumerate(said):
+        if problem:
+            raise ValueError(f"{_PROBLEMS[problem]} (rank {rank})")
+    if any(other[1:] != said[0][1:] for other in said):
+        shapes = [tuple(other[1:]) for other in said]
+        raise ValueError(f"every rank of context_parallel must hold as many rows and tokens, got {shapes}")
+    batch, num_rows = shape
+    pieces = gather_from_ranks(context, position_ids.to(device, torch.int64).expand(batch, -1))
+    numbers = mark_documents(pieces.transpose(0, 1).flatten(1))
+    _refuse_own_positions(context, pieces)
+    row = torch.arange(numbers.shape[1], device=numbers.device)
+    starts = torch.ones_like(numbers, dtype=torch.bool)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    begins = torch.where(starts, row, 0).cummax(-1).values
+    first = context.rank * num_rows
+    mask = begins[:, first : first + num_rows].contiguous()
+    setattr(mask, _SHARD, Shard(context, mask, bool(has_documents(numbers))))
+    return mask
+
+
+def _refuse_own_positions(context: ContextParallel, pieces: torch.Tensor) -> None:
+    """Raises ValueError if every rank counts from 0, as models do that are given no position_ids."""
+    counted = torch.arange(pieces.shape[-1], device=pieces.device)
+    if context.world_size > 1 and bool((pieces == counted).all()):
+        raise ValueError(
+            f"position_ids must be those of the whole sequence, got 0 to {pieces.shape[-1] - 1} on every rank: pass "
+            "position_ids; documents as long as a shard need no context_parallel"
+        )
+
+
+def shard_of(mask: Any) -> Shard | None:
+    """Returns the shard that a mask of `find_shard` carries, None for any other."""
+    return getattr(mask, _SHARD, None)
+
+
+def shard_of_attention(tag: Any, key: torch.Tensor, cache_layer: Any, cu_seqlens: torch.Tensor | None) -> Shard | None:
+    """Returns the shard of an attention call, given the tag of its mask; None if one process holds the sequence.
+
+    Raises ValueError or RuntimeError for a call inside a `context_parallel` block that would attend to its own rows.
+    """
+    shard = None if tag is None else tag.shard
+    if shard is None:
+        if active_context() is not None:
+            raise RuntimeError(
+                "the mask of this forward did not reach its attention function, which context_parallel needs: "
+                "torch.compile, and whatever moves or replaces the mask, do not work with it"
+            )
+        return None
+    if cache_layer is not None:
+        raise ValueError(_PROBLEMS[2])
+    if cu_seqlens is not None:
+        raise ValueError("cu_seq_lens_q cannot be given inside context_parallel: its position_ids say what is packed")
+    if key.shape[2] != shard.num_rows:
+        raise ValueError(f"attention on several ranks must have {shard.num_rows} keys, got {key.shape[2]}")
+    return shard

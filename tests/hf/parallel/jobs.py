@@ -1,0 +1,119 @@
+"""What the ranks of a test do: a tiny model on a shard of the sequence, beside the same model on the whole of it."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from flash_dmattn_hf import context_parallel, dynamic_mask_config, iter_gates, soft_selection, use_chunked_loss
+
+from ..tiny import build, tiny_config, tokens
+
+LENGTH = 48
+
+
+class Case(NamedTuple):
+    """A model, its windows, its batch, and what is on while it trains.
+
+    The chunked loss is in float64, that of transformers in float32.
+    """
+
+    windows: tuple[int, int, int]
+    model_type: str = "llama"
+    model: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    documents: tuple[tuple[int, ...], ...] = ()
+    is_checkpointed: bool = False
+    has_chunked_loss: bool = True
+    soft: dict[str, float] | None = None
+
+
+PACKED = ((5, 30, 13), (24, 24))
+CASES = {
+    "sinks and window": Case((10, 1, 3)),
+    "no window": Case((10, 0, 0)),
+    "window longer than a shard": Case((30, 2, 26)),
+    "window alone": Case((7, 0, 7)),
+    "all keys": Case((60, 1, 4)),
+    "checkpointed": Case((10, 1, 3), is_checkpointed=True),
+    "query heads": Case((10, 1, 3), settings={"importance_heads": "query"}),
+    "hidden states": Case((10, 1, 3), settings={"importance_input": "hidden"}),
+    "softcap and sliding layer": Case((8, 1, 3), "gemma2"),
+    "gated sliding layer": Case((6, 1, 2), "gemma2"),
+    "sliding layer longer than a shard": Case((40, 1, 3), "gemma2", {"sliding_window": 30}),
+    "packed": Case((10, 1, 3), documents=PACKED),
+    "packed without window": Case((10, 0, 0), documents=PACKED),
+    "packed with long window": Case((30, 2, 26), documents=PACKED),
+    "packed, sliding": Case((8, 1, 3), "gemma2", documents=PACKED, is_checkpointed=True),
+    "whole logits": Case((10, 1, 3), has_chunked_loss=False),
+}
+
+
+def make_model(case: Case) -> torch.nn.Module:
+    """In float64, with importances that differ widely; train mode."""
+    torch.manual_seed(0)
+    w, s, r = case.windows
+    windows = {"keep_window_size": w, "num_sink_tokens": s, "local_window_size": r}
+    with dynamic_mask_config(**windows, **case.settings):
+        model = build(tiny_config(case.model_type, **case.model), attn_implementation="flash_dmattn").double()
+    for _, _, gate in iter_gates(model):
+        if hasattr(gate, "A"):
+            torch.nn.init.normal_(gate.A)
+            torch.nn.init.normal_(gate.dt_proj.weight)
+    if case.is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def make_batch(case: Case) -> dict[str, Any]:
+    input_ids = tokens(2, LENGTH)
+    batch = {"input_ids": input_ids, "labels": input_ids.clone(), "use_cache": False}
+    batch["labels"][0, 3:9] = -100
+    if case.documents:
+        rows = [torch.cat([torch.arange(length) for length in lengths]) for lengths in case.documents]
+        batch["position_ids"] = torch.stack(rows)
+    return batch
+
+
+def train_step(case: Case, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns loss and hidden states of the last layer, after the backward."""
+    seen = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    with contextlib.ExitStack() as stack:
+        stack.callback(handle.remove)
+        if case.soft is not None:
+            stack.enter_context(soft_selection(model, **case.soft))
+        if case.has_chunked_loss:
+            stack.enter_context(use_chunked_loss(model, chunk_size=7, engine="torch"))
+        loss = model(**batch).loss
+        loss.backward()
+    return loss.detach(), seen[0]
+
+
+def compare(rank: int, names: list[str]) -> dict[str, dict[str, float]]:
+    """Returns, for every case, the largest differences from one process in outputs, loss and gradients."""
+    return {name: _differences(rank, CASES[name]) for name in names}
+
+
+def _differences(rank: int, case: Case) -> dict[str, float]:
+    model, batch = make_model(case), make_batch(case)
+    with context_parallel() as context:
+        loss, out = train_step(case, model, context.shard(batch))
+    got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for tensor in (loss, *got.values()):
+        dist.all_reduce(tensor)
+    whole = make_model(case)
+    expected_loss, expected_out = train_step(case, whole, {**batch, "num_items_in_batch": _num_labels(context, batch)})
+    rows = slice(rank * out.shape[1], (rank + 1) * out.shape[1])
+    expected = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
+    assert got.keys() == expected.keys() and any("dma" in name for name in got)
+    return {
+        "loss": float(abs(loss - expected_loss)),
+        "out": float((out - expected_out[:, rows]).abs().max()),
+        **{name: float((got[name] - gradient).abs().max()) for name, gradient in expected.items()},
+    }
+
+
+def _num_labels(context, batch: dict[str, Any]) -> torch.Tensor:
+    return context.shard(batch)["num_items_in_batch"]
