@@ -15,7 +15,7 @@ _SHARD = "_flash_dmattn_shard"
 
 _PROBLEMS = (
     "",
-    "context_parallel needs position_ids (B, n), those of the whole sequence, and a model that tells its mask about them",
+    "context_parallel needs position_ids (B, n) of the whole sequence, and a model that tells its mask about them",
     "context_parallel does not support cached tokens: pass use_cache=False, and generate outside of it",
     PADDING,
 )

@@ -12,6 +12,7 @@ from flash_dmattn.decode import select_survivors
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.parallel.context import Shard
 from flash_dmattn_hf.parallel.exchange import exchange
+from flash_dmattn_hf.parallel.soft import cut_shard, deviation_of, moments, shown_softly
 
 
 class Keys(NamedTuple):
@@ -39,63 +40,74 @@ def attend_shard(
     value: torch.Tensor,
     importance: torch.Tensor,
     windows: Windows,
+    *,
+    selection_temperature: torch.Tensor | None = None,
+    selection_band: float | None = 1.5,
     **options: Any,
 ) -> torch.Tensor:
     """Attends the rows of one rank to their windows, as `dynamic_mask_attention` does with the whole sequence.
 
     query: (B, n, H, D). key, value: (B, n, Hkv, D). importance: (B, Hi, n). options: of `interval_attention`.
-    Returns (B, n, H, D).
+    Returns (B, n, H, D). Raises ValueError for a soft selection of packed documents, or of all keys.
     """
     num_heads, batch = importance.shape[1], query.shape[0]
     if num_heads != key.shape[2]:  # every query head keeps its own keys
         key, value = (states.repeat_interleave(num_heads // key.shape[2], 2) for states in (key, value))
     rows = torch.arange(shard.first_row, shard.first_row + shard.num_rows, dtype=torch.int32, device=query.device)
     local = Keys(key, value, importance, rows.expand(batch, num_heads, -1))
-    query, carried = carry(shard, query, local, windows)
-    keys = (
-        local
-        if carried is None
-        else Keys(
-            *(torch.cat(pair, 1) for pair in zip(carried[:2], local[:2], strict=True)),
-            *(torch.cat(pair, -1) for pair in zip(carried[2:], local[2:], strict=True)),
-        )
-    )
-    visibility = visible_in_shard(shard, keys, windows)
+    if selection_temperature is None:
+        query, keys, _ = with_carried(shard, query, local, windows, windows.keep_window_size)
+        shown, soft = windows, None
+    else:
+        shown = shown_softly(shard, windows, selection_band)
+        most = max(shown.keep_window_size, windows.keep_window_size + 1)  # the best evicted key decides about the cut
+        query, keys, spread = with_carried(shard, query, local, windows, most, moments(importance))
+        death = visible_in_shard(shard, keys, windows._replace(sliding_window=None)).death
+        soft = cut_shard(shard, keys.importance, keys.row, death, windows, selection_temperature, deviation_of(spread))
     return interval_attention(
         query,
         keys.key,
         keys.value,
         keys.importance,
-        visibility,
-        max_visible=min(windows.keep_window_size, NEVER),
+        visible_in_shard(shard, keys, shown),
+        soft=soft,
+        max_visible=min(shown.keep_window_size, NEVER),
         **options,
     )
 
 
-def carry(shard: Shard, query: torch.Tensor, local: Keys, windows: Windows) -> tuple[torch.Tensor, Keys | None]:
-    """Exchanges what outlives the ranks. Returns the query, and what outlives those before this one, None on the first.
+def with_carried(
+    shard: Shard, query: torch.Tensor, local: Keys, windows: Windows, most: int, shared: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Keys, torch.Tensor | None]:
+    """Exchanges what outlives the ranks, at most `most` keys of a head, and puts that of those before to local keys.
 
     The keys that outlive a rank are the survivors at the row after its last. Those of several ranks together hold the
     survivors of all their rows, because the K best of a whole are among the K best of its parts.
+
+    shared: as in `exchange`. Returns query, the keys (in the order of their rows), and what all ranks have shared.
     """
     first, end = shard.first_row, shard.first_row + shard.num_rows
-    last_begin, first_begin = shard.begins[:, -1], shard.begins[:, 0]
+    first_begin, last_begin = shard.begins[:, 0], shard.begins[:, -1]
     is_of_last = shard.begins == last_begin[:, None]
     outgoing = local._replace(row=local.row.where(is_of_last[:, None], -1))
-    sent = outgoing.take(_survivors(outgoing, last_begin, end, windows, windows.keep_window_size))
-    query, received = exchange(shard.context, query, sent)
+    sent = outgoing.take(_survivors(outgoing, last_begin, end, windows, most))
+    query, received, shared = exchange(shard.context, query, sent, shared)
     if not shard.context.rank:
-        return query, None
+        return query, local, shared
     states = (part.transpose(0, 1).flatten(1, 2) for part in received[:2])
     numbers = (part.permute(1, 2, 0, 3).flatten(2) for part in received[2:])
     arrived = Keys(*states, *numbers)
     is_of_first = arrived.row >= first_begin[:, None, None]
     arrived = arrived._replace(row=arrived.row.where(is_of_first, -1))
-    return query, arrived.take(_survivors(arrived, first_begin, first, windows, windows.keep_window_size))
+    kept = _survivors(arrived, first_begin, first, windows, most)
+    carried = arrived.take(kept.gather(-1, arrived.row.gather(-1, kept).argsort(-1)))
+    states = (torch.cat(pair, 1) for pair in zip(carried[:2], local[:2], strict=True))
+    numbers = (torch.cat(pair, -1) for pair in zip(carried[2:], local[2:], strict=True))
+    return query, Keys(*states, *numbers), shared
 
 
 def _survivors(keys: Keys, begin: torch.Tensor, next_row: int, windows: Windows, most: int) -> torch.Tensor:
-    """Returns the indices (B, Hi, min(k, most)) of the keys that row next_row of the document at `begin` may need."""
+    """Returns the indices (B, Hi, min(k, most)) of the keys that row next_row of a document may need, best first."""
     positions = (keys.row - begin[:, None, None]).where(keys.row >= 0, -1).int()
     # A cache may hold one key less, as the next token is local; here all messages have the size of the window.
     return select_survivors(

@@ -32,54 +32,64 @@ def gather_from_ranks(context: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def exchange(
-    context: Any, query: torch.Tensor, tensors: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    context: Any, query: torch.Tensor, tensors: Sequence[torch.Tensor], shared: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
     """Sends tensors to all ranks, as one message, and returns those of the ranks before this one.
 
     tensors: of any dtypes; their shapes are the same on all ranks. Each comes back as (rank, *shape). The gradient of
     what others have received returns to its owner. A rank whose own tensors nobody uses, or who receives nothing, has
     to take part in the backward as well: so the exchange hands on `query`, whose use is certain.
+    shared: what comes back from all ranks, (world_size, *shape), without a gradient; or None.
+
+    Returns query, the list of what was received, and what all have shared.
     """
-    query, *received = _Exchange.apply(context, query, *tensors)
-    return query, received
+    if shared is None:
+        query, *received = _Exchange.apply(context, query, False, *tensors)
+        return query, received, None
+    query, *received, shared = _Exchange.apply(context, query, True, *tensors, shared)
+    return query, received, shared
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, context, query, *tensors):
+    def forward(ctx, context, query, is_last_shared, *tensors):
         ctx.context = context
         ctx.kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        ctx.has_gradient = [tensor.is_floating_point() for tensor in tensors]
         ctx.set_materialize_grads(False)
         message = _pack([tensor[None] for tensor in tensors])[0]
         context.traffic.num_exchanges += 1
         context.traffic.num_bytes += message.numel()
-        received = _unpack(gather_from_ranks(context, message)[: context.rank], ctx.kinds)
-        ctx.mark_non_differentiable(*[tensor for tensor in received if not tensor.is_floating_point()])
+        received = _unpack(gather_from_ranks(context, message), ctx.kinds)
+        kept = len(received) - is_last_shared
+        received = [tensor[: context.rank] for tensor in received[:kept]] + received[kept:]
+        if is_last_shared:
+            ctx.has_gradient[-1] = False
+        without = [tensor for tensor, has in zip(received, ctx.has_gradient, strict=True) if not has]
+        ctx.mark_non_differentiable(*without)
         return query.view_as(query), *received
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dquery, *gradients):
-        context, floats = ctx.context, [dtype.is_floating_point for _, dtype in ctx.kinds]
-        kinds = [kind for kind, is_float in zip(ctx.kinds, floats, strict=True) if is_float]
+        context = ctx.context
         device = next(tensor for tensor in (dquery, *gradients) if tensor is not None).device
-        gradients = [gradient for gradient, is_float in zip(gradients, floats, strict=True) if is_float]
-        for i, (shape, dtype) in enumerate(kinds):
-            if gradients[i] is None:
-                gradients[i] = torch.zeros((context.rank, *shape), dtype=dtype, device=device)
-        returned = iter(_unpack(_return_to_owners(context, _pack(gradients)), kinds))
-        summed = [
-            next(returned).sum(0, dtype=_precision(dtype)).to(dtype) if dtype.is_floating_point else None
-            for _, dtype in ctx.kinds
-        ]
-        return None, dquery, *summed
+        kinds, parts = [], []
+        for gradient, (shape, dtype), has in zip(gradients, ctx.kinds, ctx.has_gradient, strict=True):
+            if has:
+                kinds.append((shape, dtype))
+                zeros = gradient is None
+                parts.append(torch.zeros((context.rank, *shape), dtype=dtype, device=device) if zeros else gradient)
+        returned = _unpack(_return_to_owners(context, _pack(parts)), kinds)
+        sums = iter([part.sum(0, dtype=_precision(part.dtype)).to(part.dtype) for part in returned])
+        return None, dquery, None, *(next(sums) if has else None for has in ctx.has_gradient)
 
 
 def _return_to_owners(context: Any, messages: torch.Tensor) -> torch.Tensor:
     """Sends message i to rank i, for the ranks before this one, and returns those of the ranks after it.
 
-    messages: (rank, bytes) uint8. Returns (world_size - rank - 1, bytes) uint8. The traffic is that of a reduce-scatter;
-    the sums are the receiver's, so that half precision is added up in float32.
+    messages: (rank, bytes) uint8. Returns (world_size - rank - 1, bytes) uint8. The receiver adds them up, so that half
+    precision has its sums in float32.
     """
     rank, world_size, size = context.rank, context.world_size, messages.shape[1]
     num_after = world_size - rank - 1
