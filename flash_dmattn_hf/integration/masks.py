@@ -16,7 +16,7 @@ from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
-from flash_dmattn_hf.integration.shards import find_shard, shard_of
+from flash_dmattn_hf.integration.shards import find_shard, refuse_dense, shard_of
 from flash_dmattn_hf.names import NAMES
 from flash_dmattn_hf.parallel.context import Shard, active_context
 
@@ -115,6 +115,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         given = by_name(names, args, kwargs)
         config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
         if getattr(config, "_attn_implementation", None) not in NAMES:
+            refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
         inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")

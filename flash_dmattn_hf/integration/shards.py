@@ -59,6 +59,15 @@ def find_shard(
     return mask
 
 
+def refuse_dense(config: Any) -> None:
+    """Raises ValueError inside a `context_parallel` block, where a model with other attention would see its rows only."""
+    if active_context() is not None:
+        raise ValueError(
+            'context_parallel needs models with attn_implementation="flash_dmattn", got '
+            f'"{getattr(config, "_attn_implementation", None)}", which would attend to the rows of its rank only'
+        )
+
+
 def _refuse_own_positions(context: ContextParallel, pieces: torch.Tensor) -> None:
     """Raises ValueError if every rank counts from 0, as models do that are given no position_ids."""
     counted = torch.arange(pieces.shape[-1], device=pieces.device)

@@ -117,15 +117,10 @@ def complete(batch: dict[str, Any], world_size: int) -> dict[str, Any]:
 
     A mask of ones is taken away, as None. Raises ValueError as `ContextParallel.shard`.
     """
-    input_ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+    check_whole(batch, world_size)
+    input_ids, labels = batch["input_ids"], batch.get("labels")
     length = input_ids.shape[1]
-    if length % world_size:
-        raise ValueError(f"the length of a sequence must be a multiple of the {world_size} ranks, got {length}")
-    found = {}
-    if mask is not None:
-        if not bool(mask.all()):
-            raise ValueError(PADDING)
-        found["attention_mask"] = None
+    found = {} if batch.get("attention_mask") is None else {"attention_mask": None}
     if batch.get("position_ids") is None:
         found["position_ids"] = torch.arange(length, device=input_ids.device).expand(input_ids.shape)
     if labels is not None and batch.get("shift_labels") is None:
@@ -133,6 +128,15 @@ def complete(batch: dict[str, Any], world_size: int) -> dict[str, Any]:
     if labels is not None and batch.get("num_items_in_batch") is None:
         found["num_items_in_batch"] = ({**batch, **found}["shift_labels"] != -100).sum()
     return found
+
+
+def check_whole(batch: dict[str, Any], world_size: int) -> None:
+    """Raises ValueError for a whole batch with padding, or with a length that the ranks do not divide."""
+    length, mask = batch["input_ids"].shape[1], batch.get("attention_mask")
+    if length % world_size:
+        raise ValueError(f"the length of a sequence must be a multiple of the {world_size} ranks, got {length}")
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(PADDING)
 
 
 PADDING = "context parallelism does not support padding: pack the documents, or cut them to one length"

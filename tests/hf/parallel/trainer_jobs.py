@@ -1,0 +1,82 @@
+"""A Trainer with `ParallelismConfig(cp_size=2)` and FSDP2, on CPUs, and the same Trainer in one process."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from transformers import Trainer, TrainingArguments
+
+from flash_dmattn_hf import use_chunked_loss
+
+from .jobs import Case, make_model
+
+STEPS = 3
+CASE = Case((10, 1, 3), model={"tie_word_embeddings": True})
+
+
+class Rows(torch.utils.data.Dataset):
+    """Documents packed into rows of equal length, as position_ids say."""
+
+    def __init__(self, length: int = 48) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randint(3, 98, (STEPS * 2, length), generator=generator)
+        self.positions = torch.cat([torch.arange(length - 17), torch.arange(17)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index], "position_ids": self.positions}
+
+
+def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) -> Trainer:
+    """Trains a tiny float32 model on the CPU and returns its Trainer."""
+    if cp_size > 1:
+        options.update(
+            parallelism_config=ParallelismConfig(cp_size=cp_size),
+            fsdp="full_shard",
+            fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        )
+    arguments = TrainingArguments(
+        folder,
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        max_steps=STEPS,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    if model is None:
+        model = make_model(CASE).float()
+        use_chunked_loss(model, chunk_size=7, engine="torch")
+    trainer = Trainer(model=model, args=arguments, train_dataset=data or Rows())
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def enter_environment(rank: int) -> None:
+    """Sets what `accelerate launch` would."""
+    world_size = dist.get_world_size()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29511",
+        ACCELERATE_USE_CPU="true",
+    )
+
+
+def train_on_ranks(rank: int, folder: str) -> list[float]:
+    enter_environment(rank)
+    return losses_of(train(folder, cp_size=2))
