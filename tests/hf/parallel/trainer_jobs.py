@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import ParallelismConfig
+from accelerate import DistributedType, ParallelismConfig
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
 from flash_dmattn_hf import use_chunked_loss
@@ -77,6 +78,19 @@ def enter_environment(rank: int) -> None:
     )
 
 
+def let_fsdp_run_on_cpus() -> None:
+    """accelerate offers FSDP2 on accelerators only, though torch's runs on CPUs as well: this offers it there too."""
+    original = AcceleratorState.__init__
+
+    def initialize(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = initialize
+
+
 def train_on_ranks(rank: int, folder: str) -> list[float]:
     enter_environment(rank)
+    let_fsdp_run_on_cpus()
     return losses_of(train(folder, cp_size=2))
