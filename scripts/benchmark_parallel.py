@@ -286,7 +286,7 @@ def step(model, optimizer, engine: str, batch: dict[str, Any], traffic: list) ->
 
 
 def dense_attention(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[torch.Tensor, None]:
-    """Causal attention to all keys, as transformers' "sdpa" without a mask. torch's ring replaces the function in it."""
+    """Causal attention to all keys, as transformers' "sdpa" without a mask. torch's ring replaces the function here."""
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 

@@ -73,10 +73,10 @@ def cut_buffers(
     buffer_seq_dims: Sequence[int] | None = None,
     no_restore_buffers: set[torch.Tensor] | None = None,
 ) -> Iterator[None]:
-    """Enters `context_parallel(group)` with this rank's shards of tensors, as torch's `context_parallel` does with its own.
+    """Enters `context_parallel(group)` with this rank's shards of tensors; the signature is that of torch's.
 
-    buffers: tensors of the whole sequence, which hold their shard inside the block. buffer_seq_dims: their dimensions of
-    the sequence. no_restore_buffers: those that keep the shard afterwards.
+    buffers: tensors of the whole sequence, which hold their shard inside the block. buffer_seq_dims: which of their
+    dimensions is the sequence. no_restore_buffers: those that keep the shard afterwards.
     Raises ValueError for a length that the ranks do not divide.
     """
     buffers, kept = list(buffers or ()), {id(buffer) for buffer in no_restore_buffers or ()}

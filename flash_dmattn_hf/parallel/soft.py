@@ -70,7 +70,7 @@ def _as_if_evicted_one_by_one(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns contested_from and death with only the best of the keys that were evicted before the rank's first row.
 
-    A cut has at most one eviction a row, and of those long past only the best matters, which now dies in the row before.
+    A cut has at most one eviction a row, and of those long past only the best matters, which dies in the row before.
     """
     if not num_carried:
         return contested_from, death

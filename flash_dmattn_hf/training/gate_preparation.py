@@ -69,9 +69,7 @@ def _measure(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Returns mean and standard deviation (in,) float64 of the inputs of every gate's dt_proj."""
     inputs = [_Moments(gate.windows.num_sink_tokens) for gate in gates]
-    handles = [
-        gate.dt_proj.register_forward_pre_hook(moments.add) for gate, moments in zip(gates, inputs, strict=True)
-    ]
+    handles = [gate.dt_proj.register_forward_pre_hook(moments.add) for gate, moments in zip(gates, inputs, strict=True)]
     try:
         with evaluating(model), deferred_logits(model):  # nobody needs the logits
             for stretch in stretches:

@@ -45,8 +45,8 @@ def cut_softly(
 
     importance: (B, Hi, Sk) floating point. death: (B, Hi, Sk) int32, what `select_visible` returns for it and the
     arguments below, without a sliding window. temperature: in standard deviations of the importance, above 0; a tensor
-    () gets no gradient. backend: the name of one that does it where it can. contested_from: (B, Hi, Sk) int32, the first
-    row at which a key competes, below its own too; None: as the windows say. No two keys may die at one row.
+    () gets no gradient. backend: the name of one that does it where it can. contested_from: (B, Hi, Sk) int32, the
+    first row at which a key competes, even before its own; None: as the windows say. At most one key may die at a row.
     """
     exempt = num_sink_tokens + local_window_size
     if contested_from is not None:

@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from flash_dmattn_hf import context_parallel, dynamic_mask_config, iter_gates, soft_selection, use_chunked_loss
+from flash_dmattn_hf import (
+    DynamicMaskCache,
+    context_parallel,
+    dynamic_mask_config,
+    iter_gates,
+    soft_selection,
+    use_chunked_loss,
+)
 
 from ..tiny import build, tiny_config, tokens
 
@@ -128,3 +135,94 @@ def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _num_labels(context, batch: dict[str, Any]) -> torch.Tensor:
     return context.shard(batch)["num_items_in_batch"]
+
+
+def message_of(call: Any) -> str:
+    """Returns the type and text of the error that a call raises, "" if it raises none."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def refusals(rank: int) -> dict[str, str]:
+    """Returns what is said to everything that ranks cannot do."""
+    case = Case((10, 1, 3))
+    model, batch, said = make_model(case), make_batch(case), {}
+    with context_parallel() as context:
+        own = context.shard(batch)
+        padded = {**batch, "attention_mask": torch.ones_like(batch["input_ids"]).index_fill(1, torch.tensor(0), 0)}
+        mask = torch.ones_like(own["input_ids"])
+        mask[0, 0] = rank
+        longer = {name: value[:, : 24 - rank] if torch.is_tensor(value) and value.dim() else value
+                  for name, value in own.items()}  # fmt: skip
+        dense = make_model(case)
+        dense.set_attn_implementation("sdpa")
+        cached = {**own, "past_key_values": DynamicMaskCache(model)}
+        calls = {
+            "padding": lambda: context.shard(padded),
+            "padding on one rank": lambda: model(**{**own, "attention_mask": mask}),
+            "length": lambda: context.shard({"input_ids": batch["input_ids"][:, :-1]}),
+            "unequal shards": lambda: model(**longer),
+            "no positions": lambda: model(own["input_ids"]),
+            "constant cache": lambda: model(**cached),
+            "dense model": lambda: dense(**own),
+            "dense layer": lambda: make_model(Case((10, 1, 3), settings={"layers": [0]}))(**own),
+            "no shift_labels": lambda: _with_chunks(model, own),
+            "band": lambda: train_step(case._replace(soft={"temperature": 1.0, "band": None}), model, own),
+            "soft packed": lambda: train_step(
+                case._replace(soft={"temperature": 1.0}), model, context.shard(make_batch(CASES["packed"]))
+            ),
+        }
+        for name, call in calls.items():
+            said[name] = message_of(call)
+    return said
+
+
+def _with_chunks(model: torch.nn.Module, own: dict[str, Any]) -> None:
+    with use_chunked_loss(model, engine="torch"):
+        model(**{name: value for name, value in own.items() if name != "shift_labels"})
+
+
+def traffic(rank: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Returns exchanges, bytes and gradient bytes of a step with each length, in float32."""
+    case, found = Case((10, 1, 3)), []
+    model = make_model(case).float()
+    for length in lengths:
+        input_ids = tokens(1, length)
+        with context_parallel() as context:
+            model(**context.shard({"input_ids": input_ids, "labels": input_ids})).loss.backward()
+        found.append((context.traffic.num_exchanges, context.traffic.num_bytes, context.traffic.gradient_bytes))
+    return found
+
+
+def fail_on_one_rank(rank: int) -> str:
+    """Rank 1 fails in its second layer, while the others wait for its keys; returns what rank 0 says."""
+    case = Case((10, 1, 3))
+    model, batch = make_model(case), make_batch(case)
+    if rank == 1:
+        model.model.layers[1].register_forward_pre_hook(_fail)
+    with context_parallel() as context:
+        model(**context.shard(batch))
+    return "nothing failed"
+
+
+def _fail(module, inputs) -> None:
+    raise ArithmeticError("the second layer is tired")
+
+
+def half_precision(rank: int) -> float:
+    """Returns how far the loss under bf16 autocast on the ranks is from that in one process, relative to it."""
+    case = Case((10, 1, 3))
+    batch, losses = make_batch(case), {}
+    for name in ("ranks", "one"):
+        model = make_model(case).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            if name == "ranks":
+                with context_parallel() as context:
+                    losses[name] = model(**context.shard(batch)).loss.detach()
+                dist.all_reduce(losses[name])
+            else:
+                losses[name] = model(**{**batch, "num_items_in_batch": _num_labels(context, batch)}).loss.detach()
+    return float(abs(losses["ranks"] - losses["one"]) / losses["one"])

@@ -11,6 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_IMPORTED = [
+    "flash_dmattn_hf",
+    "accelerate",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.gemma2.modeling_gemma2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+]
+"""What the first process imports for all; modules of the tests it could not find."""
+
 SECONDS = 120
 """After this a test has failed."""
 
@@ -21,7 +31,7 @@ def run_on_ranks(world_size: int, folder: Any, function: Callable, *arguments: A
     function: of a module that can be imported. folder: empty, for the ranks to find each other. patience: of gloo.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, function.__module__])
+    context.set_forkserver_preload(_IMPORTED)
     results = context.Queue()
     jobs = [
         context.Process(target=_job, args=(rank, world_size, str(folder), patience, results, function, arguments))
