@@ -21,7 +21,7 @@ import socket
 import statistics
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--sdpa-tokens", type=int, nargs="*", default=[2**18, 2**19], help="of dense attention")
     parser.add_argument("--sdpa-backend", default="cudnn", choices=DENSE_BACKENDS)
     parser.add_argument("--keep-window-size", type=int, default=2048)
-    parser.add_argument("--runs", type=int, default=3, help="timed steps of a row; of the longest and of sdpa one")
+    parser.add_argument("--runs", type=int, default=2, help="timed steps of a row; of the longest and of sdpa one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny model on CPUs")
     parser.add_argument("--json", help="write the figures to this file, after every row")
@@ -235,15 +235,14 @@ def measure(
     if is_dense and world_size > 1 and device.type == "cpu":
         return {**row, "skipped": "torch's context_parallel has no ring for CPUs"}
     runs = 1 if is_dense or tokens == settings["longest"] else settings["runs"]
-    backend = DENSE_BACKENDS["math" if device.type == "cpu" else settings["sdpa_backend"]]
-    if is_dense:
-        AttentionInterface.register(DENSE_NAME, dense_attention)
-        AttentionMaskInterface.register(DENSE_NAME, lambda *_, **__: None)
-    model.set_attn_implementation(DENSE_NAME if is_dense else engine)
+    model.set_attn_implementation(register_dense() if is_dense else engine)
     batch, times, traffic = make_batch(settings, tokens, device), [], []
-    with sdpa_kernel(backend) if is_dense else contextlib.nullcontext():
-        warmup = min(tokens, DENSE_WARMUP * world_size) if is_dense else tokens
-        step(model, optimizer, engine, make_batch(settings, warmup, device), [])
+    with contextlib.ExitStack() as stack:
+        if is_dense:
+            warmup = make_batch(settings, min(tokens, DENSE_WARMUP * world_size), device)
+            row.update(choose_dense(settings, stack, device, lambda: step(model, optimizer, engine, warmup, [])))
+        else:
+            step(model, optimizer, engine, batch, [])
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -260,8 +259,6 @@ def measure(
     seconds, peak = slowest.tolist()
     row.update(runs=runs, milliseconds=1e3 * seconds, tokens_per_second_per_gpu=tokens / seconds / world_size)
     row.update(peak_gib=peak, loss=loss.item(), **exchanged(settings, engine, tokens, traffic))
-    if is_dense:
-        row["sdpa_backend"] = backend.name
     return row
 
 
@@ -285,10 +282,49 @@ def step(model, optimizer, engine: str, batch: dict[str, Any], traffic: list) ->
     return loss
 
 
-def dense_attention(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[torch.Tensor, None]:
-    """Causal attention to all keys, as transformers' "sdpa" without a mask. torch's ring replaces the function here."""
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
+def choose_dense(
+    settings: dict[str, Any], stack: contextlib.ExitStack, device: torch.device, warm_up: Callable[[], Any]
+) -> dict[str, Any]:
+    """Enters the first way of dense attention that can run a step, and returns its name and what the others said."""
+    name = "math" if device.type == "cpu" else settings["sdpa_backend"]
+    refused = []
+    for backend, repeats in ((name, False), (name, True), ("flash", True)):
+        dense.repeats = repeats
+        try:
+            with sdpa_kernel(DENSE_BACKENDS[backend]):
+                warm_up()
+        except RuntimeError as error:
+            refused.append(f"{backend}, repeats {repeats}: {str(error)[:300]}")
+            continue
+        stack.enter_context(sdpa_kernel(DENSE_BACKENDS[backend]))
+        return {"sdpa_backend": backend, "repeats_kv_heads": repeats, "refused": refused}
+    raise RuntimeError(f"no dense attention can run: {refused}")
+
+
+class DenseAttention:
+    """Causal attention to all keys, as transformers' "sdpa" without a mask; torch's ring replaces the function here.
+
+    repeats: whether keys and values are repeated for every query head, for a backend that knows no groups.
+    """
+
+    repeats = False
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **_) -> tuple[torch.Tensor, None]:
+        if self.repeats:
+            key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+        grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, **grouped)
+        return out.transpose(1, 2).contiguous(), None
+
+
+dense = DenseAttention()
+
+
+def register_dense() -> str:
+    """Makes it known to transformers, without any mask, and returns its name."""
+    AttentionInterface.register(DENSE_NAME, dense)
+    AttentionMaskInterface.register(DENSE_NAME, lambda *_, **__: None)
+    return DENSE_NAME
 
 
 def exchanged(settings: dict[str, Any], engine: str, tokens: int, traffic: list) -> dict[str, Any]:

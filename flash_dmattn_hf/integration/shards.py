@@ -60,7 +60,7 @@ def find_shard(
 
 
 def refuse_dense(config: Any) -> None:
-    """Raises ValueError inside a `context_parallel` block, where other attention would see the rows of its rank only."""
+    """Raises ValueError inside a `context_parallel` block, where other attention would see its own rows only."""
     if active_context() is not None:
         raise ValueError(
             'context_parallel needs models with attn_implementation="flash_dmattn", got '
