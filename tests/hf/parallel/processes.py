@@ -25,16 +25,17 @@ SECONDS = 120
 """After this a test has failed."""
 
 
-def run_on_ranks(world_size: int, folder: Any, function: Callable, *arguments: Any, patience: float = SECONDS) -> list:
+def run_on_ranks(world_size: int, folder: Any, function: Callable, *arguments: Any, device: str = "cpu") -> list:
     """Returns what function(rank, *arguments) returns on every rank, or the text of the error that it raised there.
 
-    function: of a module that can be imported. folder: empty, for the ranks to find each other. patience: of gloo.
+    function: of a module that can be imported. folder: for the ranks to find each other, without a file "meeting".
+    device: "cpu", connected by gloo and on the reference backend, or "cuda", one GPU for each rank, connected by nccl.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     results = context.Queue()
     jobs = [
-        context.Process(target=_job, args=(rank, world_size, str(folder), patience, results, function, arguments))
+        context.Process(target=_job, args=(rank, world_size, str(folder), device, results, function, arguments))
         for rank in range(world_size)
     ]
     for job in jobs:
@@ -53,12 +54,19 @@ def run_on_ranks(world_size: int, folder: Any, function: Callable, *arguments: A
     return [found[rank] for rank in range(world_size)]
 
 
-def _job(rank, world_size, folder, patience, results, function, arguments) -> None:
-    os.environ["FLASH_DMATTN_BACKEND"] = "reference"
+def _job(rank, world_size, folder, device, results, function, arguments) -> None:
+    if device == "cpu":
+        os.environ["FLASH_DMATTN_BACKEND"] = "reference"
+    else:
+        torch.cuda.set_device(rank)
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", f"file://{folder}/meeting", timedelta(seconds=patience), world_size=world_size, rank=rank
+            "gloo" if device == "cpu" else "nccl",
+            f"file://{folder}/meeting",
+            timedelta(seconds=SECONDS),
+            world_size=world_size,
+            rank=rank,
         )
         results.put((rank, function(rank, *arguments)))
         dist.barrier()

@@ -4,11 +4,14 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer
 
+from ..cli_models import tokenizer
+from ..tiny import tiny_model
 from .jobs import make_model
 from .processes import run_on_ranks
-from .trainer_jobs import CASE, losses_of, train, train_on_ranks
+from .trainer_jobs import CASE, losses_of, run_script, train, train_on_gpus, train_on_ranks
 
 pytest.importorskip("accelerate", minversion="1.10")
 
@@ -18,6 +21,31 @@ def test_two_ranks_train_as_one(tmp_path):
     assert len(alone) == 3
     for found in run_on_ranks(2, tmp_path, train_on_ranks, str(tmp_path / "ranks")):
         assert found == pytest.approx(alone, abs=1e-6), found
+
+
+def test_the_training_script_shares_sequences(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(60)))
+    tiny_model("llama", initializer_range=0.3).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    given = str(tmp_path / "model"), str(tmp_path / "text.txt")
+    alone = run_on_ranks(1, tmp_path, run_script, *given, str(tmp_path / "alone"))[0]
+    (tmp_path / "meeting").unlink()
+    assert isinstance(alone, list) and len(alone) == 2, alone
+    for found in run_on_ranks(2, tmp_path, run_script, *given, str(tmp_path / "ranks")):
+        assert found == pytest.approx(alone, abs=1e-5), found
+    weights = load_file(tmp_path / "ranks" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "alone" / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (alone,) = run_on_ranks(1, tmp_path / "one", train_on_gpus, str(tmp_path / "alone"), device="cuda")
+    assert isinstance(alone, list) and len(alone) == 3, alone
+    for found in run_on_ranks(2, tmp_path, train_on_gpus, str(tmp_path / "both"), device="cuda"):
+        assert found == pytest.approx(alone, abs=1e-3), found
 
 
 def prepare(inputs: dict, **sizes: int):

@@ -1,6 +1,9 @@
 """A Trainer with `ParallelismConfig(cp_size=2)` and FSDP2, on CPUs, and the same Trainer in one process."""
 
+import json
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +14,10 @@ from transformers import Trainer, TrainingArguments
 
 from flash_dmattn_hf import use_chunked_loss
 
+from .. import gpu_models
 from .jobs import Case, make_model
 
+ROOT = Path(__file__).resolve().parents[3]
 STEPS = 3
 CASE = Case((10, 1, 3), model={"tie_word_embeddings": True})
 
@@ -20,9 +25,9 @@ CASE = Case((10, 1, 3), model={"tie_word_embeddings": True})
 class Rows(torch.utils.data.Dataset):
     """Documents packed into rows of equal length, as position_ids say."""
 
-    def __init__(self, length: int = 48) -> None:
+    def __init__(self, length: int = 48, vocabulary: int = 98) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.rows = torch.randint(3, 98, (STEPS * 2, length), generator=generator)
+        self.rows = torch.randint(3, vocabulary, (STEPS * 2, length), generator=generator)
         self.positions = torch.cat([torch.arange(length - 17), torch.arange(17)])
 
     def __len__(self) -> int:
@@ -33,16 +38,15 @@ class Rows(torch.utils.data.Dataset):
 
 
 def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) -> Trainer:
-    """Trains a tiny float32 model on the CPU and returns its Trainer."""
+    """Trains a tiny float32 model, on the CPU unless options say otherwise, and returns its Trainer."""
     if cp_size > 1:
         options.update(
             parallelism_config=ParallelismConfig(cp_size=cp_size),
-            fsdp="full_shard",
+            fsdp=True,
             fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
         )
     arguments = TrainingArguments(
         folder,
-        use_cpu=True,
         per_device_train_batch_size=2,
         max_steps=STEPS,
         learning_rate=1e-2,
@@ -50,7 +54,7 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **options,
+        **{"use_cpu": True, **options},
     )
     if model is None:
         model = make_model(CASE).float()
@@ -74,7 +78,6 @@ def enter_environment(rank: int) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="29511",
-        ACCELERATE_USE_CPU="true",
     )
 
 
@@ -94,3 +97,31 @@ def train_on_ranks(rank: int, folder: str) -> list[float]:
     enter_environment(rank)
     let_fsdp_run_on_cpus()
     return losses_of(train(folder, cp_size=2))
+
+
+def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
+    """Runs scripts/train.py with configs/context_parallel.yaml, made small; returns the losses of its log."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import train as script
+
+    if dist.get_world_size() > 1:
+        enter_environment(rank)
+        os.environ.update(ACCELERATE_USE_PARALLELISM_CONFIG="true", PARALLELISM_CONFIG_CP_SIZE="2")
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
+        os.environ.update(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+        let_fsdp_run_on_cpus()
+    config = ROOT / "configs" / "context_parallel.yaml"
+    small = ["sequence_length=64", "training.max_steps=2", "training.logging_steps=1", "training.warmup_steps=0"]
+    cpu = ["training.use_cpu=true", "training.bf16=false", "training.disable_tqdm=true"]
+    named = [f"model={model}", f"output_dir={output}", f"train_files=[{text}]"]
+    script.main([str(config), *small, *cpu, *named])
+    log = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def train_on_gpus(rank: int, folder: str) -> list[float]:
+    """Trains in bf16 on as many GPUs as there are ranks, which share every sequence."""
+    enter_environment(rank)
+    model = gpu_models.make_model(device="cpu").train()
+    data = Rows(512, gpu_models.VOCABULARY)
+    return losses_of(train(folder, dist.get_world_size(), model, data, use_cpu=False, bf16=True))
