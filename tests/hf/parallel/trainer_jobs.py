@@ -112,6 +112,7 @@ def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
         let_fsdp_run_on_cpus()
     config = ROOT / "configs" / "context_parallel.yaml"
     small = ["sequence_length=64", "training.max_steps=2", "training.logging_steps=1", "training.warmup_steps=0"]
+    small += ["attention.keep_window_size=16", "importance_learning_rate=0.1"]
     cpu = ["training.use_cpu=true", "training.bf16=false", "training.disable_tqdm=true"]
     named = [f"model={model}", f"output_dir={output}", f"train_files=[{text}]"]
     script.main([str(config), *small, *cpu, *named])
