@@ -88,7 +88,9 @@ def let_fsdp_run_on_cpus() -> None:
     def initialize(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            self.fsdp_plugin = fsdp_plugin
+        if vars(self).get("fsdp_plugin") is not None:  # whoever asks for the state again gets that of the process
+            self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = initialize
 
@@ -116,6 +118,7 @@ def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
     cpu = ["training.use_cpu=true", "training.bf16=false", "training.disable_tqdm=true"]
     named = [f"model={model}", f"output_dir={output}", f"train_files=[{text}]"]
     script.main([str(config), *small, *cpu, *named])
+    dist.barrier()  # rank 0 writes it
     log = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry]
 
