@@ -26,7 +26,9 @@ class SlotLayer(DynamicLayer):
 
     @property
     def slots(self) -> Slots:
-        return Slots(self.keys, self.values, self.importance, self.positions, self.victims, self.lengths, self.arrivals)
+        return Slots(
+            self.keys, self.values, self.importance, self.positions, self.victims, self.lengths, self.arrivals
+        )
 
     @property
     def num_kept(self) -> int:

@@ -19,7 +19,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, dtype: bool = True) ->
     if dtype:
         parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt weights too (with weights_only)")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read .bin and .pt weights too (with weights_only)"
+    )
 
 
 def positive(text: str) -> int:

@@ -27,7 +27,9 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", type=common.text_file, help="UTF-8 text to continue")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--max-new-tokens", metavar="N", type=common.positive, default=200, help="default: %(default)s")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=common.positive, default=200, help="default: %(default)s"
+    )
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token (default: 0)"
     )

@@ -77,7 +77,8 @@ def calibrate(model: nn.Module, calibration: Calibration) -> CalibrationResult:
 
     statistics = {
         module: [
-            RidgeStatistics(gate.dt_proj.weight.shape[1], gate.num_importance_heads, gate.A.device) for _ in range(2)
+            RidgeStatistics(gate.dt_proj.weight.shape[1], gate.num_importance_heads, gate.A.device)
+            for _ in range(2)
         ]
         for module, gate in gates.items()
     }

@@ -47,7 +47,9 @@ def with_window(
 def without_importance(model: nn.Module) -> Iterator[None]:
     """Inside the block A is 0: all keys tie, so the model sees its sinks and the newest keys of its window."""
     parameters = [getattr(gate, "A", None) for _, _, gate in _gates(model)]
-    parameters = [module.A if A is None else A for A, (_, module, _) in zip(parameters, _gates(model), strict=True)]
+    parameters = [
+        module.A if A is None else A for A, (_, module, _) in zip(parameters, _gates(model), strict=True)
+    ]
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():

@@ -143,7 +143,9 @@ class Gate:
     def windows(self) -> Windows:
         """The windows of this layer, which everything reads here."""
         config = self.config
-        return Windows(config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window)
+        return Windows(
+            config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window
+        )
 
 
 class ImportanceGate(Gate, nn.Module):

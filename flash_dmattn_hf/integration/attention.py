@@ -15,8 +15,9 @@ from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
-from flash_dmattn_hf.integration.shards import shard_of_attention
+from flash_dmattn_hf.integration.shards import check_shard
 from flash_dmattn_hf.parallel.attention import attend_shard
+from flash_dmattn_hf.parallel.context import active
 
 UNSUPPORTED = {
     "s_aux": "attention sinks (s_aux)",
@@ -65,7 +66,9 @@ def dynamic_mask_attention_forward(
     if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-    shard = shard_of_attention(tag, key, cache_layer, cu_seq_lens_q)
+    shard = None if tag is None else tag.shard
+    if shard is not None or active.slot.content is not None:
+        check_shard(shard, key, cache_layer, cu_seq_lens_q)
     documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():

@@ -16,9 +16,9 @@ from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
-from flash_dmattn_hf.integration.shards import find_shard, refuse_dense, shard_of
+from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
 from flash_dmattn_hf.names import NAMES
-from flash_dmattn_hf.parallel.context import Shard, active_context
+from flash_dmattn_hf.parallel.context import Shard, active
 
 _TAG = "_flash_dmattn_tag"
 
@@ -52,11 +52,13 @@ def dynamic_mask_mask(
         window = sliding_window_of_mask(mask_function, local_size, use_vmap)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
-            raise ValueError("flash_dmattn does not support a static cache: use the default cache of generate()")
+            raise ValueError(
+                "flash_dmattn does not support a static cache: use the default cache of generate()"
+            )
         raise ValueError(
             f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
         )
-    shard = shard_of(attention_mask)
+    shard = getattr(attention_mask, SHARD, None)
     if shard is not None:
         return _tag(attention_mask, window, shard=shard)
     length = kv_offset + kv_length
@@ -116,7 +118,8 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         # By their places: the fourth is `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
         config, inputs_embeds, attention_mask, cache, position_ids = [given.get(name) for name in names[:5]]
         if getattr(config, "_attn_implementation", None) not in NAMES:
-            refuse_dense(config)
+            if active.slot.content is not None:
+                refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
         if _is_static_step(inputs_embeds, attention_mask, cache):
@@ -126,9 +129,8 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         is_final, mask, _, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result
-        context = active_context()
-        if context is not None:
-            mask = find_shard(context, position_ids, mask, inputs_embeds, q_offset)
+        if active.slot.content is not None:
+            mask = find_shard(active.slot.content, position_ids, mask, inputs_embeds, q_offset)
             return is_final, mask, None, q_length, kv_length, q_offset, kv_offset
         mask = _admit_padding(cache, mask, q_length)
         _look_at_growth(config, cache, q_offset)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
-from flash_dmattn_hf.parallel.context import PADDING, ContextParallel, Shard, active_context
+from flash_dmattn_hf.parallel.context import PADDING, ContextParallel, Shard
 from flash_dmattn_hf.parallel.exchange import gather_from_ranks
 
-_SHARD = "_flash_dmattn_shard"
+SHARD = "_flash_dmattn_shard"
+"""The attribute of a mask of `find_shard` that holds the `Shard`."""
 
 _PROBLEMS = (
     "",
@@ -55,17 +56,34 @@ def find_shard(
     begins = torch.where(starts, row, 0).cummax(-1).values
     first = context.rank * num_rows
     mask = begins[:, first : first + num_rows].contiguous()
-    setattr(mask, _SHARD, Shard(context, mask, bool(has_documents(numbers))))
+    setattr(mask, SHARD, Shard(context, mask, bool(has_documents(numbers))))
     return mask
 
 
 def refuse_dense(config: Any) -> None:
-    """Raises ValueError inside a `context_parallel` block, where other attention would see its own rows only."""
-    if active_context() is not None:
-        raise ValueError(
-            'context_parallel needs models with attn_implementation="flash_dmattn", got '
-            f'"{getattr(config, "_attn_implementation", None)}", which would attend to the rows of its rank only'
+    """Raises ValueError for a model inside a `context_parallel` block whose attention would see its own rows only."""
+    raise ValueError(
+        'context_parallel needs models with attn_implementation="flash_dmattn", got '
+        f'"{getattr(config, "_attn_implementation", None)}", which would attend to the rows of its rank only'
+    )
+
+
+def check_shard(shard: Shard | None, key: torch.Tensor, cache_layer: Any, cu_seqlens: torch.Tensor | None) -> None:
+    """Raises ValueError or RuntimeError for an attention call on several ranks that would attend to its own rows.
+
+    shard: what the mask of the call carries. key: (B, Hkv, n, D).
+    """
+    if shard is None:
+        raise RuntimeError(
+            "the mask of this forward did not reach its attention function, which context_parallel needs: "
+            "torch.compile, and whatever moves or replaces the mask, do not work with it"
         )
+    if cache_layer is not None:
+        raise ValueError(_PROBLEMS[2])
+    if cu_seqlens is not None:
+        raise ValueError("cu_seq_lens_q cannot be given inside context_parallel: its position_ids say what is packed")
+    if key.shape[2] != shard.num_rows:
+        raise ValueError(f"attention on several ranks must have {shard.num_rows} keys, got {key.shape[2]}")
 
 
 def _refuse_own_positions(context: ContextParallel, pieces: torch.Tensor) -> None:
@@ -76,30 +94,3 @@ def _refuse_own_positions(context: ContextParallel, pieces: torch.Tensor) -> Non
             f"position_ids must be those of the whole sequence, got 0 to {pieces.shape[-1] - 1} on every rank: pass "
             "position_ids; documents as long as a shard need no context_parallel"
         )
-
-
-def shard_of(mask: Any) -> Shard | None:
-    """Returns the shard that a mask of `find_shard` carries, None for any other."""
-    return getattr(mask, _SHARD, None)
-
-
-def shard_of_attention(tag: Any, key: torch.Tensor, cache_layer: Any, cu_seqlens: torch.Tensor | None) -> Shard | None:
-    """Returns the shard of an attention call, given the tag of its mask; None if one process holds the sequence.
-
-    Raises ValueError or RuntimeError for a call inside a `context_parallel` block that would attend to its own rows.
-    """
-    shard = None if tag is None else tag.shard
-    if shard is None:
-        if active_context() is not None:
-            raise RuntimeError(
-                "the mask of this forward did not reach its attention function, which context_parallel needs: "
-                "torch.compile, and whatever moves or replaces the mask, do not work with it"
-            )
-        return None
-    if cache_layer is not None:
-        raise ValueError(_PROBLEMS[2])
-    if cu_seqlens is not None:
-        raise ValueError("cu_seq_lens_q cannot be given inside context_parallel: its position_ids say what is packed")
-    if key.shape[2] != shard.num_rows:
-        raise ValueError(f"attention on several ranks must have {shard.num_rows} keys, got {key.shape[2]}")
-    return shard

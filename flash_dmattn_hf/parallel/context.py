@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from flash_dmattn_hf.parallel.exchange import Traffic
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
-_active = ThreadSlot()
+active = ThreadSlot()
+"""Its content is what the innermost `context_parallel` block of a thread has entered, None outside of one."""
+
 _numbers = itertools.count()
 
 
@@ -60,13 +62,13 @@ class ContextParallel:
     def __enter__(self) -> "ContextParallel":
         if not self._before:
             self._failure = f"flash_dmattn_hf/context_parallel/{self.group.group_name}/{next(_numbers)}"
-        slot = _active.slot
+        slot = active.slot
         self._before.append(slot.content)
         slot.content = self
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        _active.slot.content = self._before.pop()
+        active.slot.content = self._before.pop()
         if error is not None and not isinstance(error, PeerFailure):
             _store().set(self._failure, f"rank {self.rank}: {type(error).__name__}: {error}")
 
@@ -101,11 +103,6 @@ class ContextParallel:
 
 class PeerFailure(RuntimeError):
     """Another rank has failed, and has said why."""
-
-
-def active_context() -> ContextParallel | None:
-    """Returns what the innermost `context_parallel` block of this thread has entered, None outside of one."""
-    return _active.slot.content
 
 
 def _store() -> dist.Store:

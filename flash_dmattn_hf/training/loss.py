@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from flash_dmattn_hf.parallel.context import active_context
+from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training import liger
 from flash_dmattn_hf.training.chunked_cross_entropy import chunked_cross_entropy
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, DeferringLinear, check_output_layer_of
@@ -113,7 +113,7 @@ def causal_lm_loss(
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if vocab_size != logits.shape[-1]:
         raise ValueError(f"vocab_size must be that of the output layer, {logits.shape[-1]}, got {vocab_size}")
-    if shift_labels is None and active_context() is not None:
+    if shift_labels is None and active.slot.content is not None:
         raise ValueError(
             "labels must come with shift_labels inside context_parallel: the last target is on another rank"
         )
