@@ -15,6 +15,9 @@ from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.integration.shards import check_shard
+from flash_dmattn_hf.parallel.attention import attend_shard
+from flash_dmattn_hf.parallel.context import active
 
 UNSUPPORTED = {
     "s_aux": "attention sinks (s_aux)",
@@ -66,7 +69,10 @@ def dynamic_mask_attention_forward(
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
     if dropout and module.training:
         options["dropout_p"] = dropout
-    documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    shard = None if tag is None else tag.shard
+    if shard is not None or active.slot.content is not None:
+        check_shard(shard, key, cache_layer, cu_seq_lens_q)
+    documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
@@ -83,8 +89,12 @@ def dynamic_mask_attention_forward(
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False
-    options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
+    if shard is not None:
+        states = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return attend_shard(shard, *states, importance, _windows_of_shard(module, windows), **options), None
+    options.update(windows._asdict())
     if documents is not None:
         return _attend_packed(query, key, value, importance, documents, options), None
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
@@ -119,6 +129,19 @@ def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
     )
     layer.evict()
     return out
+
+
+def _windows_of_shard(module: nn.Module, windows: Windows) -> Windows:
+    """Returns the windows of a layer whose keys are on several ranks; without a gate, those of its sliding window."""
+    if get_gate(module) is not None:
+        return windows
+    length = windows.sliding_window
+    if length is None:
+        raise ValueError(
+            f"layer {module.layer_idx} attends to all keys, which context_parallel does not exchange: give it dynamic "
+            "masks or a sliding window"
+        )
+    return Windows(length, 0, length, length)
 
 
 def _attend_packed(query, key, value, importance, documents: Documents, options) -> torch.Tensor:

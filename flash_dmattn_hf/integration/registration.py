@@ -1,4 +1,4 @@
-"""Every change to transformers: what `register()` wraps and `unregister()` puts back."""
+"""Every change to transformers and accelerate: what `register()` wraps and `unregister()` puts back."""
 
 import logging
 import sys
@@ -23,6 +23,7 @@ from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
 from flash_dmattn_hf.integration.kept_cache import wrap_generate
 from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
 from flash_dmattn_hf.names import NAMES
+from flash_dmattn_hf.parallel import accelerate
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def _patches() -> list[Patch]:
             (DogeAttention, "forward", doge.wrap_forward),
             (GenerationMixin, "generate", lambda original: wrap_generate(soft_selection.wrap_generate(original))),
             *generation.PATCHES,
+            *accelerate.PATCHES,
         ]
         _PATCHES.extend(Patch(*entry) for entry in entries)
         _PATCHES.append(FunctionPatch(generic, "is_flash_attention_requested", wrap_flash_requested))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from flash_dmattn import Visibility, interval_attention, select_visible
@@ -204,7 +205,8 @@ class ImportanceCallback(TrainerCallback):
 
 def _all_A(model: nn.Module) -> torch.Tensor:
     parameters = [(module if is_native_doge(module) else gate).A for _, module, gate in iter_gates(model)]
-    return torch.cat([A.detach().float().cpu() for A in parameters])
+    wholes = [A.full_tensor() if isinstance(A, DTensor) else A for A in (A.detach() for A in parameters)]
+    return torch.cat([A.float().cpu() for A in wholes])
 
 
 def _first_example(dataset: Any) -> torch.Tensor:
