@@ -12,6 +12,7 @@ from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.cache.padding import SeenPadding
 from flash_dmattn_hf.cache.state import check_state_of_layer, load_state_of_layer, state_of_layer
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.wrapped import find_pretrained
 
 
 class DynamicMaskCache(DynamicCache):
@@ -26,8 +27,7 @@ class DynamicMaskCache(DynamicCache):
     """
 
     def __init__(self, model: nn.Module, *, static: bool = False):
-        parts = model.modules() if isinstance(model, nn.Module) else ()
-        wrapped, model = model, next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+        wrapped, model = model, find_pretrained(model)
         if model is None:
             raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
         super().__init__(config=model.config.get_text_config(decoder=True))
