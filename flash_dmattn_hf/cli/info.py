@@ -8,6 +8,7 @@ from importlib import metadata
 import torch
 
 import flash_dmattn
+from flash_dmattn_hf.cli.enable import is_enabled
 
 
 def add_parser(commands, shared: argparse.ArgumentParser) -> None:
@@ -21,7 +22,8 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table, or JSON."""
-    facts = {"versions": versions(), "devices": devices(), "engines": flash_dmattn.explain_backends()}
+    facts = {"versions": versions(), "devices": devices(), "hook": is_enabled()}
+    facts["engines"] = flash_dmattn.explain_backends()
     if args.json:
         print(json.dumps(facts, indent=2))
         return
@@ -29,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:14} {version or 'not installed'}")
     for device in facts["devices"]:
         print(f"{'device':14} {device}")
+    print(f"{'start-up hook':14} {'enabled' if facts['hook'] else 'not enabled'}")
     print()
     for name, reason in facts["engines"].items():
         print(f"{name:14} {'available' if reason is None else f'unavailable: {reason}'}")
