@@ -21,8 +21,8 @@ def plan_build(package: str) -> dict:
     """Returns the arguments of `setup` that make it build the library into `package`.
 
     There is nothing to build without nvcc and ninja, or where nvcc cannot compile for any GPU here. It says so, and
-    Triton serves. With FLASH_DMATTN_FORCE_BUILD=1 it raises `MissingTool` or ValueError instead. Raises ValueError for a
-    choice of head dims or dtypes.
+    Triton serves. With FLASH_DMATTN_FORCE_BUILD=1 it raises `MissingTool` or ValueError instead. Raises ValueError for
+    a choice of head dims or dtypes.
     """
     settings = read_settings()
     if settings.skip:
