@@ -1,6 +1,8 @@
 """lm-eval and sentence-transformers: likelihoods, generations and embeddings are those of sdpa."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,12 +16,13 @@ ARGUMENTS = {
 
 
 def test_lm_eval_takes_settings_as_a_string(dense):
-    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
 
     results = {}
     for name, arguments in ARGUMENTS.items():
-        model = lm_eval.api.registry.get_model("hf").create_from_arg_string(
+        model = get_model("hf").create_from_arg_string(
             f"pretrained={dense},dtype=float32,{arguments}", {"device": "cpu", "batch_size": 2}
         )
         assert model.model.config._attn_implementation == name
@@ -34,9 +37,6 @@ def test_lm_eval_takes_settings_as_a_string(dense):
 
 def test_lm_eval_through_the_launcher(dense, tmp_path):
     pytest.importorskip("lm_eval")
-    import subprocess
-    import sys
-
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"t": text(i, 40)}) + "\n" for i in range(3)))
     (tmp_path / "task.yaml").write_text(
         f"task: words\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
