@@ -9,9 +9,10 @@ import torch
 
 from .conftest import WINDOW, text
 
+SETTINGS = f'{{"keep_window_size":{WINDOW};"num_sink_tokens":4}}'
 ARGUMENTS = {
     "sdpa": "attn_implementation=sdpa",
-    "flash_dmattn": f'attn_implementation=flash_dmattn,flash_dmattn={{"keep_window_size":{WINDOW};"num_sink_tokens":4}}',
+    "flash_dmattn": f"attn_implementation=flash_dmattn,flash_dmattn={SETTINGS}",
 }
 
 
