@@ -1,5 +1,6 @@
 """The gate that gives every key its importance: the submodule `self_attn.dma` of an attention module."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, Windows
 from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.hidden_states import take_hidden_states
 from flash_dmattn_hf.names import GATE_NAME
+
+_WITHOUT_FLOAT64 = ("mps", "xpu")
+"""Types of devices, some of which have no float64."""
 
 
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
@@ -51,19 +55,25 @@ class ImportanceProjection(nn.Module):
         return F.linear(tokens, self.weight.to(tokens.dtype), bias)
 
 
-def compute_importance(source: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str) -> torch.Tensor:
+def compute_importance(
+    source: torch.Tensor, dt_proj: Callable[[torch.Tensor], torch.Tensor], A: torch.Tensor, form: str, *, exact: bool
+) -> torch.Tensor:
     """Returns the importance that a form of `FORMS` computes from A and dt = dt_proj(all heads of a token).
 
     source: (B, heads, S, dim), as `source_of` returns it. A: (Hi,). form: its name.
+    exact: computes in float64 and rounds to what float32 can hold. A product ends in other bits for other batch shapes,
+        and equal keys would not tie; so they do. While training it costs memory, and nothing is cached.
     Returns (B, Hi, S) in float32, float64 for a float64 source: in bfloat16 distinct keys would tie.
     """
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    inner = torch.float64 if exact and source.device.type not in _WITHOUT_FLOAT64 else dtype
     batch, _, seqlen, _ = source.shape
     with torch.autocast(source.device.type, enabled=False):
-        tokens = source.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
+        tokens = source.transpose(1, 2).reshape(batch, seqlen, -1).to(inner)
         # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
         dt = dt_proj(tokens).transpose(1, 2).contiguous()
-        return FORMS[form](A.to(dtype).unsqueeze(-1), dt)
+        importance = FORMS[form](A.to(inner).unsqueeze(-1), dt)
+        return importance.float().to(dtype) if exact else importance
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -192,7 +202,7 @@ class ImportanceGate(Gate, nn.Module):
         parameters = (projection.weight, projection.bias, self.A)
         if form.is_fused and source.shape[2] == 1 and _is_plain(projection) and can_fuse(source, *parameters):
             return token_importance(source, *parameters, form.max_exponent)
-        return compute_importance(source, projection, self.A, self.config.importance)
+        return compute_importance(source, projection, self.A, self.config.importance, exact=not self.training)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.

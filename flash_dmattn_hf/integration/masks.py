@@ -10,7 +10,7 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
+from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
@@ -105,12 +105,12 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def preprocess(*args, **kwargs):
-        given = by_name(names, args, kwargs)
-        config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
+        given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - a call may leave parameters out
+        # By their places: the fourth is `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
+        config, inputs_embeds, attention_mask, cache, position_ids = [given.get(name) for name in names[:5]]
         if getattr(config, "_attn_implementation", None) not in NAMES:
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
@@ -193,6 +193,8 @@ def _documents(position_ids: Any, mask: torch.Tensor | None, batch: int, cache: 
         return None
     if mask is not None and mask.shape[-1] != position_ids.shape[1]:
         return None  # the length of the mask is refused later
+    if bool((position_ids.diff() > 0).all()):
+        return None  # one document: the usual case, and a fraction of the work
     numbers = mark_documents(position_ids.expand(batch, -1), mask)
     return numbers if bool(has_documents(numbers)) else None
 

@@ -1,13 +1,15 @@
 """One stage of a distillation: the importance alone, all weights, or an adapter that is merged afterwards."""
 
 import gc
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from flash_dmattn_hf.training.distillation import DistillationTrainer
 from flash_dmattn_hf.training.distillation_arguments import DistillationArguments
@@ -27,12 +29,14 @@ def train_stage(
     folder: Path,
     *,
     leading: Sequence[int] = (),
+    values: Sequence[Sequence[int]] = (),
     held_out: HeldOut | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """Trains a converted model, in place, on its device; goes on from the last checkpoint in `folder` if there is one.
 
     input_ids: (N,) token ids of the text. leading: special token ids in front of every stretch.
+    values: of the facts that are planted in some of them, as from `random_values`; without any there are no facts.
     Returns the model in eval mode, an adapter merged into it, and the log. Raises ValueError if nothing can be learned.
     """
     use_cache, is_cuda = model.config.use_cache, model.device.type == "cuda"
@@ -63,15 +67,14 @@ def train_stage(
     examples = limit["max_steps"] * recipe.batch_size * recipe.gradient_accumulation_steps
     # Every stage reads other stretches.
     seed = len(STAGES) * recipe.seed + STAGES.index(stage)
-    data = FarReuse(input_ids, length=recipe.length, count=examples, seed=seed, leading=leading)
+    data = FarReuse(input_ids, length=recipe.length, count=examples, seed=seed, leading=leading, values=values)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.requires_grad_(stage == "all")
     trained = _adapted(model, recipe) if stage == "all" and recipe.lora_rank is not None else model
     trainer = DistillationTrainer(trained, arguments, train_dataset=data, held_out=held_out, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
 
     log = trainer.state.log_history
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -84,6 +87,14 @@ def train_stage(
     if is_cuda:
         torch.cuda.empty_cache()
     return model.eval(), log
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Returns the last checkpoint of a run. Those that an interruption left half written are removed."""
+    for started in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (started / TRAINER_STATE_NAME).is_file():  # a Trainer writes it last
+            shutil.rmtree(started)
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _adapted(model: PreTrainedModel, recipe: Recipe):

@@ -129,7 +129,12 @@ def check_attention(
     backend: str,
     allow_longer_query: bool = False,
 ) -> None:
-    """Raises ValueError unless query, key, value and importance fit each other."""
+    """Raises ValueError unless query, key, value and importance fit each other, RuntimeError under torch.jit.trace."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "flash_dmattn cannot be recorded by torch.jit.trace, which would keep what follows from the length of its "
+            "example: use torch.export.export with a dynamic length"
+        )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
         if tensor.dim() != 4:
