@@ -59,15 +59,16 @@ def test_lm_eval_through_the_launcher(dense, tmp_path):
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
 def test_sentence_transformers(dense, pooling):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer, models
+
     results = {}
     for name in ARGUMENTS:
         options = {"attn_implementation": name}
         if name == "flash_dmattn":
             options["flash_dmattn"] = {"keep_window_size": WINDOW}
-        parts = sentence_transformers.models
-        encoder = sentence_transformers.SentenceTransformer(
-            modules=[parts.Transformer(str(dense), model_kwargs=options), parts.Pooling(32, pooling_mode=pooling)],
+        encoder = SentenceTransformer(
+            modules=[models.Transformer(str(dense), model_kwargs=options), models.Pooling(32, pooling_mode=pooling)],
             device="cpu",
         )
         results[name] = torch.from_numpy(encoder.encode([text(1, 3), text(2, 30), text(3, 12)]))
