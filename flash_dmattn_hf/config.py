@@ -1,5 +1,6 @@
 """The settings of Dynamic Mask Attention in a model, as stored in `config.flash_dmattn`."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -118,6 +119,11 @@ class DynamicMaskConfig:
         section["layers"] = None if self.layers is None else list(self.layers)
         return section
 
+    def chosen(self) -> dict[str, Any]:
+        """Returns the settings that are not the defaults, as `flash_dmattn={...}` takes them."""
+        defaults = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> "DynamicMaskConfig":
         """Reads a section of a model config. Raises ValueError naming the keys it does not know."""
@@ -127,6 +133,30 @@ class DynamicMaskConfig:
         if unknown := sorted(str(key) for key in section if key not in known):
             raise ValueError(f"config.{SECTION} must only have the keys {known}, got {unknown}")
         return cls(**section)
+
+
+def read_values(values: Any) -> dict[str, Any]:
+    """Returns the settings given as `flash_dmattn=...`, by name.
+
+    values: a dict, a `DynamicMaskConfig`, or a JSON object as a string, for tools that pass on strings. Such a string
+        may have ";" where JSON has ",", because some tools split their arguments at commas.
+
+    Raises ValueError for anything else.
+    """
+    given = values
+    if isinstance(values, DynamicMaskConfig):
+        return values.to_dict()
+    if isinstance(values, str):
+        try:
+            values = json.loads(values.replace(";", ","))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'{SECTION} must be a JSON object if it is a string, such as {{"keep_window_size": 512}}, got '
+                f'{given!r}; write ";" between its settings where a tool splits arguments at commas'
+            ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{SECTION} must be a dict of settings, got {type(values).__name__} {given!r}")
+    return values
 
 
 def _layer_indices(layers: Any) -> tuple[int, ...]:

@@ -6,12 +6,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.wrapped import find_pretrained
 
 
 def model_within(wrapped: nn.Module) -> PreTrainedModel:
     """Returns the outermost model of transformers in a module. ValueError if it is, or holds, none."""
-    parts = wrapped.modules() if isinstance(wrapped, nn.Module) else ()
-    model = next((part for part in parts if isinstance(part, PreTrainedModel)), None)
+    model = find_pretrained(wrapped)
     if model is None:
         raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
     return model

@@ -28,7 +28,10 @@ class AttachReport:
 
 
 def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGate]]:
-    """Yields name, attention module and gate for every module with a gate, in the model's order."""
+    """Yields name, attention module and gate for every module with a gate, in the model's order.
+
+    model: a model of transformers, or what holds one, such as PEFT's, compiled, DDP's and FSDP's models.
+    """
     for name, module in model.named_modules():
         if is_attention(module) and (gate := get_gate(module)) is not None:
             gate.layer_idx = module.layer_idx  # layers may have been taken out or renumbered
