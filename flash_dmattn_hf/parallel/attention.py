@@ -18,7 +18,8 @@ from flash_dmattn_hf.parallel.soft import cut_shard, deviation_of, moments, show
 class Keys(NamedTuple):
     """Keys of a layer, of every importance head.
 
-    key, value: (B, k, Hi, D). importance: (B, Hi, k). row: (B, Hi, k) int32, of the whole sequence, -1 for no key.
+    key, value: (B, k, Hi, D), each with its own D. importance: (B, Hi, k).
+    row: (B, Hi, k) int32, of the whole sequence, -1 for no key.
     """
 
     key: torch.Tensor
@@ -28,9 +29,10 @@ class Keys(NamedTuple):
 
     def take(self, index: torch.Tensor) -> "Keys":
         """Returns the keys with these indices (B, Hi, m)."""
-        states = index.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, self.key.shape[-1])
+        place = index.transpose(1, 2).unsqueeze(-1)
+        states = (each.gather(1, place.expand(-1, -1, -1, each.shape[-1])) for each in (self.key, self.value))
         numbers = (number.gather(-1, index) for number in (self.importance, self.row))
-        return Keys(self.key.gather(1, states), self.value.gather(1, states), *numbers)
+        return Keys(*states, *numbers)
 
 
 def attend_shard(
@@ -51,6 +53,10 @@ def attend_shard(
     Returns (B, n, H, D). Raises ValueError for a soft selection of packed documents, or of all keys.
     """
     num_heads, batch = importance.shape[1], query.shape[0]
+    if num_heads < key.shape[2]:
+        raise ValueError(
+            f"context_parallel needs an importance of every kv head, got {num_heads} for {key.shape[2]} heads"
+        )
     if num_heads != key.shape[2]:  # every query head keeps its own keys
         key, value = (states.repeat_interleave(num_heads // key.shape[2], 2) for states in (key, value))
     rows = torch.arange(shard.first_row, shard.first_row + shard.num_rows, dtype=torch.int32, device=query.device)
