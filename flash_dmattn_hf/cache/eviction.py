@@ -17,7 +17,7 @@ from flash_dmattn_hf.cache.tail import ROWS, Tail
 class CacheView(NamedTuple):
     """What the tokens being processed attend to: survivors first, then the new tokens in order.
 
-    key, value: (B, Hc, n, D).
+    key: (B, Hc, n, D). value: (B, Hc, n, Dv).
     importance: (B, Hc, n) float32 or float64, as computed when the key was written.
     visibility: birth and death, int32 (B, Hc, n), as positions.
     query_positions: (B, T) int32, positions of the new tokens, -1 for padding.
@@ -107,7 +107,7 @@ class EvictingLayer(SlotLayer):
     def attend(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
         """Attends to the slots and the new tokens, and evicts.
 
-        query: (B, T, H, D). padding_mask: as in `view`. options: of `interval_attention`. Returns out (B, T, H, D).
+        query: (B, T, H, D). padding_mask: as in `view`. options: of `interval_attention`. Returns out (B, T, H, Dv).
         """
         view = self.view(padding_mask)
         out = interval_attention(

@@ -71,10 +71,15 @@ class SlotLayer(DynamicLayer):
         self.is_initialized = False
         self._forget()
 
-    def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def _allocate(
+        self, batch: int, num_heads: int, head_dims: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """head_dims: of keys and of values."""
         self.dtype, self.device = dtype, device
         num_slots = self.windows.keep_window_size
-        for name, state in make_slots(batch, num_heads, num_slots, head_dim, dtype, device)._asdict().items():
+        head_dim, value_dim = head_dims
+        slots = make_slots(batch, num_heads, num_slots, head_dim, dtype, device, value_dim)
+        for name, state in slots._asdict().items():
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(state)
             setattr(self, name, state)
@@ -99,7 +104,10 @@ class SlotLayer(DynamicLayer):
             state[:, :, start:end] = rows
 
     def take(self, key: torch.Tensor, value: torch.Tensor, importance: torch.Tensor) -> None:
-        """Gives the layer T new tokens. key, value: (B, Hkv, T, D), in the slots' dtype. importance: (B, Hi, T)."""
+        """Gives the layer T new tokens.
+
+        key: (B, Hkv, T, D), value: (B, Hkv, T, Dv), in the slots' dtype. importance: (B, Hi, T).
+        """
         self._new = (key, value, importance)
         self._num_new = key.shape[2]
 
@@ -107,7 +115,7 @@ class SlotLayer(DynamicLayer):
         """Appends the new token, evicts and attends, in place.
 
         query: (B, 1, H, D). padding_mask: (B, 1) bool, True for real tokens, or None. options: of `decode_step`.
-        Returns out (B, 1, H, D).
+        Returns out (B, 1, H, Dv).
         """
         padding_mask = self._checked(padding_mask)
         key, value, importance = self._new

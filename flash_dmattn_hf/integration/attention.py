@@ -15,6 +15,9 @@ from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.integration.shards import check_shard
+from flash_dmattn_hf.parallel.attention import attend_shard
+from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.serving.live_requests import LiveRequests
 
 UNSUPPORTED = {
@@ -44,10 +47,11 @@ def dynamic_mask_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
 
-    query: (B, H, T, D). key, value: (B, Hkv, S, D), S >= T, the queries last.
+    query: (B, H, T, D). key: (B, Hkv, S, D), value: (B, Hkv, S, Dv), S >= T, the queries last.
+    dropout: of the attention weights, in training mode alone.
     attention_mask: what `masks.dynamic_mask_mask` returned.
 
-    Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
+    Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
@@ -60,7 +64,7 @@ def dynamic_mask_attention_forward(
     if requests is not None:
         del kwargs["cache"]
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
-    _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
+    _check_arguments(module, attention_mask, kwargs)
     if requests is not None:
         if gate is not None:
             gate.was_called = True
@@ -73,12 +77,19 @@ def dynamic_mask_attention_forward(
     if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-    documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    if dropout and module.training:
+        options["dropout_p"] = dropout
+    shard = None if tag is None else tag.shard
+    if shard is not None or active.slot.content is not None:
+        check_shard(shard, key, cache_layer, cu_seq_lens_q)
+    documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
         if cache_layer is not None:
             _refuse_documents(documents)
+            if gate.is_latent:
+                cache_layer.receive(key, value)
             return _attend_cached(gate, cache_layer, query, attention_mask, options), None
         _refuse_missing_keys(gate, query, key, attention_mask)
         importance = importance_of(gate, value)
@@ -88,8 +99,12 @@ def dynamic_mask_attention_forward(
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False
-    options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
+    if shard is not None:
+        states = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return attend_shard(shard, *states, importance, _windows_of_shard(module, windows), **options), None
+    options.update(windows._asdict())
     if documents is not None:
         return _attend_packed(query, key, value, importance, documents, options), None
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
@@ -108,7 +123,7 @@ def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
     """Attends over the survivors and the new tokens of a cache layer, and lets it evict."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     options["add_importance_bias"] = gate.config.add_importance_bias
-    if layer.takes_step:
+    if layer.takes_step and "dropout_p" not in options:
         return layer.step(query.transpose(1, 2), padding_mask, **options)
     return layer.attend(query.transpose(1, 2), padding_mask, **options)
 
@@ -119,9 +134,24 @@ def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, val
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:
         importance = importance_of(gate, value)
+    if importance.shape[1] == 1:  # one for all heads
+        importance = importance.expand(-1, value.shape[1], -1)
     options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
     query, key = query.to(value.dtype), key.to(value.dtype)
     return requests.attend(layer_idx, query.transpose(1, 2), key, value, importance, **options)
+
+
+def _windows_of_shard(module: nn.Module, windows: Windows) -> Windows:
+    """Returns the windows of a layer whose keys are on several ranks; without a gate, those of its sliding window."""
+    if get_gate(module) is not None:
+        return windows
+    length = windows.sliding_window
+    if length is None:
+        raise ValueError(
+            f"layer {module.layer_idx} attends to all keys, which context_parallel does not exchange: give it dynamic "
+            "masks or a sliding window"
+        )
+    return Windows(length, 0, length, length)
 
 
 def _attend_packed(query, key, value, importance, documents: Documents, options) -> torch.Tensor:
@@ -166,7 +196,7 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Document
     return documents_of(numbers)
 
 
-def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
+def _check_arguments(module, attention_mask, kwargs) -> None:
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
         given = kwargs.get(argument)
@@ -178,18 +208,10 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
         raise ValueError(f"{name} is not causal self-attention, which flash_dmattn does not support")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
-    if dropout:
-        raise ValueError(
-            f"config.{_dropout_field(module.config, dropout)} must be 0 to train with flash_dmattn, got {dropout}"
-        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must have shape (B, S) with flash_dmattn, got "
             f"{tuple(attention_mask.shape)}: custom masks are not supported"
-        )
-    if key.shape[-1] != value.shape[-1]:
-        raise ValueError(
-            f"{name} has keys of dim {key.shape[-1]} and values of dim {value.shape[-1]}: they must be equal"
         )
 
 
@@ -206,12 +228,6 @@ def _check_sliding_window(module, window, argument, attention_mask, tag) -> None
                 f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {other} from "
                 f"the forward of {type(module).__name__}"
             )
-
-
-def _dropout_field(config: Any, dropout: float) -> str:
-    """Returns the name of the config's attention dropout."""
-    names = [name for name, value in vars(config).items() if value == dropout and "drop" in name]
-    return next((name for name in names if "att" in name), names[0] if names else "attention_dropout")
 
 
 def _refuse_documents(documents: Documents | None) -> None:

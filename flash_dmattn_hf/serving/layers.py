@@ -41,6 +41,11 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
         if getattr(module, "config", owner) is not config:
             continue
         if (gate := get_gate(module)) is not None:
+            if gate.is_latent or getattr(module, "head_dim", gate.head_dim) != gate.head_dim:
+                raise ValueError(
+                    f"continuous batching needs values of the head dim of their keys, got {name} of "
+                    f"{type(model).__name__}, whose head dims differ or whose cache holds latents"
+                )
             num_heads = max(gate.num_kv_heads, gate.num_importance_heads)
             layers[module.layer_idx] = ServedLayer(gate.windows, num_heads, gate.head_dim)
         else:

@@ -9,7 +9,7 @@ from flash_dmattn.ranking import comparable, find_victim, priority
 
 
 def decode(call: DecodeCall) -> torch.Tensor:
-    """Changes the slots and returns out (B, 1, H, D), computed in float32 or float64, also under autocast."""
+    """Changes the slots and returns out (B, 1, H, Dv), computed in float32 or float64, also under autocast."""
     if call.rows is not None:
         return _decode_rows(call)
     slots = call.slots
@@ -44,8 +44,7 @@ def _decode_rows(call: DecodeCall) -> torch.Tensor:
 def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     """Puts the token into the victim's slot, unless it would be the worst key itself."""
     slots = call.slots
-    batch, num_heads, _, head_dim = slots.keys.shape
-    repeats = num_heads // call.key.shape[2]
+    repeats = slots.keys.shape[1] // call.key.shape[2]
     key, value = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (call.key, call.value))
     importance = comparable(call.importance).to(slots.importance.dtype)
     victim = slots.victims.long().unsqueeze(-1)
@@ -55,9 +54,9 @@ def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     takes = is_real & (priority(importance, now, now, *windows) >= old_priority)  # the newer key wins a tie
     slots.importance.scatter_(2, victim, torch.where(takes, importance, old_importance))
     slots.positions.scatter_(2, victim, torch.where(takes, now, old_position))
-    rows = victim.unsqueeze(-1).expand(batch, num_heads, 1, head_dim)
-    slots.keys.scatter_(2, rows, torch.where(takes.unsqueeze(-1), key, slots.keys.gather(2, rows)))
-    slots.values.scatter_(2, rows, torch.where(takes.unsqueeze(-1), value, slots.values.gather(2, rows)))
+    for states, new in ((slots.keys, key), (slots.values, value)):
+        rows = victim.unsqueeze(-1).expand(*victim.shape, states.shape[3])
+        states.scatter_(2, rows, torch.where(takes.unsqueeze(-1), new, states.gather(2, rows)))
 
 
 def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
@@ -75,4 +74,4 @@ def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch
     logits = (logits + bias.unsqueeze(2)).masked_fill(hidden.unsqueeze(2), -torch.inf)
     weights = logits.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)  # a row that sees nothing would be NaN
     out = weights @ slots.values.to(precision)
-    return out.reshape(batch, 1, num_heads, head_dim).to(call.query.dtype)
+    return out.reshape(batch, 1, num_heads, -1).to(call.query.dtype)

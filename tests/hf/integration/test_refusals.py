@@ -37,9 +37,7 @@ _BY_NAME = "it chooses its attention class by the name of the implementation"
 
 REFUSED = {
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "attention sinks"),
-    "deepseek_v2": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
-    "deepseek_v3": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
-    "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer|latent"),
+    "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer"),
     "gemma3n_text": (
         {
             "num_hidden_layers": 4,
@@ -168,15 +166,6 @@ def test_deterministic_algorithms_are_passed_on(monkeypatch):
     assert given == [False] * (len(given) // 2) + [True] * (len(given) // 2) and given
 
 
-@pytest.mark.parametrize("model_type, field", [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")])
-def test_attention_dropout_is_refused_at_the_first_training_step(model_type, field):
-    config = tiny_config(model_type, **{field: 0.1})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_dmattn")
-    model.eval()(tokens())
-    with pytest.raises(ValueError, match=f"config.{field} must be 0 .* got 0.1"):
-        model.train()(tokens())
-
-
 UNSUPPORTED = {
     **dict.fromkeys(["s_aux", "sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
     "cache": PagedAttentionCache.__new__(PagedAttentionCache),  # of pages, which are not ours
@@ -207,11 +196,11 @@ def test_another_sliding_window_than_the_configured_one_is_refused():
             model(tokens())
 
 
-def test_different_dims_of_key_and_value_are_refused():
-    module = converted().model.layers[0].self_attn
-    query, key, value = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4)
-    with pytest.raises(ValueError, match="keys of dim 8 and values of dim 4"):
-        dynamic_mask_attention_forward(module, query, key, value, None)
+def test_latent_attention_of_another_make_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.kv_lora_rank = 8
+    with pytest.raises(ValueError, match=r"LlamaAttention is multi-head latent attention \(MLA\) without expand_kv"):
+        attach(model, plan(model, DynamicMaskConfig()))
 
 
 def test_values_sharded_by_head_are_refused():

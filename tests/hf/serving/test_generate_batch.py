@@ -17,7 +17,10 @@ def make_prompts(lengths, vocab=VOCAB, seed=0):
     return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+LATENT = {"deepseek-v3", "deepseek-v3-shared"}
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - LATENT))
 def test_generate_batch(kind):
     """Prompts shorter and longer than the window and than a batch; more of them than there are rows."""
     model, prompts = make_model(kind), make_prompts((3, 26, 1, 40, 17))
@@ -25,6 +28,14 @@ def test_generate_batch(kind):
         prompts, generation_config=greedy_config(), continuous_batching_config=batching(num_blocks=3)
     )
     assert [result.generated_tokens for result in results.values()] == [alone(model, prompt, 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", sorted(LATENT))
+def test_latent_attention_is_refused(kind):
+    with pytest.raises(ValueError, match="needs values of the head dim of their keys, got model.layers.0.self_attn"):
+        make_model(kind).generate_batch(
+            make_prompts((3,)), generation_config=greedy_config(), continuous_batching_config=batching()
+        )
 
 
 def serve_at_random(model, vocab, num_requests, longest, max_new, **values):
