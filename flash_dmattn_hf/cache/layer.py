@@ -125,11 +125,11 @@ class DynamicMaskCacheLayer(SlotLayer):
         wants_grad = torch.is_grad_enabled() and any(states.requires_grad for states in self._new)
         return not (wants_grad or self.keys.requires_grad)
 
-    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
+    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options):
         """Appends the new token, evicts and attends, in place.
 
         query: (B, 1, H, D). padding_mask: (B, 1) bool, True for real tokens, or None. options: of `decode_step`.
-        Returns out (B, 1, H, D).
+        Returns out (B, 1, H, D), and lse (B, H, 1) if `return_lse` is among the options.
         """
         padding_mask = self._checked(padding_mask)
         key, value, importance = self._new

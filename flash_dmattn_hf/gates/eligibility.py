@@ -17,7 +17,7 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _CACHE_UPDATE = re.compile(r"(?:past_key_values?|cache)\.update\(\s*([^()]*?),?\s*\)")
 _HARMLESS_ARGUMENTS = frozenset(
     "query key value attention_mask scaling dropout softcap sliding_window is_causal position_ids "
-    "output_attentions cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+    "output_attentions cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k s_aux".split()
 )
 
 
@@ -110,8 +110,8 @@ def _judge_without_interface(module: nn.Module, text_config: Any) -> Verdict:
 def _unsupported_feature(module: nn.Module) -> str | None:
     """Returns what the module does that dynamic masks do not support, None if there is nothing."""
     config, source = module.config, _source(type(module))
-    if getattr(module, "sinks", None) is not None:
-        return "adds attention sinks (s_aux) to its softmax, which is not supported"
+    if getattr(module, "sinks", None) is not None and "s_aux=" not in source:
+        return "has attention sinks that it does not pass to its attention function, which is not supported"
     if any("indexer" in name for name, _ in module.named_children()):
         return "chooses its keys with an indexer of its own, which is not supported"
     if "expand_kv(" in source or any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj")):

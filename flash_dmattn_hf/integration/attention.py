@@ -15,10 +15,10 @@ from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 
 UNSUPPORTED = {
-    "s_aux": "attention sinks (s_aux)",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks that depend on the token",
     "position_bias": "a position bias",
     "indices": "an indexer's indices",
     "block_indices": "an indexer's blocks",
@@ -39,12 +39,14 @@ def dynamic_mask_attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
 
     query: (B, H, T, D). key, value: (B, Hkv, S, D), S >= T, the queries last.
     attention_mask: what `masks.dynamic_mask_mask` returned.
+    s_aux: (H,) logit of each head's attention sink, or None.
 
     Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
     """
@@ -56,20 +58,23 @@ def dynamic_mask_attention_forward(
     else:
         windows = gate.windows
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
+    if s_aux is not None:
+        check_sinks(s_aux, query.shape[1], type(module).__name__)
     tag = tag_of(attention_mask)
     is_step = cache_layer is not None and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
         _check_sliding_window(module, windows.sliding_window, sliding_window, attention_mask, tag)
     if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
-    options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "return_lse": s_aux is not None}
     documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
         if cache_layer is not None:
             _refuse_documents(documents)
-            return _attend_cached(gate, cache_layer, query, attention_mask, options), None
+            attended = _attend_cached(gate, cache_layer, query, attention_mask, options)
+            return _with_sinks(attended, s_aux), None
         _refuse_missing_keys(gate, query, key, attention_mask)
         importance = importance_of(gate, value)
         options["add_importance_bias"] = gate.config.add_importance_bias
@@ -81,9 +86,9 @@ def dynamic_mask_attention_forward(
     options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if documents is not None:
-        return _attend_packed(query, key, value, importance, documents, options), None
+        return _with_sinks(_attend_packed(query, key, value, importance, documents, options), s_aux), None
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
-    out = dynamic_mask_attention(
+    attended = dynamic_mask_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -91,17 +96,22 @@ def dynamic_mask_attention_forward(
         padding_mask=padding_mask,
         **options,
     )
-    return out, None
+    return _with_sinks(attended, s_aux), None
 
 
-def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
-    """Attends over the survivors and the new tokens of a cache layer, and lets it evict."""
+def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
+    """Returns out (B, T, H, D), with the sinks if there are any; attended is out and lse then."""
+    return attended if s_aux is None else with_sinks(*attended, s_aux)
+
+
+def _attend_cached(gate, layer, query, attention_mask, options):
+    """Attends over the survivors and the new tokens of a cache layer, and lets it evict. Returns out [, lse]."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     options["add_importance_bias"] = gate.config.add_importance_bias
     if layer.takes_step:
         return layer.step(query.transpose(1, 2), padding_mask, **options)
     view = layer.view(padding_mask)
-    out = interval_attention(
+    attended = interval_attention(
         query.to(view.value.dtype).transpose(1, 2),
         view.key.to(view.value.dtype).transpose(1, 2),
         view.value.transpose(1, 2),
@@ -113,17 +123,17 @@ def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
         **options,
     )
     layer.evict()
-    return out
+    return attended
 
 
-def _attend_packed(query, key, value, importance, documents: Documents, options) -> torch.Tensor:
-    """Attends within documents: the whole batch becomes one row of documents."""
+def _attend_packed(query, key, value, importance, documents: Documents, options):
+    """Attends within documents: the whole batch becomes one row of documents. Returns out, or out and lse."""
     batch, _, seqlen, _ = query.shape
 
     def one_row(tensor):  # (B, H, S, D) -> (1, B * S, H, D)
         return tensor.transpose(1, 2).reshape(1, batch * seqlen, tensor.shape[1], tensor.shape[3])
 
-    out = dynamic_mask_attention(
+    attended = dynamic_mask_attention(
         one_row(query),
         one_row(key),
         one_row(value),
@@ -132,7 +142,9 @@ def _attend_packed(query, key, value, importance, documents: Documents, options)
         padding_mask=documents.padding_mask,
         **options,
     )
-    return out.reshape(batch, seqlen, *out.shape[2:])
+    out, lse = attended if options["return_lse"] else (attended, None)
+    out = out.reshape(batch, seqlen, *out.shape[2:])
+    return out if lse is None else (out, lse.view(-1, batch, seqlen).transpose(0, 1))
 
 
 def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Documents | None:

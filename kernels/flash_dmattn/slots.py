@@ -58,8 +58,9 @@ def decode_step(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     add_importance_bias: bool = True,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Appends one token, gives up the key that it pushes out, and attends; keep_window_size is the number of slots.
 
     Equals `select_visible` and `interval_attention` over the whole sequence, at this token. Has no gradient.
@@ -69,9 +70,11 @@ def decode_step(
     slots: the state, changed in place.
     padding_mask: (B, 1) bool, False for a row without a token, whose slots stay as they are and whose output is 0.
     softmax_scale: None: D ** -0.5. softcap: 0 is off.
+    return_lse: also return the natural-log sum of exp of the logits.
     backend: "auto" or one of `get_available_backends()`.
 
-    Returns out (B, 1, H, D).
+    Returns out (B, 1, H, D) and, if asked, lse (B, H, 1) in float32 (float64 for float64). A row without a token gets
+    out 0, lse -inf.
 
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
     """
@@ -92,20 +95,22 @@ def decode_step(
         add_importance_bias=add_importance_bias,
     )
     if can_call_directly(query, key, value, importance, padding_mask, *slots):
-        return _run(call, backend)
-    return decode_step_op(*call.flatten(), backend)
+        out, lse = _run(call, backend)
+    else:
+        out, lse = decode_step_op(*call.flatten(), backend)
+    return (out, lse) if return_lse else out
 
 
-def _run(call: DecodeCall, backend: str) -> torch.Tensor:
+def _run(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(call.query):
         return choose(DECODING, call, backend).decode(call)
 
 
-def _decode_step(*arguments) -> torch.Tensor:
+def _decode_step(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     return _run(DecodeCall.unflatten(arguments), arguments[-1])
 
 
-_decode_step.__signature__ = signature(DecodeCall, torch.Tensor)
+_decode_step.__signature__ = signature(DecodeCall, tuple[torch.Tensor, torch.Tensor])
 
 decode_step_op = torch.library.custom_op(
     "flash_dmattn::decode_step", _decode_step, mutates_args=[f"slots_{name}" for name in Slots._fields]
@@ -115,7 +120,9 @@ decode_step_op = torch.library.custom_op(
 
 @decode_step_op.register_fake
 def _(query, *_):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty(query.shape[0], query.shape[2], 1, dtype=precision)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
 
 
 def _check(query, key, value, importance, slots, padding_mask, softcap) -> None:

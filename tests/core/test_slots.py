@@ -93,7 +93,7 @@ def draw(case, dtype):
     return query, key, value, importance, mask
 
 
-def expected_output(case, query, key, value, importance, mask):
+def expected_output(case, query, key, value, importance, mask, **options):
     visibility = select_visible(importance, keep_window_size=case.w, padding_mask=mask, **case.windows)
     rows = torch.where(mask, torch.arange(case.length, device=DEVICE), -1).int()
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -105,6 +105,7 @@ def expected_output(case, query, key, value, importance, mask):
         softcap=case.softcap,
         add_importance_bias=case.add_importance_bias,
         backend="reference",
+        **options,
     )
 
 
@@ -118,7 +119,7 @@ def small_programs(monkeypatch):
         monkeypatch.setattr(decode_kernel, "decode_config", lambda *_: DecodeConfig(16, 16, 2, 1))
 
 
-def steps(case, slots, query, key, value, importance, mask, backend):
+def steps(case, slots, query, key, value, importance, mask, backend, **options):
     for t in range(case.length):
         row = slice(t, t + 1)
         yield decode_step(
@@ -132,6 +133,7 @@ def steps(case, slots, query, key, value, importance, mask, backend):
             add_importance_bias=case.add_importance_bias,
             backend=backend,
             **case.windows,
+            **options,
         )
 
 
@@ -195,6 +197,18 @@ def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
         expected = decode_step(*token, theirs, **windows, backend="reference")
         torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
         assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("backend", ["reference"] if NO_TRITON else ["reference", "triton"])
+@pytest.mark.parametrize("name", ["sinks-local", "several-blocks"])
+def test_lse_is_that_of_one_pass(name, backend, small_programs):
+    """-inf for a row without a token."""
+    case = CASES[name]
+    inputs = draw(case, torch.float32)
+    slots = make_slots(2, inputs[3].shape[1], case.w, case.head_dim, torch.float32, DEVICE)
+    found = [lse for _, lse in steps(case, slots, *inputs, backend, return_lse=True)]
+    _, expected = expected_output(case, *inputs, return_lse=True)
+    torch.testing.assert_close(torch.cat(found, dim=2), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_strided_tokens():

@@ -41,7 +41,7 @@ def visible(importance, real, settings):
     return ((j < s) | (t - j < r) | chosen) & (j <= t) & real[:, None, None, :]
 
 
-def dense_definition(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+def dense_definition(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
     """out (B, T, H, D): softmax over everything the mask and the definition let through."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
@@ -59,7 +59,10 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
         allowed = allowed & seen.repeat_interleave(repeat, 1)
         if gate.config.add_importance_bias:
             logits = logits + importance.repeat_interleave(repeat, 1)[:, :, None, :]
-    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    if s_aux is not None:  # a key with a value of 0
+        logits = torch.cat([logits, s_aux.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)], -1)
+    weights = logits.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
     out = weights @ value.repeat_interleave(groups, 1)
     return out.transpose(1, 2).contiguous(), None
 

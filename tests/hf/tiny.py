@@ -100,6 +100,7 @@ FAMILIES: dict[str, dict] = {
     "persimmon": {"hidden_dropout": 0.0},
     "ernie4_5": {},
     "exaone4": _FULL_AND_SLIDING,
+    "gpt_oss": {**_HEAD_DIM, **_FULL_AND_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "seed_oss": {**_HEAD_DIM, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "arcee": {},
     "helium": _HEAD_DIM,

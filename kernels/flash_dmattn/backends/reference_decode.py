@@ -6,8 +6,8 @@ from flash_dmattn.calls import DecodeCall
 from flash_dmattn.ranking import comparable, find_victim, priority
 
 
-def decode(call: DecodeCall) -> torch.Tensor:
-    """Changes the slots and returns out (B, 1, H, D), computed in float32 or float64, also under autocast."""
+def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes the slots. Returns out (B, 1, H, D) and lse (B, H, 1), in float32 or float64, also under autocast."""
     slots = call.slots
     now = slots.lengths.unsqueeze(-1).clone()  # (B, Hc, 1), the position of the token
     is_real = torch.ones_like(now, dtype=torch.bool)
@@ -46,7 +46,7 @@ def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     slots.values.scatter_(2, rows, torch.where(takes.unsqueeze(-1), value, slots.values.gather(2, rows)))
 
 
-def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     slots = call.slots
     batch, _, num_heads, head_dim = call.query.shape
     precision = slots.importance.dtype
@@ -61,4 +61,5 @@ def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch
     logits = (logits + bias.unsqueeze(2)).masked_fill(hidden.unsqueeze(2), -torch.inf)
     weights = logits.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)  # a row that sees nothing would be NaN
     out = weights @ slots.values.to(precision)
-    return out.reshape(batch, 1, num_heads, head_dim).to(call.query.dtype)
+    lse = logits.logsumexp(-1).view(batch, num_heads, 1)
+    return out.reshape(batch, 1, num_heads, head_dim).to(call.query.dtype), lse

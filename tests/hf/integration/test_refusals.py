@@ -36,7 +36,6 @@ _NOT_DISPATCHED = "never calls the attention interface|has no class for flash_dm
 _BY_NAME = "it chooses its attention class by the name of the implementation"
 
 REFUSED = {
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "attention sinks"),
     "deepseek_v2": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
     "deepseek_v3": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
     "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer|latent"),
@@ -104,7 +103,7 @@ def test_encoder_decoders_are_refused_as_such(model_type):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3"])
 def test_refused_families_are_refused_while_loading(model_type, tmp_path):
     values, sentence = REFUSED[model_type]
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**_SMALL, **values})).save_pretrained(tmp_path)
@@ -120,8 +119,8 @@ def test_a_model_without_causal_attention_is_refused_at_its_first_forward():
 
 
 def test_set_attn_implementation_on_a_refused_model():
-    values, sentence = REFUSED["gpt_oss"]
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt_oss"](**{**_SMALL, **values}))
+    values, sentence = REFUSED["deepseek_v3"]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v3"](**{**_SMALL, **values}))
     with pytest.raises(ValueError, match=sentence):
         model.set_attn_implementation("flash_dmattn")
 
@@ -178,7 +177,7 @@ def test_attention_dropout_is_refused_at_the_first_training_step(model_type, fie
 
 
 UNSUPPORTED = {
-    **dict.fromkeys(["s_aux", "sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
+    **dict.fromkeys(["sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
     "cache": PagedAttentionCache.__new__(PagedAttentionCache),  # continuous batching, under whatever name
 }
 

@@ -18,8 +18,8 @@ from flash_dmattn.calls import DecodeCall
 NO_WINDOW = 2**31 - 1
 
 
-def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Tensor:
-    """Changes the slots and returns out (B, 1, H, D)."""
+def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes the slots. Returns out (B, 1, H, D) and lse (B, H, 1) float32."""
     slots = call.slots
     batch, heads, num_slots, head_dim = slots.keys.shape
     group_size = call.query.shape[2] // heads
@@ -27,12 +27,14 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
     num_splits, block_s, group_rows, block_d = _sizes(num_slots, config.split_size, group_size, head_dim)
     num_parts = batch * heads * num_splits
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, call.query.shape[2], 1, dtype=torch.float32, device=out.device)
     parts = torch.empty(num_parts * group_size, head_dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(num_parts * group_size, 2, dtype=torch.float32, device=out.device)
     worst = torch.empty(num_parts, 2, dtype=torch.int64, device=out.device)
     padding_mask = call.padding_mask
     _decode[(batch * heads, num_splits)](
         out,
+        lse,
         call.query,
         call.key,
         call.value,
@@ -72,7 +74,7 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out
+    return out, lse
 
 
 @functools.cache
@@ -86,6 +88,7 @@ def _sizes(num_slots: int, split_size: int, group_size: int, head_dim: int) -> t
 @triton.jit
 def _decode(
     out_ptr,  # (B, 1, H, D)
+    lse_ptr,  # (B, H, 1)
     query_ptr,  # (B, 1, H, D)
     key_ptr,  # (B, 1, Hkv, D)
     value_ptr,  # (B, 1, Hkv, D)
@@ -246,7 +249,9 @@ def _decode(
         tl.store(victims_ptr + head, _worst_slot(worst_ptr, SPLITS, BLOCK_S))
         tl.store(lengths_ptr + head, after)
         tl.store(arrivals_ptr + head, 0)
-        _put_together(out_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, HEAD_DIM, BLOCK_D, SPLITS, BLOCK_S)
+        _put_together(
+            out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, HEAD_DIM, BLOCK_D, SPLITS, BLOCK_S
+        )
 
 
 @triton.jit
@@ -260,10 +265,10 @@ def _worst_slot(worst_ptr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _put_together(
-    out_ptr, parts_ptr, sums_ptr, head, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Weighs the parts of a head's programs and stores the output of its group."""
+    """Weighs the parts of a head's programs and stores the output and the lse of its group."""
     lane = tl.arange(0, GROUP_ROWS)
     dim = tl.arange(0, BLOCK_D)
     split = tl.arange(0, BLOCK_S)
@@ -286,6 +291,8 @@ def _put_together(
         total += part_total * weight
         acc += part * weight[:, None]
     out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    lse = tl.where(total == 0, float("-inf"), (tl.log2(tl.where(total == 0, 1.0, total)) + shift) / LOG2E)
+    tl.store(lse_ptr + head * GROUP + lane, lse, mask=is_lane)
     out_row = (head * GROUP + lane) * HEAD_DIM
     tl.store(out_ptr + out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=exists)
 
