@@ -50,7 +50,7 @@ class Verdict:
 def is_attention(module: nn.Module) -> bool:
     """True for modules that transformers calls attention, by the name of their class."""
     cls = type(module)
-    return re.search(r"Attention\d*$", cls.__name__) is not None and not cls.__module__.startswith("torch.")
+    return re.search(r"(Attention\d*|MLA)$", cls.__name__) is not None and not cls.__module__.startswith("torch.")
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
@@ -83,6 +83,8 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
         return Verdict("refuse", f"{name} is not causal: only causal self-attention has dynamic masks")
     if getattr(module, "layer_idx", None) is None:
         return Verdict("refuse", f"{name} has no layer_idx, so no cache can know its layer")
+    if getattr(module, "is_kv_shared_layer", False):
+        return Verdict("native", f"layer {module.layer_idx} shares the keys, values and importance of an earlier layer")
     if settings.layers is not None and module.layer_idx not in settings.layers:
         return Verdict("native", f"layer {module.layer_idx} is not among layers={list(settings.layers)}")
     shape = read_shape(module)
@@ -116,8 +118,8 @@ def _unsupported_feature(module: nn.Module) -> str | None:
         return "chooses its keys with an indexer of its own, which is not supported"
     if "expand_kv(" in source or any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj")):
         return "is multi-head latent attention (MLA), which is not supported"
-    if getattr(module, "is_kv_shared_layer", False) or getattr(config, "num_kv_shared_layers", 0):
-        return "shares key and value between layers (num_kv_shared_layers), which is not supported"
+    if getattr(config, "num_kv_shared_layers", 0) and not hasattr(module, "store_full_length_kv"):
+        return "shares key and value between layers (num_kv_shared_layers) in a way that is not known"
     if _layer_type(module, config) == "chunked_attention":
         return "attends within chunks (attention_chunk_size), which is not supported"
     if "Cross" in type(module).__name__:

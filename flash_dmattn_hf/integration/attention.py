@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from flash_dmattn import dynamic_mask_attention, interval_attention
+from flash_dmattn import dynamic_mask_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import sliding_window_of
@@ -15,6 +15,15 @@ from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.integration.shared_keys import (
+    SharedKeys,
+    attend_view,
+    makes_shared_keys,
+    share,
+    shared_with,
+    uses_shared_keys,
+    view_of_slots,
+)
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 
 UNSUPPORTED = {
@@ -52,6 +61,8 @@ def dynamic_mask_attention_forward(
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
+    shared = shared_with(module, key) if uses_shared_keys(module) else SharedKeys(gate)
+    gate = shared.gate
     if gate is None:
         refuse_missing_gate(module)
         windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
@@ -61,28 +72,35 @@ def dynamic_mask_attention_forward(
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
     tag = tag_of(attention_mask)
-    is_step = cache_layer is not None and query.shape[2] == 1
+    is_cached = cache_layer is not None or shared.view is not None
+    is_step = is_cached and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
         _check_sliding_window(module, windows.sliding_window, sliding_window, attention_mask, tag)
-    if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
+    if tag is not None and tag.is_full and (is_cached or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "return_lse": s_aux is not None}
     documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
-        if cache_layer is not None:
+        options["add_importance_bias"] = gate.config.add_importance_bias
+        if is_cached:
             _refuse_documents(documents)
-            attended = _attend_cached(gate, cache_layer, query, attention_mask, options)
+            if shared.view is not None:
+                attended = attend_view(gate, shared.view, query, **options)
+            else:
+                attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, options)
             return _with_sinks(attended, s_aux), None
         _refuse_missing_keys(gate, query, key, attention_mask)
-        importance = importance_of(gate, value)
-        options["add_importance_bias"] = gate.config.add_importance_bias
+        importance = importance_of(gate, value) if shared.importance is None else shared.importance
+        shared = SharedKeys(gate, importance=importance)
         if gate.soft_selections:
             options.update(soft_options(gate))
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False
+    if makes_shared_keys(module):
+        share(key, shared)
     options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if documents is not None:
@@ -104,25 +122,19 @@ def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
     return attended if s_aux is None else with_sinks(*attended, s_aux)
 
 
-def _attend_cached(gate, layer, query, attention_mask, options):
+def _attend_cached(module, gate, layer, query, key, attention_mask, options):
     """Attends over the survivors and the new tokens of a cache layer, and lets it evict. Returns out [, lse]."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    options["add_importance_bias"] = gate.config.add_importance_bias
+    is_shared = makes_shared_keys(module)
     if layer.takes_step:
-        return layer.step(query.transpose(1, 2), padding_mask, **options)
-    view = layer.view(padding_mask)
-    attended = interval_attention(
-        query.to(view.value.dtype).transpose(1, 2),
-        view.key.to(view.value.dtype).transpose(1, 2),
-        view.value.transpose(1, 2),
-        view.importance,
-        view.visibility,
-        query_positions=view.query_positions,
-        max_visible=layer.windows.keep_window_size,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        **options,
-    )
-    layer.evict()
+        attended = layer.step(query.transpose(1, 2), padding_mask, **options)
+        view = view_of_slots(layer, padding_mask) if is_shared else None
+    else:
+        view = layer.view(padding_mask)
+        attended = attend_view(gate, view, query, **options)
+        layer.evict()
+    if is_shared:
+        share(key, SharedKeys(gate, view=view))
     return attended
 
 

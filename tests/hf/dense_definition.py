@@ -12,6 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "dense_definition"
+SHARED = {}
+"""Layer type -> importance and settings of the keys that later layers share."""
+
 HIDDEN_STATES = {}
 """Attention module -> what it was called with, while `by_definition` runs a model."""
 
@@ -50,9 +53,15 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
         logits = softcap * torch.tanh(logits / softcap)
     allowed = attention_mask
     gate = getattr(module, "dma", None)
+    importance = None
     if gate is not None:
         is_hidden = gate.config.importance_input == "hidden"
         importance = importance_of(gate, HIDDEN_STATES[module] if is_hidden else value.transpose(1, 2).flatten(2))
+    if getattr(module, "store_full_length_kv", False):
+        SHARED[module.layer_type] = importance, gate
+    if getattr(module, "is_kv_shared_layer", False):
+        importance, gate = SHARED[module.layer_type]
+    if importance is not None:
         real = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
         seen = visible(importance.detach(), real, gate.config)
         repeat = query.shape[1] // importance.shape[1]
@@ -92,6 +101,7 @@ def by_definition(model):
         yield
     finally:
         HIDDEN_STATES.clear()
+        SHARED.clear()
         for hook in hooks:
             hook.remove()
         config._attn_implementation_internal = before

@@ -39,20 +39,6 @@ REFUSED = {
     "deepseek_v2": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
     "deepseek_v3": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
     "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer|latent"),
-    "gemma3n_text": (
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "vocab_size_per_layer_input": 99,
-            "hidden_size_per_layer_input": 8,
-            "laurel_rank": 4,
-            "head_dim": 8,
-            "activation_sparsity_pattern": [0.0] * 4,
-            "intermediate_size": [32] * 4,
-        },
-        "num_kv_shared_layers",
-    ),
     "llama4_text": (
         {
             "num_local_experts": 2,
