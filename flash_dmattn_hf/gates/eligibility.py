@@ -85,6 +85,8 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
         return Verdict("refuse", f"{name} has no layer_idx, so no cache can know its layer")
     if getattr(module, "is_kv_shared_layer", False):
         return Verdict("native", f"layer {module.layer_idx} shares the keys, values and importance of an earlier layer")
+    if (chunk_size := chunk_size_of(module)) is not None:
+        return Verdict("native", f"layer {module.layer_idx} attends within chunks of {chunk_size} tokens")
     if settings.layers is not None and module.layer_idx not in settings.layers:
         return Verdict("native", f"layer {module.layer_idx} is not among layers={list(settings.layers)}")
     shape = read_shape(module)
@@ -114,14 +116,14 @@ def _unsupported_feature(module: nn.Module) -> str | None:
     config, source = module.config, _source(type(module))
     if getattr(module, "sinks", None) is not None and "s_aux=" not in source:
         return "has attention sinks that it does not pass to its attention function, which is not supported"
+    if hasattr(module, "compressor"):
+        return "compresses older keys into keys of its own, which is not supported"
     if any("indexer" in name for name, _ in module.named_children()):
         return "chooses its keys with an indexer of its own, which is not supported"
     if "expand_kv(" in source or any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj")):
         return "is multi-head latent attention (MLA), which is not supported"
     if getattr(config, "num_kv_shared_layers", 0) and not hasattr(module, "store_full_length_kv"):
         return "shares key and value between layers (num_kv_shared_layers) in a way that is not known"
-    if _layer_type(module, config) == "chunked_attention":
-        return "attends within chunks (attention_chunk_size), which is not supported"
     if "Cross" in type(module).__name__:
         return "is cross-attention, which is not supported"
     if len(calls := _interface_calls(source)) > 1:
@@ -180,6 +182,12 @@ def sliding_window_of(module: nn.Module) -> int | None:
         return window if window and "sliding" in layer_type else None
     mentioned = "sliding_window" in _source(cls) or "create_sliding_window_causal_mask" in _module_source(cls)
     return window if window and mentioned else None
+
+
+def chunk_size_of(module: nn.Module) -> int | None:
+    """Returns the chunk size in tokens of an attention module that attends within chunks, None for every other."""
+    config = module.config
+    return config.attention_chunk_size if _layer_type(module, config) == "chunked_attention" else None
 
 
 def _layer_type(module: nn.Module, config: Any) -> str | None:

@@ -9,10 +9,12 @@ from transformers.cache_utils import Cache
 from flash_dmattn import dynamic_mask_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.eligibility import sliding_window_of
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
+from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.documents import Documents, documents_of
+from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shared_keys import (
@@ -65,9 +67,9 @@ def dynamic_mask_attention_forward(
     gate = shared.gate
     if gate is None:
         refuse_missing_gate(module)
-        windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
+        windows, chunk_size = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module)), chunk_size_of(module)
     else:
-        windows = gate.windows
+        windows, chunk_size = gate.windows, None
     _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
@@ -75,11 +77,14 @@ def dynamic_mask_attention_forward(
     is_cached = cache_layer is not None or shared.view is not None
     is_step = is_cached and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
-        _check_sliding_window(module, windows.sliding_window, sliding_window, attention_mask, tag)
+        _check_limits(module, MaskLimits(windows.sliding_window, chunk_size), sliding_window, attention_mask, tag)
     if tag is not None and tag.is_full and (is_cached or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "return_lse": s_aux is not None}
     documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    if chunk_size is not None:
+        attended = attend_chunks(query, key, value, attention_mask, documents, chunk_size, **options)
+        return _with_sinks(attended, s_aux), None
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
@@ -209,19 +214,20 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
         )
 
 
-def _check_sliding_window(module, window, argument, attention_mask, tag) -> None:
-    """Raises ValueError if the layer's window, its argument and its mask do not say the same."""
-    given = [argument] if argument is not None else []
+def _check_limits(module, limits: MaskLimits, argument, attention_mask, tag) -> None:
+    """Raises ValueError if the layer's window or chunk size, its argument and its mask do not say the same."""
+    given = [limits._replace(sliding_window=argument)] if argument is not None else []
     if tag is not None:
-        given.append(tag.sliding_window)
+        given.append(tag.limits)
     elif attention_mask is None and not given and not torch.compiler.is_compiling():
-        given.append(None)
+        given.append(MaskLimits())
     for other in given:
-        if other != window:
-            raise ValueError(
-                f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {other} from "
-                f"the forward of {type(module).__name__}"
-            )
+        for name, expected, found in zip(limits._fields, limits, other, strict=True):
+            if found != expected:
+                raise ValueError(
+                    f"{name} of layer {module.layer_idx} must be {expected}, as its config says, got {found} from "
+                    f"the forward of {type(module).__name__}"
+                )
 
 
 def _dropout_field(config: Any, dropout: float) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from flash_dmattn import NEVER, Visibility, interval_attention
 from flash_dmattn_hf.cache.layer import CacheView
+from flash_dmattn_hf.names import is_ours
 
 _TIE = "_flash_dmattn_shared"
 
@@ -51,6 +52,18 @@ def shared_with(module: nn.Module, key: torch.Tensor) -> SharedKeys:
             "compiling a model with shared keys, or moving them between devices, is not supported"
         )
     return shared
+
+
+def slices_before_sharing(cls: type) -> bool:
+    """Whether a model class goes on with its last tokens alone where its layers begin to share keys (Gemma4)."""
+    return hasattr(cls, "_maybe_slice_kv_shared_inputs")
+
+
+def keep_all_tokens(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of such a model: it would slice masks of T x T tokens, and ours have one row."""
+    if is_ours(module.config._attn_implementation):
+        return args, {**kwargs, "logits_to_keep": None}
+    return None
 
 
 def view_of_slots(layer: Any, padding_mask: torch.Tensor | None) -> CacheView:

@@ -39,16 +39,6 @@ REFUSED = {
     "deepseek_v2": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
     "deepseek_v3": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
     "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer|latent"),
-    "llama4_text": (
-        {
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 32,
-            "head_dim": 8,
-            "layer_types": ["chunked_attention"] * 2,
-            "no_rope_layers": [1, 1],
-        },
-        "attention_chunk_size",
-    ),
     "falcon": ({}, _BY_NAME),
     **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _BY_NAME)}),
     "gpt_neo": (

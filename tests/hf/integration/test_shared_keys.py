@@ -65,6 +65,17 @@ def test_another_key_tensor_is_refused():
     handle.remove()
 
 
+def test_a_model_that_would_drop_tokens_before_it_shares_keys_keeps_them():
+    """Gemma4 slices masks of T x T tokens when only the last logits are wanted, as in generate()."""
+    model, input_ids = converted("gemma4_text"), distinct_tokens()
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :4] = 0
+    with torch.no_grad():
+        every = model(input_ids, attention_mask=attention_mask).logits
+        last = model(input_ids, attention_mask=attention_mask, logits_to_keep=1).logits
+    torch.testing.assert_close(last, every[:, -1:])
+
+
 def test_a_static_cache_is_refused():
     with pytest.raises(ValueError, match="static cache needs layers with keys of their own"):
         DynamicMaskCache(converted("gemma3n_text"), static=True)
