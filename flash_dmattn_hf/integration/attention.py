@@ -20,10 +20,8 @@ from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shared_keys import (
     SharedKeys,
     attend_view,
-    makes_shared_keys,
     share,
     shared_with,
-    uses_shared_keys,
     view_of_slots,
 )
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
@@ -63,7 +61,7 @@ def dynamic_mask_attention_forward(
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
-    shared = shared_with(module, key) if uses_shared_keys(module) else SharedKeys(gate)
+    shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)
     gate = shared.gate
     if gate is None:
         refuse_missing_gate(module)
@@ -104,7 +102,7 @@ def dynamic_mask_attention_forward(
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False
-    if makes_shared_keys(module):
+    if getattr(module, "store_full_length_kv", False):
         share(key, shared)
     options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
@@ -130,7 +128,7 @@ def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
 def _attend_cached(module, gate, layer, query, key, attention_mask, options):
     """Attends over the survivors and the new tokens of a cache layer, and lets it evict. Returns out [, lse]."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    is_shared = makes_shared_keys(module)
+    is_shared = getattr(module, "store_full_length_kv", False)  # later layers use its keys
     if layer.takes_step:
         attended = layer.step(query.transpose(1, 2), padding_mask, **options)
         view = view_of_slots(layer, padding_mask) if is_shared else None

@@ -28,16 +28,6 @@ class SharedKeys(NamedTuple):
     view: CacheView | None = None
 
 
-def makes_shared_keys(module: nn.Module) -> bool:
-    """Whether later layers use the keys and values of this attention module."""
-    return bool(getattr(module, "store_full_length_kv", False))
-
-
-def uses_shared_keys(module: nn.Module) -> bool:
-    """Whether an attention module has keys and values of an earlier layer."""
-    return bool(getattr(module, "is_kv_shared_layer", False))
-
-
 def share(key: torch.Tensor, shared: SharedKeys) -> None:
     """Ties what later layers need to a key tensor (B, Hkv, S, D), as the model hands it on."""
     setattr(key, _TIE, shared)
