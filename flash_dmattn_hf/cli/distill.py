@@ -23,6 +23,7 @@ from flash_dmattn_hf.conversion.importance_file import load_importance, save_imp
 from flash_dmattn_hf.evaluation.prompts import Prompt, leading_tokens, recall_prompts
 from flash_dmattn_hf.evaluation.tasks import TASKS
 from flash_dmattn_hf.training.held_out import HeldOut
+from flash_dmattn_hf.training.planted_facts import random_values
 from flash_dmattn_hf.training.recipe import Recipe
 from flash_dmattn_hf.training.stages import train_stage
 from flash_dmattn_hf.training.teacher import cast_parameters
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
             input_ids,
             results.folder / stage,
             leading=leading,
+            values=random_values(tokenizer, seed=recipe.seed),
             held_out=held_out,
             callbacks=[DistillProgress(stage, quiet=args.quiet)],
         )

@@ -66,7 +66,10 @@ def perplexity(
 
 
 def cut(input_ids: torch.Tensor, stretch_length: int, max_stretches: int | None = None) -> torch.Tensor:
-    """(N,) or (1, N) token ids -> (stretches, stretch_length); ValueError when not even one fits."""
+    """(N,) or (1, N) token ids -> (stretches, stretch_length), `max_stretches` of them spread evenly over the text.
+
+    Raises ValueError when not even one fits.
+    """
     if input_ids.dim() == 2 and input_ids.shape[0] == 1:
         input_ids = input_ids[0]
     if input_ids.dim() != 1:
@@ -76,8 +79,10 @@ def cut(input_ids: torch.Tensor, stretch_length: int, max_stretches: int | None 
     count = len(input_ids) // stretch_length
     if count == 0:
         raise ValueError(f"input_ids must hold at least {stretch_length} tokens, got {len(input_ids)}")
-    count = count if max_stretches is None else min(count, max_stretches)
-    return input_ids[: count * stretch_length].view(count, stretch_length)
+    stretches = input_ids[: count * stretch_length].view(count, stretch_length)
+    if max_stretches is None or max_stretches >= count:
+        return stretches
+    return stretches[[number * count // max_stretches for number in range(max_stretches)]]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Training data with far reuse: running text, some of it with a span from far back repeated at its end.
+"""Training data with far reuse: running text, some of it with something from far back needed again at its end.
 
 Running text alone gives keys that are far away almost no gradient, because the newest few hundred tokens predict most
-of what follows. A repeated span can only be predicted from its first appearance.
+of what follows. A repeated span, or a fact that is asked for, can only be predicted from its first appearance.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from flash_dmattn_hf.training.planted_facts import draw_facts
+
 REUSE_SHARE = 0.35
+FACT_SHARE = 0.25
+"""Of the stretches, where there are values to plant."""
 SPAN_LENGTHS = (64, 128, 256, 512)
 """Tokens of the span that is repeated at the end; at most an eighth of the stretch."""
 SPAN_WEIGHT = 4.0
@@ -29,20 +33,30 @@ class Copy(NamedTuple):
 
 
 class FarReuse(Dataset):
-    """Stretches of a text, `REUSE_SHARE` of them with far reuse; the same for the same seed and index, anywhere.
+    """Stretches of a text, some of which need what is far back; the same for the same seed and index, anywhere.
+
+    `REUSE_SHARE` of them repeat spans. Where there are values, `FACT_SHARE` tell facts and ask for them.
 
     An example depends on the text, `length`, `leading`, `seed` and its index alone: not on the worker that makes it,
     nor on the examples made before. So a resumed run sees the data of an uninterrupted one.
 
     input_ids: (N,) integer token ids of the text, without special tokens, at least `length` of them.
     length: tokens of a stretch, at least 64. count: stretches. leading: special token ids in front of every stretch.
+    values: token ids of each value that a fact may have, as from `random_values`.
 
-    An example has input_ids (length,) int64 and token_weights (length,) float32, 1 or, on a span that is repeated at
-    the end, `SPAN_WEIGHT`. Raises ValueError for arguments out of range.
+    An example has input_ids (length,) int64 and token_weights (length,) float32, 1 or, on what is repeated at the end,
+    a span or the values of facts, `SPAN_WEIGHT`. Raises ValueError for arguments out of range.
     """
 
     def __init__(
-        self, input_ids: torch.Tensor, *, length: int, count: int, seed: int = 0, leading: Sequence[int] = ()
+        self,
+        input_ids: torch.Tensor,
+        *,
+        length: int,
+        count: int,
+        seed: int = 0,
+        leading: Sequence[int] = (),
+        values: Sequence[Sequence[int]] = (),
     ) -> None:
         if input_ids.dim() != 1 or input_ids.is_floating_point():
             shape = tuple(input_ids.shape)
@@ -59,6 +73,7 @@ class FarReuse(Dataset):
         self.count = count
         self.seed = seed
         self.leading = torch.tensor(list(leading), dtype=torch.long)
+        self.values = values
 
     def __len__(self) -> int:
         return self.count
@@ -72,12 +87,19 @@ class FarReuse(Dataset):
         start = rng.randrange(len(self.input_ids) - taken + 1)
         tokens = torch.cat([self.leading, self.input_ids[start : start + taken].long()])
         weights = torch.ones(self.length)
-        if rng.random() < REUSE_SHARE:
+        kind = rng.random()
+        if kind < REUSE_SHARE:
             copies = draw_copies(rng, self.length, len(self.leading))
             original = tokens.clone()
             for source, target, length in copies:
                 tokens[target : target + length] = original[source : source + length]
             weights[copies[0].target :] = SPAN_WEIGHT
+        elif self.values and kind < REUSE_SHARE + FACT_SHARE:
+            for fact in draw_facts(rng, self.input_ids, self.values, self.length, len(self.leading)):
+                for start in (fact.source, fact.target):
+                    tokens[start : start + len(fact.tokens)] = fact.tokens
+                answer = fact.target + len(fact.cue)
+                weights[answer : answer + len(fact.value)] = SPAN_WEIGHT
         return {"input_ids": tokens, "token_weights": weights}
 
 

@@ -27,12 +27,14 @@ def train_stage(
     folder: Path,
     *,
     leading: Sequence[int] = (),
+    values: Sequence[Sequence[int]] = (),
     held_out: HeldOut | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """Trains a converted model, in place, on its device; goes on from the last checkpoint in `folder` if there is one.
 
     input_ids: (N,) token ids of the text. leading: special token ids in front of every stretch.
+    values: of the facts that are planted in some of them, as from `random_values`; without any there are no facts.
     Returns the model in eval mode, an adapter merged into it, and the log. Raises ValueError if nothing can be learned.
     """
     use_cache, is_cuda = model.config.use_cache, model.device.type == "cuda"
@@ -63,7 +65,7 @@ def train_stage(
     examples = limit["max_steps"] * recipe.batch_size * recipe.gradient_accumulation_steps
     # Every stage reads other stretches.
     seed = len(STAGES) * recipe.seed + STAGES.index(stage)
-    data = FarReuse(input_ids, length=recipe.length, count=examples, seed=seed, leading=leading)
+    data = FarReuse(input_ids, length=recipe.length, count=examples, seed=seed, leading=leading, values=values)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.requires_grad_(stage == "all")

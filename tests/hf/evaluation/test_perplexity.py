@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_dmattn_hf.evaluation.perplexity import perplexity
+from flash_dmattn_hf.evaluation.perplexity import cut, perplexity
 
 from ..tiny import tiny_model, tokens
 
@@ -35,3 +35,10 @@ def test_perplexity_is_its_definition():
 def test_perplexity_names_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         perplexity(tiny_model("llama"), tokens(1, 100), **options)
+
+
+def test_a_part_of_the_stretches_is_spread_over_the_text():
+    text = torch.arange(105)
+    assert cut(text, 10)[:, 0].tolist() == list(range(0, 100, 10))
+    assert cut(text, 10, 4)[:, 0].tolist() == [0, 20, 50, 70]
+    assert cut(text, 10, 20).shape == (10, 10)

@@ -1,0 +1,77 @@
+"""Planted facts: what is told is asked for, at every depth, and nothing overlaps."""
+
+from random import Random
+
+import pytest
+import torch
+
+from flash_dmattn_hf.training.far_reuse import FACT_SHARE, SPAN_WEIGHT, FarReuse
+from flash_dmattn_hf.training.planted_facts import MOST_TOKENS, NUM_FACTS, draw_facts, random_values
+
+TEXT = torch.arange(1000, 21000)
+VALUES = [[number, number + 100] for number in range(1, 90)]
+
+
+class Letters:
+    """A tokenizer with one token for each character."""
+
+    def __call__(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+
+@pytest.mark.parametrize("length", [512, 4096])
+@pytest.mark.parametrize("first", [0, 4])
+def test_where_facts_are_told_and_asked_for(length, first):
+    depths = []
+    for seed in range(200):
+        facts = draw_facts(Random(seed), TEXT, VALUES, length, first)
+        assert NUM_FACTS[0] <= len(facts) <= NUM_FACTS[1]
+        asked_from, taken = length - length // 8, []
+        for fact in facts:
+            size = len(fact.tokens)
+            assert first <= fact.source and fact.source + size <= asked_from <= fact.target
+            taken += [range(fact.source, fact.source + size), range(fact.target, fact.target + size)]
+            depths.append(fact.source / asked_from)
+        assert len(set().union(*taken)) == sum(map(len, taken))
+        assert max(part.stop for part in taken) == length
+    assert sum(depth < 0.1 for depth in depths) > len(depths) * 0.05
+    assert sum(depth > 0.9 for depth in depths) > len(depths) * 0.05
+
+
+def test_facts_without_room_are_left_out():
+    for seed in range(200):
+        for fact in draw_facts(Random(seed), TEXT, VALUES, 64):
+            assert fact.source + len(fact.tokens) <= 56 <= fact.target
+
+
+def test_an_example_tells_and_asks():
+    data = FarReuse(TEXT, length=1024, count=600, values=VALUES)
+    planted = 0
+    for example in data:
+        tokens, weights = example["input_ids"].tolist(), example["token_weights"]
+        answers = [position for position, token in enumerate(tokens) if token < 100]
+        if not answers:
+            continue
+        planted += 1
+        told, asked = [a for a in answers if a < 896], [a for a in answers if a >= 896]
+        assert len(told) == len(asked) >= 1
+        for answer in asked:
+            value = tokens[answer : answer + 2]
+            assert any(tokens[place - 4 : place + 2] == tokens[answer - 4 : answer] + value for place in told)
+            assert (weights[answer : answer + 2] == SPAN_WEIGHT).all()
+        assert (weights != 1).sum() == 2 * len(asked)
+    assert abs(planted / 600 - FACT_SHARE) < 0.06
+
+
+def test_without_values_nothing_is_planted():
+    assert all((example["input_ids"] >= 1000).all() for example in FarReuse(TEXT, length=256, count=50))
+
+
+def test_values_are_those_of_the_seed_and_of_many_kinds():
+    values = random_values(Letters(), count=500)
+    assert values == random_values(Letters(), count=500) != random_values(Letters(), count=500, seed=1)
+    texts = ["".join(map(chr, value)).strip() for value in values]
+    assert len(set(texts)) > 450 and max(map(len, values)) <= MOST_TOKENS
+    kinds = [str.isdigit, str.isupper, lambda text: "_" in text, lambda text: "." in text]
+    assert all(sum(map(kind, texts)) > 50 for kind in kinds)
