@@ -107,7 +107,8 @@ def _judge_without_interface(module: nn.Module, text_config: Any) -> Verdict:
     if "linear" in (_layer_type(module, text_config) or ""):
         return Verdict("native", f"{name} is linear attention")
     if getattr(module, "layer_idx", None) is None and getattr(module, "is_causal", None) is not True:
-        return Verdict("native", f"{name} is not causal self-attention")
+        reason = f"{name} never calls the attention interface, nor says that it is causal self-attention"
+        return Verdict("native", reason)
     return Verdict("refuse", f"{name} never calls the attention interface, so it would stay dense")
 
 
