@@ -42,6 +42,11 @@ def path_of(version: str) -> Path:
     return RECORDS / f"families_{version}.json"
 
 
+def records_link(version: str) -> str:
+    """Where the page finds the records of a version."""
+    return path_of(version).relative_to(PAGE.parent).as_posix()
+
+
 def load(path: Path) -> dict[str, dict[str, Any]]:
     """Model type -> record; empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
@@ -65,7 +70,12 @@ def _section(version: str, records: dict[str, dict[str, Any]]) -> str:
     counts = Counter(record["verdict"] for record in records.values())
     total = ", ".join(f"{number} {verdict}" for verdict, number in counts.most_common())
     names = ["model type", "verdict", "gates", *COLUMNS, "reason"]
-    lines = [f"## transformers {version}", "", f"{len(records)} model types: {total}.", ""]
+    lines = [
+        f"## transformers {version}",
+        "",
+        f"{len(records)} model types: {total} ([records]({records_link(version)})).",
+        "",
+    ]
     lines += [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for name, record in sorted(records.items()):
         tried = [record["tried"].get(column, "") for column in COLUMNS]
