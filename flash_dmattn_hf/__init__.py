@@ -13,6 +13,7 @@ from flash_dmattn_hf.gates.attach import AttachReport, iter_gates
 from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
 from flash_dmattn_hf.gates.soft_selection import soft_selection
 from flash_dmattn_hf.integration.registration import register, unregister
+from flash_dmattn_hf.parallel.context import context_parallel
 from flash_dmattn_hf.training.loss import use_chunked_loss
 from flash_dmattn_hf.versions import warn_if_untested
 
@@ -23,6 +24,7 @@ __all__ = [
     "DynamicMaskCache",
     "DynamicMaskConfig",
     "ImportanceGate",
+    "context_parallel",
     "convert_model",
     "dynamic_mask_config",
     "get_gate",

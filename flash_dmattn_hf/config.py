@@ -1,5 +1,6 @@
 """The settings of Dynamic Mask Attention in a model, as stored in `config.flash_dmattn`."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ SECTION = "flash_dmattn"
 """The attribute of a model config that holds the settings as a dict."""
 
 _NUMBERS = {"keep_window_size": 1, "num_sink_tokens": 0, "local_window_size": 0}
-IMPORTANCE_HEADS = ("kv", "query")
+IMPORTANCE_HEADS = ("kv", "query", "shared")
 IMPORTANCE_INPUTS = ("value", "hidden")
 _CHOICES = {"importance": FORMS, "importance_heads": IMPORTANCE_HEADS, "importance_input": IMPORTANCE_INPUTS}
 _SWITCHES = ("add_importance_bias", "dt_proj_bias")
@@ -38,7 +39,8 @@ class DynamicMaskConfig:
         checkpoint, 0 for a model trained with dynamic masks.
     local_window_size: r, most recent tokens that are always seen; None: 3w // 4 and 0, in the same way.
     importance: the name of one of `forms.FORMS`: "log_zoh" for A * softplus(dt), "zoh" for its exponential.
-    importance_heads: "kv" for one importance per key and kv head, "query" for one per query head.
+    importance_heads: "kv" for one importance per key and kv head, "query" for one per query head, "shared" for one per
+        key, so that all heads of a layer see the same keys.
     add_importance_bias: add the importance to the logits; without it only a soft selection trains the importance.
     dt_proj_bias: whether the projection of a token to its importance has a bias.
     initializer_std: A starts at 0, where all keys tie, or spreads around it with this standard deviation.
@@ -117,6 +119,11 @@ class DynamicMaskConfig:
         section["layers"] = None if self.layers is None else list(self.layers)
         return section
 
+    def chosen(self) -> dict[str, Any]:
+        """Returns the settings that are not the defaults, as `flash_dmattn={...}` takes them."""
+        defaults = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> "DynamicMaskConfig":
         """Reads a section of a model config. Raises ValueError naming the keys it does not know."""
@@ -126,6 +133,30 @@ class DynamicMaskConfig:
         if unknown := sorted(str(key) for key in section if key not in known):
             raise ValueError(f"config.{SECTION} must only have the keys {known}, got {unknown}")
         return cls(**section)
+
+
+def read_values(values: Any) -> dict[str, Any]:
+    """Returns the settings given as `flash_dmattn=...`, by name.
+
+    values: a dict, a `DynamicMaskConfig`, or a JSON object as a string, for tools that pass on strings. Such a string
+        may have ";" where JSON has ",", because some tools split their arguments at commas.
+
+    Raises ValueError for anything else.
+    """
+    given = values
+    if isinstance(values, DynamicMaskConfig):
+        return values.to_dict()
+    if isinstance(values, str):
+        try:
+            values = json.loads(values.replace(";", ","))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'{SECTION} must be a JSON object if it is a string, such as {{"keep_window_size": 512}}, got '
+                f'{given!r}; write ";" between its settings where a tool splits arguments at commas'
+            ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{SECTION} must be a dict of settings, got {type(values).__name__} {given!r}")
+    return values
 
 
 def _layer_indices(layers: Any) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--num-heads", type=int, default=32)
     parser.add_argument("--num-kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--value-dim", type=int, help="head dim of the values, if it is another one")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of our attention weights")
     parser.add_argument("--keep-window-size", type=int, default=2048)
     parser.add_argument("--local-window-size", type=int, default=0)
     parser.add_argument("--importance", nargs="+", choices=IMPORTANCE, default=["iid"])
@@ -91,7 +93,8 @@ def make_inputs(arguments, seqlen: int, distribution: str) -> list[torch.Tensor]
         return torch.randn(*sizes, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     query = rand(*shape, arguments.num_heads, arguments.head_dim)
-    key, value = (rand(*shape, arguments.num_kv_heads, arguments.head_dim) for _ in range(2))
+    key = rand(*shape, arguments.num_kv_heads, arguments.head_dim)
+    value = rand(*shape, arguments.num_kv_heads, arguments.value_dim or arguments.head_dim)
     importance = rand(arguments.batch, arguments.num_kv_heads, seqlen).float()
     if distribution == "ar1":
         importance = torch.nn.functional.conv1d(
@@ -111,7 +114,7 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
         "keep_window_size": arguments.keep_window_size,
         "local_window_size": arguments.local_window_size,
     }
-    dout = torch.randn_like(inputs[0])
+    dout = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=inputs[0].dtype, device="cuda")
     context = contextlib.nullcontext()
     wanted = inputs
     visible = min(arguments.keep_window_size, seqlen)
@@ -136,7 +139,9 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
                 )
 
         check(inputs, forward().detach(), options)
-    flop = 4 * arguments.head_dim * arguments.num_heads * arguments.batch * pairs
+        if engine != "flex" and arguments.dropout > 0:
+            options["dropout_p"] = arguments.dropout
+    flop = 2 * (arguments.head_dim + inputs[2].shape[3]) * arguments.num_heads * arguments.batch * pairs
     rows = []
 
     def row(work: str, function, useful: float | None) -> None:

@@ -69,6 +69,10 @@ def save_json(path: str | Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def load_json(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

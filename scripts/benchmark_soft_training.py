@@ -49,7 +49,7 @@ def main() -> None:
 
     where = environment("cuda")
     print(header(where))
-    rows = []
+    rows, facts = [], {"shape": SHAPE, "band": BAND, "temperature": TEMPERATURE}
     for seqlen in arguments.seqlens:
         batch = max(1, arguments.tokens // seqlen)
         input_ids = torch.randint(SHAPE["vocab_size"], (batch, seqlen), device="cuda")
@@ -73,7 +73,7 @@ def main() -> None:
             share = "" if dense is None else f"{milliseconds / dense:6.2f} of dense"
             print(f"{batch} x {seqlen:6} {kind:7}{milliseconds:9.1f} ms {row['peak_gib']:6.1f} GiB {share}", flush=True)
             if arguments.json:
-                save_json(arguments.json, where, rows=rows, shape=SHAPE, band=BAND, temperature=TEMPERATURE)
+                save_json(arguments.json, {**where, **facts, "rows": rows})
             del model
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

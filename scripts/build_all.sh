@@ -21,5 +21,6 @@ case ${1:-} in
     *) echo "error: unknown option '$1'" >&2; exit 2 ;;
 esac
 unset FLASH_DMATTN_SKIP_CUDA_BUILD
+export FLASH_DMATTN_CUDA_ARCHS=${FLASH_DMATTN_CUDA_ARCHS:-all}
 export PYTHONPATH="$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
 exec "${PYTHON:-python3}" -m cuda_build "${arguments[@]}"

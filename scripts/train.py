@@ -5,6 +5,8 @@
     python scripts/train.py configs/long_context.yaml model=out/model train_files='["books/*.txt"]'
     python scripts/train.py ... --resume
 
+configs/context_parallel.yaml is for several GPUs that share a sequence: docs/scaling.md has the command.
+
 A configuration file holds the fields of `TrainConfig`; arguments of the form key=value replace them, with dots for
 nested ones. Loss on eval_files is measured before and after. The trained model, its metrics and the log history
 end in output_dir.
@@ -30,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -45,7 +48,8 @@ class TrainConfig:
     model: directory or Hub name of a causal LM, converted or plain. output_dir: where checkpoints and result go.
     train_files, eval_files: text files or patterns such as "corpus/**/*.txt"; every file is one document.
     sequence_length: documents are cut into pieces of at most so many tokens.
-    batches: "packed" (pieces of a batch one after the other, no padding) or "padded".
+    batches: "packed" (pieces of a batch one after the other, no padding), "padded", or "rows" (all pieces one after the
+        other, cut into rows of exactly sequence_length tokens, as several processes need them that share a sequence).
     importance_only: freeze everything but the importance.
     importance_learning_rate: of A and dt_proj; training.learning_rate is that of the rest.
     chunked_loss: compute the loss without ever holding the logits of all tokens, which long sequences need.
@@ -81,8 +85,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r}")
         if type(self.sequence_length) is not int or self.sequence_length < 2:
             raise ValueError(f"sequence_length must be an integer of at least 2, got {self.sequence_length!r}")
-        if self.batches not in ("packed", "padded"):
-            raise ValueError(f"batches must be packed or padded, got {self.batches!r}")
+        if self.batches not in ("packed", "padded", "rows"):
+            raise ValueError(f"batches must be packed, padded or rows, got {self.batches!r}")
         for name in ("importance_only", "chunked_loss"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -169,6 +173,22 @@ def read_pieces(
     return pieces
 
 
+def as_rows(pieces: list[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    """Returns pieces one after the other, cut into rows of `length` tokens; position_ids say where a piece begins.
+
+    Nothing is predicted across the border of two pieces. Raises ValueError if there is no whole row.
+    """
+    whole = {
+        "input_ids": [token for piece in pieces for token in piece["input_ids"]],
+        "labels": [label for piece in pieces for label in [-100, *piece["labels"][1:]]],
+        "position_ids": [position for piece in pieces for position in range(len(piece["input_ids"]))],
+    }
+    starts = range(0, len(whole["input_ids"]) - length + 1, length)
+    if not starts:
+        raise ValueError(f"text files must hold a row of {length} tokens, got {len(whole['input_ids'])} tokens")
+    return [{name: values[start : start + length] for name, values in whole.items()} for start in starts]
+
+
 def load_model(config: TrainConfig) -> PreTrainedModel:
     """Loads the checkpoint with dynamic masks, in config.dtype, frozen but for the importance if asked."""
     with dynamic_mask_config(**config.attention) if config.attention else nullcontext():
@@ -186,6 +206,8 @@ def make_trainer(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
     args = TrainingArguments(output_dir=config.output_dir, **config.training)
     if config.batches == "packed":
         collator = DataCollatorWithFlattening()
+    elif config.batches == "rows":
+        collator = default_data_collator
     else:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -206,6 +228,8 @@ def make_trainer(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
         name: read_pieces(tokenizer, patterns, config.sequence_length) if patterns else None
         for name, patterns in (("train", config.train_files), ("eval", config.eval_files))
     }
+    if config.batches == "rows":
+        pieces = {name: found and as_rows(found, config.sequence_length) for name, found in pieces.items()}
     return Trainer(
         model,
         args,

@@ -17,6 +17,7 @@ from flash_dmattn.backends.cuda import library, lists, parameters, selection
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
+from cuda_build import terminal  # noqa: E402
 from cuda_build.library import LIBRARY_NAME, build_library  # noqa: E402
 from cuda_build.resources import (  # noqa: E402
     ALLOWED_SPILLS,
@@ -107,6 +108,7 @@ def toolkit_of(fake: Path) -> Toolkit:
     ("text", "expected"),
     [
         ("", ARCHITECTURES),
+        ("all", ARCHITECTURES),
         ("90", ("90",)),
         ("120;80", ("80", "120")),
         ("80, 90", ("80", "90")),
@@ -115,6 +117,83 @@ def toolkit_of(fake: Path) -> Toolkit:
 )
 def test_architectures_are_a_list(text, expected):
     assert read_settings({"FLASH_DMATTN_CUDA_ARCHS": text}).architectures == expected
+
+
+@pytest.fixture
+def smi(tmp_path):
+    """Makes a PATH with an nvidia-smi that prints these lines and ends with this code."""
+
+    def make(lines: str, code: int = 0) -> dict[str, str]:
+        (tmp_path / "smi").mkdir()
+        program = tmp_path / "smi" / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\nprintf '{lines}'\nexit {code}\n")
+        program.chmod(0o755)
+        return {"PATH": str(program.parent)}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("lines", "architectures"),
+    [
+        ("9.0\\n9.0\\n", ("90",)),
+        ("12.0\\n8.6\\n", ("80", "120")),
+        ("10.3\\n", ("100",)),
+        ("7.5\\n9.0\\n", ("90",)),
+        ("7.5\\n", ()),
+        ("", ARCHITECTURES),
+        ("No devices were found\\n", ARCHITECTURES),
+    ],
+)
+def test_without_a_choice_the_gpus_here_decide(smi, lines, architectures):
+    settings = read_settings(smi(lines))
+    assert settings.architectures == architectures
+    assert settings.why.startswith("for the GPUs here" if architectures != ARCHITECTURES else "because nvidia-smi")
+
+
+def test_an_nvidia_smi_that_fails_lists_no_gpus(smi):
+    assert read_settings(smi("9.0\\n", code=9)).architectures == ARCHITECTURES
+
+
+def test_a_choice_counts_more_than_the_gpus_here(smi):
+    environment = smi("9.0\\n")
+    assert read_settings({**environment, "FLASH_DMATTN_CUDA_ARCHS": "80"}).architectures == ("80",)
+    assert read_settings({**environment, "FLASH_DMATTN_CUDA_ARCHS": "all"}).architectures == ARCHITECTURES
+
+
+@pytest.mark.parametrize("capability", ["7.5", "9.1", "12.0"])
+def test_nothing_is_built_for_gpus_that_nvcc_cannot_compile_for(smi, fake, monkeypatch, capsys, capability):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(fake))
+    monkeypatch.setenv("PATH", os.pathsep.join([smi(f"{capability}\\n")["PATH"], os.environ["PATH"]]))
+    assert plan_build("flash_dmattn") == {}
+    words = f"nvcc cannot compile kernels for the GPUs here, of compute capability {capability}; FLASH"
+    assert words in capsys.readouterr().err
+    monkeypatch.setenv("FLASH_DMATTN_FORCE_BUILD", "1")
+    with pytest.raises(ValueError, match="FLASH_DMATTN_CUDA_ARCHS must be set to force a build"):
+        plan_build("flash_dmattn")
+
+
+def test_a_build_of_pip_shows_its_progress_on_the_terminal(tmp_path, monkeypatch, capsys):
+    screen = tmp_path / "screen"
+    screen.touch()
+    monkeypatch.setattr(terminal, "open_terminal", lambda: open(screen, "a"))
+    terminal.say("3 compilations")
+    terminal.show_progress(["[1/3] nvcc a.o\n", "[2/3] nvcc b.o\n"])
+    shown = ["", "flash_dmattn: 3 compilations\n", "[1/3] nvcc a.o", "[2/3] nvcc b.o", ""]
+    assert screen.read_bytes().decode().split("\r\033[K") == shown
+    assert capsys.readouterr().err == "flash_dmattn: 3 compilations\n[1/3] nvcc a.o\n[2/3] nvcc b.o\n"
+
+
+def test_the_terminal_is_written_to_inside_pip_alone(tmp_path):
+    assert terminal.open_terminal({}, str(tmp_path / "screen")) is None
+    assert terminal.open_terminal({terminal.IN_PIP: "setuptools"}, str(tmp_path / "none" / "screen")) is None
+    terminal.open_terminal({terminal.IN_PIP: "setuptools"}, str(tmp_path / "screen")).close()
+
+
+def test_the_package_knows_every_architecture():
+    assert tuple(library.GPUS) == ARCHITECTURES
 
 
 @pytest.mark.parametrize(

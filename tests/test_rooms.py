@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "flash_dmattn_hf"
 LEVELS = [
     {"arguments", "config", "forms", "names", "progress", "thread_slot", "versions"},
     {"gates"},
-    {"cache"},
+    {"cache", "parallel"},
     {"integration"},
     {"conversion", "evaluation", "training"},
     {"cli"},

@@ -1,6 +1,10 @@
-"""DynamicMaskCache: a DynamicCache of constant size that forgets nothing that is still needed."""
+"""DynamicMaskCache: a DynamicCache of constant size that forgets nothing that is still needed.
+
+Its tokens were chosen by what the masks said of them, so the cache remembers that (`SeenPadding`).
+"""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from flash_dmattn_hf.cache.latent import LatentCacheLayer
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
-from flash_dmattn_hf.cache.padding import SeenPadding
-from flash_dmattn_hf.cache.state import check_state_of_layer, load_state_of_layer, state_of_layer
+from flash_dmattn_hf.cache.owner import gates_by_index, model_within
+from flash_dmattn_hf.cache.state import load_state, state_of
 from flash_dmattn_hf.gates.attach import iter_gates
 
 
@@ -26,17 +31,14 @@ class DynamicMaskCache(DynamicCache):
     """
 
     def __init__(self, model: nn.Module, *, static: bool = False):
-        parts = model.modules() if isinstance(model, nn.Module) else ()
-        wrapped, model = model, next((part for part in parts if isinstance(part, PreTrainedModel)), None)
-        if model is None:
-            raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
+        model = model_within(model)
         super().__init__(config=model.config.get_text_config(decoder=True))
-        gates = self._gates_by_index(model)
+        gates = gates_by_index(model)
         for index, layer in enumerate(self.layers):
             if index not in gates:
                 continue
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                self.layers[index] = DynamicMaskCacheLayer(gates[index])
+                self.layers[index] = _layer_for(gates[index], static)
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 raise ValueError(
                     f"layer {index} of model must have a cache of keys and values alone, got a {type(layer).__name__}, "
@@ -57,26 +59,6 @@ class DynamicMaskCache(DynamicCache):
                 f"a static cache needs an importance gate in every layer of the model, got layer {plain} without one: "
                 'its keys grow with the text; use cache_implementation="dynamic"'
             )
-
-    def _gates_by_index(self, model: PreTrainedModel) -> dict[int, Any]:
-        """Returns layer_idx -> gate. ValueError if there is none, or a cache cannot tell the layers apart."""
-        names, gates = {}, {}
-        for name, _, gate in iter_gates(model):
-            index = gate.layer_idx
-            if index in gates:
-                raise ValueError(
-                    f"every layer of model must have a layer_idx of its own, got {index} for {names[index]} and "
-                    f"{name}: number them anew"
-                )
-            names[index], gates[index] = name, gate
-        if not gates:
-            raise ValueError(
-                f"model must have flash_dmattn attached, got a {type(model).__name__} without an importance gate"
-            )
-        for name, layers in model.named_modules():
-            if isinstance(layers, nn.ModuleList) and len(set(layers)) < len(layers) and any(iter_gates(layers)):
-                raise ValueError(f"{name} of model must not hold a module twice: put in a copy.deepcopy of it")
-        return gates
 
     @property
     def is_compileable(self) -> bool:
@@ -200,24 +182,63 @@ class DynamicMaskCache(DynamicCache):
 
         Raises RuntimeError for tokens that can still be undone, TypeError for layers that are not keys and values.
         """
-        padding = None if self.padding.mask is None else self.padding.mask.clone()
-        return {"layers": [state_of_layer(layer) for layer in self.layers], "padding": padding}
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from the state of a cache of such a model, on the device of that state.
 
         Raises ValueError when the layers are others, or have other windows; the cache is then as it was.
         """
-        if len(state["layers"]) != len(self.layers):
-            raise ValueError(f"state must have {len(self.layers)} layers, got {len(state['layers'])}")
-        pairs = list(zip(self.layers, state["layers"], strict=True))
-        for layer, saved in pairs:
-            check_state_of_layer(layer, saved)
-        self._last_updated, self.padding.mask = None, state.get("padding")
-        for layer, saved in pairs:
-            load_state_of_layer(layer, saved)
+        load_state(self, state)
+        self._last_updated = None
 
     def stop_past_recording(self) -> None:
         """Undoes `activate_past_recording` for the layers of constant size."""
         for layer in self.mask_layers:
             layer.stop_past_recording()
+
+
+def _layer_for(gate: Any, is_static: bool) -> DynamicMaskCacheLayer:
+    """Returns an empty layer: with latents where all heads keep the same tokens and no step has to be captured."""
+    holds_latents = gate.is_latent and gate.num_importance_heads == 1 and not is_static
+    return (LatentCacheLayer if holds_latents else DynamicMaskCacheLayer)(gate)
+
+
+class SeenPadding:
+    """Which of the tokens of a cache are padding, according to the masks of the forwards that brought them.
+
+    mask: (B, n) bool, True for real tokens; those from n on are real. None if all are. Left padding never lets n grow.
+    """
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+    def admit(self, mask: torch.Tensor | None, num_cached: int) -> torch.Tensor | None:
+        """Takes the mask of a forward that continues `num_cached` tokens, before it runs; calling it twice is harmless.
+
+        mask: (B, S) bool, S > num_cached, True for real tokens; None if all are. Returns it, None if all are real.
+        Raises ValueError if it marks cached tokens otherwise than they came.
+        """
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if num_cached and not self._agrees(mask, num_cached):
+            raise ValueError(
+                f"attention_mask must mark the {num_cached} cached tokens as when they came, got other values: a "
+                "DynamicMaskCache has dropped keys since; use a DynamicCache to hide or show cached tokens"
+            )
+        self.mask = None if mask is None else mask[:, : int((~mask).any(0).nonzero()[-1]) + 1].clone()
+        return mask
+
+    def _agrees(self, mask: torch.Tensor | None, num_cached: int) -> bool:
+        if mask is None:
+            return self.mask is None or bool(self.mask[:, :num_cached].all())
+        if self.mask is None:
+            return bool(mask[:, :num_cached].all())
+        seen = self.mask[:, :num_cached].to(mask.device)
+        width = seen.shape[1]
+        return torch.equal(seen, mask[:, :width]) and bool(mask[:, width:num_cached].all())
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies to the mask what is done to the rows of the cache."""
+        if self.mask is not None:
+            self.mask = function(self.mask)

@@ -22,7 +22,7 @@ from flash_dmattn_hf.gates.importance import importance_of
 class CacheView(NamedTuple):
     """What the tokens being processed attend to: survivors first, then the new tokens in order.
 
-    key, value: (B, Hc, n, D).
+    key: (B, Hc, n, D). value: (B, Hc, n, Dv).
     importance: (B, Hc, n) float32 or float64, as computed when the key was written.
     visibility: birth and death, int32 (B, Hc, n), as positions.
     query_positions: (B, T) int32, positions of the new tokens, -1 for padding.
@@ -42,7 +42,8 @@ class DynamicMaskCacheLayer(SlotLayer):
     and `evict`. Several tokens wait in a tail behind the slots until `evict` puts those that survive into them; while
     the past is recorded all wait there until the next `crop`, which undoes tokens by dropping them.
 
-    Hc, the number of heads of the slots, is that of kv heads, or of query heads when importance is per query head.
+    Hc, the number of heads of the slots, is that of kv heads, or of query heads when importance is per query head. Of
+    latent attention (MLA) `update` gets latents, and `receive` the keys and values that the layer makes of them.
 
     is_counted_outside: True while a captured or compiled forward of one token leaves counting it to `count_step`.
     record_past: while True nothing is evicted before the next `crop`, which can then undo every token since.
@@ -61,30 +62,46 @@ class DynamicMaskCacheLayer(SlotLayer):
             raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
         return gate
 
+    @property
+    def num_heads(self) -> int:
+        """Hc, the heads of the slots."""
+        return max(self.gate.num_kv_heads, self.gate.num_importance_heads)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        batch, num_kv_heads, _, head_dim = value_states.shape
-        num_heads = max(num_kv_heads, self.gate.num_importance_heads)
-        self._allocate(batch, num_heads, head_dim, value_states.dtype, value_states.device)
+        head_dims = key_states.shape[3], value_states.shape[3]
+        self._allocate(len(value_states), self.num_heads, head_dims, value_states.dtype, value_states.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes T tokens and offers them to the attention function.
 
-        key_states, value_states: (B, Hkv, T, D). Returns them as they are: what the tokens see is decided when they
-        attend. Raises ValueError for another batch size than before or when the gate's windows have changed since the
-        first token, RuntimeError when the tokens before these were never attended to by flash_dmattn.
+        key_states: (B, Hkv, T, D), value_states: (B, Hkv, T, Dv), or what latent attention caches. Returns them as they
+        are: what the tokens see is decided when they attend. Raises ValueError for another batch size than before or
+        when the gate's windows have changed since the first token, RuntimeError when the tokens before these were never
+        attended to by flash_dmattn.
         """
+        self._check_windows()
+        if not self.gate.is_latent:
+            self.receive(key_states, value_states)
+        self._num_new = key_states.shape[2]
+        hand_over.offer(self, key_states, value_states)
+        return key_states, value_states
+
+    def _check_windows(self) -> None:
         gate = self.gate
         self.check_attended()
         if gate.windows != self.windows:
             self._change_windows(gate)
+
+    def receive(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Takes the keys (B, Hkv, T, D) and values (B, Hkv, T, Dv) of the new tokens, and computes their importance."""
         if not self.is_counted_outside:
-            self._make_room(key_states, value_states)
-        self._new = (key_states.to(self.dtype), value_states, importance_of(gate, value_states))
-        self._num_new = key_states.shape[2]
-        hand_over.offer(self, key_states, value_states)
-        return key_states, value_states
+            self._make_room(key, value)
+        importance = importance_of(self.gate, value)
+        if importance.shape[1] == 1:
+            importance = importance.expand(-1, self.num_heads, -1)
+        self._new = (key.to(self.dtype), value, importance)
 
     def _change_windows(self, gate) -> None:
         if self.num_rows:

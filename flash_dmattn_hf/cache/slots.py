@@ -70,10 +70,15 @@ class SlotLayer(DynamicLayer):
         self.is_initialized = False
         self._forget()
 
-    def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def _allocate(
+        self, batch: int, num_heads: int, head_dims: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """head_dims: of keys and of values."""
         self.dtype, self.device = dtype, device
         num_slots = self.windows.keep_window_size
-        for name, state in make_slots(batch, num_heads, num_slots, head_dim, dtype, device)._asdict().items():
+        head_dim, value_dim = head_dims
+        slots = make_slots(batch, num_heads, num_slots, head_dim, dtype, device, value_dim)
+        for name, state in slots._asdict().items():
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(state)
             setattr(self, name, state)

@@ -11,7 +11,25 @@ _NUMBERS = ("num_rows", "cumulative_length")
 """What layers count, each those that it has."""
 
 
-def state_of_layer(layer: Any) -> dict[str, Any]:
+def state_of(cache: Any) -> dict[str, Any]:
+    """Returns what `DynamicMaskCache.state_dict` does."""
+    padding = None if cache.padding.mask is None else cache.padding.mask.clone()
+    return {"layers": [_state_of_layer(layer) for layer in cache.layers], "padding": padding}
+
+
+def load_state(cache: Any, state: dict[str, Any]) -> None:
+    """Does what `DynamicMaskCache.load_state_dict` says."""
+    if len(state["layers"]) != len(cache.layers):
+        raise ValueError(f"state must have {len(cache.layers)} layers, got {len(state['layers'])}")
+    pairs = list(zip(cache.layers, state["layers"], strict=True))
+    for layer, saved in pairs:
+        _check_state_of_layer(layer, saved)
+    cache.padding.mask = state.get("padding")
+    for layer, saved in pairs:
+        _load_state_of_layer(layer, saved)
+
+
+def _state_of_layer(layer: Any) -> dict[str, Any]:
     """Returns copies of a layer's tensors, its counts and, of a constant-size layer, its windows.
 
     Raises RuntimeError for tokens that were never attended to or can still be undone, TypeError for other layers.
@@ -31,7 +49,7 @@ def state_of_layer(layer: Any) -> dict[str, Any]:
     return {**state, "tensors": tensors}
 
 
-def check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
+def _check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     """Raises ValueError for the state of another kind of layer or one of other windows."""
     windows = _windows_of(layer) if isinstance(layer, DynamicMaskCacheLayer) else None
     if state.get("windows") != windows:
@@ -45,8 +63,8 @@ def _windows_of(layer: DynamicMaskCacheLayer) -> dict[str, int]:
     return windows
 
 
-def load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
-    """Gives a layer of the same kind and windows copies of what `state_of_layer` returned, on the device of those."""
+def _load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
+    """Gives a layer of the same kind and windows copies of what `_state_of_layer` returned, on the device of those."""
     layer.reset()
     tensors = state["tensors"]
     if tensors:

@@ -20,7 +20,7 @@ class Tail:
         return self.rows["positions"].shape[2] if self.rows else 0
 
     def append(self, key: torch.Tensor, value: torch.Tensor, importance: torch.Tensor, positions: torch.Tensor) -> None:
-        """key, value: (B, Hkv, T, D). importance: (B, Hc, T). positions: (B, T) int32, -1 for padding."""
+        """key, value: (B, Hkv, T, head dim). importance: (B, Hc, T). positions: (B, T) int32, -1 for padding."""
         batch, num_heads, length = importance.shape
         repeats = num_heads // key.shape[1]
         if repeats > 1:

@@ -1,4 +1,4 @@
-"""The command line `flash-dmattn`: convert or distill a checkpoint, say what runs here, measure, generate."""
+"""The command line `flash-dmattn`: convert or distill, say what runs here, measure, generate, run programs."""
 
 import argparse
 import os
@@ -10,17 +10,22 @@ import warnings
 
 import torch
 
-from flash_dmattn_hf.cli import convert, distill, evaluate, generate, info
+from flash_dmattn_hf.cli import convert, distill, enable, evaluate, generate, info, launch
 from flash_dmattn_hf.conversion.checkpoint import first_line
 
-COMMANDS = (convert, distill, info, evaluate, generate)
+COMMANDS = (convert, distill, info, evaluate, generate, launch, enable)
 BAD_INPUT = (ValueError, OSError, ImportError, NotImplementedError, torch.OutOfMemoryError)
 """What this package, transformers and torch raise for a request they cannot serve; anything else is a bug."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for bad input (one sentence on stderr), 130 when interrupted."""
+    """Runs one command. Returns 0, 2 for bad input (one sentence on stderr), 130 when interrupted.
+
+    What a program of `flash-dmattn run` raises passes through, SystemExit with its exit code among them.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:
+        return launch.launch(argv[1:])
     args = build_parser().parse_args(argv)
     args.command_line = shlex.join(["flash-dmattn", *argv])
     if args.quiet or not sys.stderr.isatty():

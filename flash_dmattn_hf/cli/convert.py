@@ -59,7 +59,7 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
         "--importance-heads",
         choices=IMPORTANCE_HEADS,
         default=defaults.importance_heads,
-        help="one importance per kv head or per query head (default: %(default)s)",
+        help="one importance per kv head, per query head, or for all heads of a layer (default: %(default)s)",
     )
     masks.add_argument(
         "--importance-input",

@@ -18,16 +18,16 @@ def attention_and_mass(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One unpadded sequence, computed in float32.
 
-    query: (H, T, D); key, value: (Hkv, T, D), heads of a group adjacent. distance: a query at t is far
+    query: (H, T, D); key: (Hkv, T, D), value: (Hkv, T, Dv), heads of a group adjacent. distance: a query at t is far
     from key j when t - j >= distance. sliding_window: keys with t - j >= sliding_window are not attended.
-    -> out (H, T, D) in query's dtype; mass (H, T) float32, the sum over the far queries of the
+    -> out (H, T, Dv) in query's dtype; mass (H, T) float32, the sum over the far queries of the
     attention probability of each key.
     """
     num_heads, length, head_dim = query.shape
     num_kv_heads = len(key)
     grouped = query.float().view(num_kv_heads, -1, length, head_dim)
     key, value = key.float(), value.float()
-    out = torch.empty_like(grouped)
+    out = grouped.new_empty(*grouped.shape[:3], value.shape[2])
     mass = torch.zeros(*grouped.shape[:3], dtype=torch.float32, device=query.device)
     positions = torch.arange(length, device=query.device)
     for start in range(0, length, QUERY_BLOCK):
@@ -45,7 +45,7 @@ def attention_and_mass(
         if last > first:
             far = age[:, : last - first] >= distance
             mass[:, :, first:last] += (probabilities[..., : last - first] * far).sum(-2)
-    return out.view(num_heads, length, head_dim).to(query.dtype), mass.view(num_heads, length)
+    return out.view(num_heads, length, -1).to(query.dtype), mass.view(num_heads, length)
 
 
 def far_queries(

@@ -5,6 +5,7 @@ from pathlib import Path
 from flash_dmattn_hf.evaluation.report import merged_cells
 
 COLUMNS = 4
+COLORS = {"dense": "black", "sinks + window": "tab:gray", "importance": "tab:blue"}
 
 
 def check_format(path: Path) -> None:
@@ -21,6 +22,7 @@ def check_format(path: Path) -> None:
 def draw(rows: list[dict], path: Path, title: str) -> None:
     """Writes the picture of results of `recall_suite`, in the format of the path's ending.
 
+    Rows without cache_bytes are left out of the panels against memory, those without a perplexity out of that panel.
     One heat map per row shows the share of prompts with all answers right, for the first task that has depths. Two
     panels below show perplexity, and the share of answers right over all tasks at the longest context, against memory.
     Raises as `check_format`.
@@ -69,10 +71,10 @@ def _heat_maps(figure, rows: list[dict], task: str, lines: int) -> None:
 
 
 def _against_memory(axis, rows: list[dict], label: str, values: list[float]) -> None:
-    for kind, color in (("dense", "black"), ("sinks + window", "tab:gray"), ("importance", "tab:blue")):
-        points = [(row, value) for row, value in zip(rows, values, strict=True) if row["kind"] == kind]
-        sizes = [row["cache_bytes"] / 2**20 for row, _ in points]
-        axis.plot(sizes, [value for _, value in points], "o-", color=color, label=kind)
+    points = [(row, value) for row, value in zip(rows, values, strict=True) if None not in (row["cache_bytes"], value)]
+    for kind in dict.fromkeys(row["kind"] for row, _ in points):
+        of_kind = [(row["cache_bytes"] / 2**20, value) for row, value in points if row["kind"] == kind]
+        axis.plot(*zip(*of_kind, strict=True), "o-", color=COLORS.get(kind), label=kind)
     axis.axhline(values[0], color="black", linestyle=":", linewidth=1)
     axis.set_xlabel("key-value cache at the longest context (MiB)")
     axis.set_ylabel(label)

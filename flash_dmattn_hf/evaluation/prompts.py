@@ -20,6 +20,7 @@ class Prompt(NamedTuple):
     context: tokens. depth: per cent of the text before the statement that is asked for; None for a task without.
     input_ids: (context,) int64; the last token is the last of the answers.
     answers: the expected texts. spans: of each answer, the positions of its tokens in input_ids, [start, end).
+    question_start: position of the first token of the question.
     """
 
     task: str
@@ -28,6 +29,7 @@ class Prompt(NamedTuple):
     input_ids: torch.Tensor
     answers: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
+    question_start: int
 
     @property
     def answer_start(self) -> int:
@@ -69,8 +71,8 @@ def recall_prompts(
                     rng = Random(f"{seed} {name} {context} {depth} {sample}")
                     case = TASKS[name].write(rng)
                     asked = depth if TASKS[name].has_depth else None
-                    ids, spans = _assemble(tokenizer, text, leading, case, rng, name, context, asked)
-                    prompts.append(Prompt(name, context, asked, torch.tensor(ids), case.answers, spans))
+                    ids, spans, question = _assemble(tokenizer, text, leading, case, rng, name, context, asked)
+                    prompts.append(Prompt(name, context, asked, torch.tensor(ids), case.answers, spans, question))
     return prompts
 
 
@@ -83,7 +85,7 @@ def leading_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def _assemble(tokenizer, text, leading, case: Case, rng: Random, name: str, context: int, depth: int | None):
-    """Returns the token ids, exactly `context` of them, and the spans of the answers."""
+    """Returns the token ids, exactly `context` of them, the spans of the answers, and the question's start."""
     statements = [tokenizer(statement, add_special_tokens=False)["input_ids"] for statement in case.statements]
     end, spans = _question_and_answers(tokenizer, case)
     own = len(leading) + sum(map(len, statements)) + len(end)
@@ -104,7 +106,7 @@ def _assemble(tokenizer, text, leading, case: Case, rng: Random, name: str, cont
         done = place
     ids += filler[done:]
     spans = tuple((len(ids) + first, len(ids) + last) for first, last in spans)
-    return ids + end, spans
+    return ids + end, spans, len(ids)
 
 
 def _question_and_answers(tokenizer, case: Case) -> tuple[list[int], list[tuple[int, int]]]:

@@ -1,6 +1,6 @@
 """How much of a text a model can still quote, by task, context and depth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from flash_dmattn_hf.evaluation.final_states import evaluating
 from flash_dmattn_hf.evaluation.prompts import Prompt
-from flash_dmattn_hf.evaluation.scoring import score_generated, score_teacher_forced
+from flash_dmattn_hf.evaluation.scoring import Score, score_generated, score_teacher_forced
 from flash_dmattn_hf.progress import progress_bar
 
 
@@ -35,22 +35,24 @@ def recall(
     prompts: Sequence[Prompt],
     *,
     generate_with: Tokenizer | None = None,
+    score: Callable[[nn.Module, Prompt], Score] = score_teacher_forced,
     progress: bool | str | None = None,
 ) -> list[RecallCell]:
     """Asks a model every prompt and returns one cell per task, context and depth, in the order of the prompts.
 
     prompts: from `recall_prompts`. One forward pass of batch 1 each, without a cache.
     generate_with: a tokenizer to have the answers generated greedily instead; None is teacher-forced.
+    score: how a prompt is asked if it is not generated, such as a partial `score_compressed`.
     progress: label of a progress bar on a terminal; None draws none.
     """
     scores = {}
     with evaluating(model):
         for prompt in progress_bar(prompts, progress, unit="prompt"):
             if generate_with is None:
-                score = score_teacher_forced(model, prompt)
+                found = score(model, prompt)
             else:
-                score = score_generated(model, prompt, generate_with)
-            scores.setdefault((prompt.task, prompt.context, prompt.depth), []).append(score)
+                found = score_generated(model, prompt, generate_with)
+            scores.setdefault((prompt.task, prompt.context, prompt.depth), []).append(found)
     return [
         RecallCell(
             *where,

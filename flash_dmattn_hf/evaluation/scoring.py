@@ -30,11 +30,21 @@ def score_teacher_forced(model: nn.Module, prompt: Prompt) -> Score:
 
     Separators between answers do not count.
     """
-    positions = torch.tensor([position for span in prompt.spans for position in range(*span)])
+    positions = answer_positions(prompt)
     guesses = logits_of_rows(model, prompt.input_ids, positions - 1).argmax(-1).cpu()
+    return score_guesses(prompt, positions, guesses)
+
+
+def score_guesses(prompt: Prompt, positions: torch.Tensor, guesses: torch.Tensor) -> Score:
+    """Compares the likeliest tokens (R,) with the answers' tokens at `positions` (R,), those of all spans in order."""
     right = guesses == prompt.input_ids[positions]
     answers = [bool(part.all()) for part in right.split([last - first for first, last in prompt.spans])]
     return Score(right.double().mean().item(), sum(answers) / len(answers))
+
+
+def answer_positions(prompt: Prompt) -> torch.Tensor:
+    """Returns the positions (R,) of the answers' tokens, separators left out."""
+    return torch.tensor([position for span in prompt.spans for position in range(*span)])
 
 
 def score_generated(model: nn.Module, prompt: Prompt, tokenizer: Tokenizer) -> Score:

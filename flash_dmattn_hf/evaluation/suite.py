@@ -10,7 +10,7 @@ from flash_dmattn_hf.evaluation.agreement import Agreement, agreement, share_of_
 from flash_dmattn_hf.evaluation.memory import cache_bytes
 from flash_dmattn_hf.evaluation.prompts import Prompt
 from flash_dmattn_hf.evaluation.recall import RecallCell, recall
-from flash_dmattn_hf.evaluation.rows import Row, rows_of
+from flash_dmattn_hf.evaluation.rows import TRAINED_WINDOW, Row, rows_of
 from flash_dmattn_hf.gates.attach import iter_gates
 
 
@@ -112,9 +112,15 @@ def _result(row: Row, near: Agreement, size: int, cells: list[RecallCell]) -> di
 
 
 def add_shares_of_gap(results: list[dict]) -> None:
-    """Adds to each row its share of its window's gap, from sinks + window to dense."""
+    """Adds to each row its share of its window's gap, from sinks + window to dense.
+
+    Where a row of the kind `TRAINED_WINDOW` has the same window, share_of_control_gap is that of the gap it leaves.
+    """
     losses = {(row["kind"], row["keep_window_size"]): row["loss"] for row in results}
     for row in results:
         window_loss = losses.get(("sinks + window", row["keep_window_size"]))
         dense_loss = losses["dense", None]
         row["share_of_gap"] = None if window_loss is None else share_of_gap(row["loss"], window_loss, dense_loss)
+        control_loss = losses.get((TRAINED_WINDOW, row["keep_window_size"]))
+        if control_loss is not None:
+            row["share_of_control_gap"] = share_of_gap(row["loss"], control_loss, dense_loss)

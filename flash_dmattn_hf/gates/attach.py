@@ -28,7 +28,10 @@ class AttachReport:
 
 
 def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGate]]:
-    """Yields name, attention module and gate for every module with a gate, in the model's order."""
+    """Yields name, attention module and gate for every module with a gate, in the model's order.
+
+    model: a model of transformers, or what holds one, such as PEFT's, compiled, DDP's and FSDP's models.
+    """
     for name, module in model.named_modules():
         if is_attention(module) and (gate := get_gate(module)) is not None:
             gate.layer_idx = module.layer_idx  # layers may have been taken out or renumbered
@@ -181,6 +184,7 @@ def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConf
         head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
         sliding_window=shape.sliding_window,
+        is_latent=shape.is_latent,
         initializer_range=getattr(module.config, "initializer_range", None) or 0.02,
     )
 

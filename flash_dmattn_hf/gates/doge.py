@@ -32,7 +32,8 @@ class DogeGate(Gate):
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         """value: (B, Hkv, S, D). Returns the importance (B, Hkv, S) in float32, float64 for float64 values."""
-        return compute_importance(value, self._project, self.module.A, self.config.importance)
+        exact = not self.module.training
+        return compute_importance(value, self._project, self.module.A, self.config.importance, exact=exact)
 
     def _project(self, tokens: torch.Tensor) -> torch.Tensor:
         projection = self.module.dt_proj

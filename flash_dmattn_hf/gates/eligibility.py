@@ -25,6 +25,7 @@ _HARMLESS_ARGUMENTS = frozenset(
 class AttentionShape:
     """num_heads, num_kv_heads: heads of query and of key and value. head_dim: of the values.
     hidden_size: of what the projections read, None if it is not known.
+    is_latent: whether the layer caches latents, of which it makes keys and values afterwards.
     sliding_window: the layer's own window in tokens, None for full attention."""
 
     num_heads: int
@@ -32,6 +33,7 @@ class AttentionShape:
     head_dim: int
     hidden_size: int | None
     sliding_window: int | None
+    is_latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Verdict:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """True for modules that transformers calls attention, by the name of their class."""
+    """True for modules that transformers calls attention, or MLA, by the name of their class."""
     cls = type(module)
-    return re.search(r"(Attention\d*|MLA)$", cls.__name__) is not None and not cls.__module__.startswith("torch.")
+    return re.search(r"(Attention|MLA)\d*$", cls.__name__) is not None and not cls.__module__.startswith("torch.")
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
@@ -121,8 +123,8 @@ def _unsupported_feature(module: nn.Module) -> str | None:
         return "compresses older keys into keys of its own, which is not supported"
     if any("indexer" in name for name, _ in module.named_children()):
         return "chooses its keys with an indexer of its own, which is not supported"
-    if "expand_kv(" in source or any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj")):
-        return "is multi-head latent attention (MLA), which is not supported"
+    if not _is_latent(module) and any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj")):
+        return "is multi-head latent attention (MLA) without expand_kv, which is not supported"
     if getattr(config, "num_kv_shared_layers", 0) and not hasattr(module, "store_full_length_kv"):
         return "shares key and value between layers (num_kv_shared_layers) in a way that is not known"
     if "Cross" in type(module).__name__:
@@ -165,11 +167,19 @@ def read_shape(module: nn.Module) -> AttentionShape:
     num_kv_heads = _first(module, "num_key_value_heads", "num_kv_heads")
     if num_kv_heads is None:
         num_kv_heads = num_heads // (_first(module, "num_key_value_groups") or 1)
+    if _is_latent(module):
+        num_kv_heads = num_heads  # whatever the config says, every head has a key and a value of its own
     width = getattr(getattr(module, "v_proj", None), "out_features", None)
     if width is not None and width % head_dim == 0:
         num_kv_heads = width // head_dim
     hidden_size = getattr(getattr(module, "q_proj", None), "in_features", None) or _first(config, "hidden_size")
-    return AttentionShape(num_heads, num_kv_heads, head_dim, hidden_size, sliding_window_of(module))
+    window = sliding_window_of(module)
+    return AttentionShape(num_heads, num_kv_heads, head_dim, hidden_size, window, _is_latent(module))
+
+
+def _is_latent(module: nn.Module) -> bool:
+    """True for multi-head latent attention (MLA), which caches latents and expands all of them in every forward."""
+    return "self.expand_kv(" in _source(type(module))
 
 
 def sliding_window_of(module: nn.Module) -> int | None:

@@ -1,5 +1,6 @@
 """The gate that gives every key its importance: the submodule `self_attn.dma` of an attention module."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, Windows
 from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.hidden_states import take_hidden_states
 from flash_dmattn_hf.names import GATE_NAME
+
+_WITHOUT_FLOAT64 = ("mps", "xpu")
+"""Types of devices, some of which have no float64."""
 
 
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
@@ -51,19 +55,25 @@ class ImportanceProjection(nn.Module):
         return F.linear(tokens, self.weight.to(tokens.dtype), bias)
 
 
-def compute_importance(source: torch.Tensor, dt_proj: nn.Module, A: torch.Tensor, form: str) -> torch.Tensor:
+def compute_importance(
+    source: torch.Tensor, dt_proj: Callable[[torch.Tensor], torch.Tensor], A: torch.Tensor, form: str, *, exact: bool
+) -> torch.Tensor:
     """Returns the importance that a form of `FORMS` computes from A and dt = dt_proj(all heads of a token).
 
     source: (B, heads, S, dim), as `source_of` returns it. A: (Hi,). form: its name.
+    exact: computes in float64 and rounds to what float32 can hold. A product ends in other bits for other batch shapes,
+        and equal keys would not tie; so they do. While training it costs memory, and nothing is cached.
     Returns (B, Hi, S) in float32, float64 for a float64 source: in bfloat16 distinct keys would tie.
     """
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    inner = torch.float64 if exact and source.device.type not in _WITHOUT_FLOAT64 else dtype
     batch, _, seqlen, _ = source.shape
     with torch.autocast(source.device.type, enabled=False):
-        tokens = source.transpose(1, 2).reshape(batch, seqlen, -1).to(dtype)
+        tokens = source.transpose(1, 2).reshape(batch, seqlen, -1).to(inner)
         # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
         dt = dt_proj(tokens).transpose(1, 2).contiguous()
-        return FORMS[form](A.to(dtype).unsqueeze(-1), dt)
+        importance = FORMS[form](A.to(inner).unsqueeze(-1), dt)
+        return importance.float().to(dtype) if exact else importance
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -80,6 +90,7 @@ class Gate:
     layer_idx: index of the layer, as the cache counts.
     num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
     sliding_window: the layer's own window in tokens, None for full attention.
+    is_latent: whether a cache is given latents, of which the layer makes keys and values afterwards (MLA).
     was_called: whether the attention function has ever been called for this layer.
     soft_selections: those active, the innermost last (`gates.soft_selection`); copies and pickles have none.
     """
@@ -91,6 +102,7 @@ class Gate:
     num_importance_heads: int
     head_dim: int
     sliding_window: int | None
+    is_latent = False
     was_called = False
     soft_selections: tuple[Any, ...] = ()
 
@@ -146,7 +158,7 @@ class ImportanceGate(Gate, nn.Module):
     config, model_config: as `Gate` says; layer_idx: index of the layer, as the cache counts.
     num_heads, num_kv_heads, head_dim: shape of the attention, head_dim that of the values.
     hidden_size: of what the layer's projections read; needed for importance_input="hidden".
-    sliding_window: the layer's own window in tokens, None for full attention.
+    sliding_window, is_latent: as `Gate` says.
     initializer_range: standard deviation of dt_proj.weight before training.
     """
 
@@ -161,6 +173,7 @@ class ImportanceGate(Gate, nn.Module):
         head_dim: int,
         hidden_size: int | None = None,
         sliding_window: int | None = None,
+        is_latent: bool = False,
         initializer_range: float = 0.02,
     ) -> None:
         super().__init__()
@@ -169,8 +182,9 @@ class ImportanceGate(Gate, nn.Module):
         self.layer_idx = layer_idx
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.num_importance_heads = num_heads if config.importance_heads == "query" else num_kv_heads
+        self.num_importance_heads = {"kv": num_kv_heads, "query": num_heads, "shared": 1}[config.importance_heads]
         self.sliding_window = sliding_window
+        self.is_latent = is_latent
         self.initializer_range = initializer_range
         self.A = nn.Parameter(torch.zeros(self.num_importance_heads))
         self.source_shape = (num_kv_heads, head_dim) if config.importance_input == "value" else (1, hidden_size)
@@ -192,7 +206,7 @@ class ImportanceGate(Gate, nn.Module):
         parameters = (projection.weight, projection.bias, self.A)
         if form.is_fused and source.shape[2] == 1 and _is_plain(projection) and can_fuse(source, *parameters):
             return token_importance(source, *parameters, form.max_exponent)
-        return compute_importance(source, projection, self.A, self.config.importance)
+        return compute_importance(source, projection, self.A, self.config.importance, exact=not self.training)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.

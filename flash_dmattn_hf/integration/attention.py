@@ -17,6 +17,7 @@ from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import (
     SharedKeys,
     attend_view,
@@ -25,6 +26,8 @@ from flash_dmattn_hf.integration.shared_keys import (
     view_of_slots,
 )
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
+from flash_dmattn_hf.parallel.attention import attend_shard
+from flash_dmattn_hf.parallel.context import active
 
 UNSUPPORTED = {
     "sinks": "attention sinks that depend on the token",
@@ -53,11 +56,12 @@ def dynamic_mask_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
 
-    query: (B, H, T, D). key, value: (B, Hkv, S, D), S >= T, the queries last.
+    query: (B, H, T, D). key: (B, Hkv, S, D), value: (B, Hkv, S, Dv), S >= T, the queries last.
+    dropout: of the attention weights, in training mode alone.
     attention_mask: what `masks.dynamic_mask_mask` returned.
     s_aux: (H,) logit of each head's attention sink, or None.
 
-    Returns out (B, T, H, D) and None. Raises ValueError for anything that would otherwise be ignored.
+    Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
@@ -68,7 +72,7 @@ def dynamic_mask_attention_forward(
         windows, chunk_size = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module)), chunk_size_of(module)
     else:
         windows, chunk_size = gate.windows, None
-    _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
+    _check_arguments(module, attention_mask, kwargs)
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
     tag = tag_of(attention_mask)
@@ -79,7 +83,12 @@ def dynamic_mask_attention_forward(
     if tag is not None and tag.is_full and (is_cached or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
     options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "return_lse": s_aux is not None}
-    documents = _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    if dropout and module.training:
+        options["dropout_p"] = dropout
+    shard = None if tag is None else tag.shard
+    if shard is not None or active.slot.content is not None:
+        check_shard(shard, key, cache_layer, cu_seq_lens_q, chunk_size)
+    documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if chunk_size is not None:
         attended = attend_chunks(query, key, value, attention_mask, documents, chunk_size, **options)
         return _with_sinks(attended, s_aux), None
@@ -92,6 +101,8 @@ def dynamic_mask_attention_forward(
             if shared.view is not None:
                 attended = attend_view(gate, shared.view, query, **options)
             else:
+                if gate.is_latent:
+                    cache_layer.receive(key, value)
                 attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, options)
             return _with_sinks(attended, s_aux), None
         _refuse_missing_keys(gate, query, key, attention_mask)
@@ -104,8 +115,14 @@ def dynamic_mask_attention_forward(
         options["add_importance_bias"] = False
     if getattr(module, "store_full_length_kv", False):
         share(key, shared)
-    options.update(windows._asdict(), deterministic=torch.are_deterministic_algorithms_enabled())
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
+    if shard is not None:
+        states = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if gate is None:
+            windows = windows_of_shard(module.layer_idx, windows.sliding_window)
+        return _with_sinks(attend_shard(shard, *states, importance, windows, **options), s_aux), None
+    options.update(windows._asdict())
     if documents is not None:
         return _with_sinks(_attend_packed(query, key, value, importance, documents, options), s_aux), None
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
@@ -121,7 +138,7 @@ def dynamic_mask_attention_forward(
 
 
 def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
-    """Returns out (B, T, H, D), with the sinks if there are any; attended is out and lse then."""
+    """Returns out (B, T, H, Dv), with the sinks if there are any; attended is out and lse then."""
     return attended if s_aux is None else with_sinks(*attended, s_aux)
 
 
@@ -129,7 +146,7 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, options):
     """Attends over the survivors and the new tokens of a cache layer, and lets it evict. Returns out [, lse]."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     is_shared = getattr(module, "store_full_length_kv", False)  # later layers use its keys
-    if layer.takes_step:
+    if layer.takes_step and "dropout_p" not in options:
         attended = layer.step(query.transpose(1, 2), padding_mask, **options)
         view = view_of_slots(layer, padding_mask) if is_shared else None
     else:
@@ -185,7 +202,7 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Document
     return documents_of(numbers)
 
 
-def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs) -> None:
+def _check_arguments(module, attention_mask, kwargs) -> None:
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
         given = kwargs.get(argument)
@@ -197,18 +214,10 @@ def _check_arguments(module, query, key, value, attention_mask, dropout, kwargs)
         raise ValueError(f"{name} is not causal self-attention, which flash_dmattn does not support")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
-    if dropout:
-        raise ValueError(
-            f"config.{_dropout_field(module.config, dropout)} must be 0 to train with flash_dmattn, got {dropout}"
-        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must have shape (B, S) with flash_dmattn, got "
             f"{tuple(attention_mask.shape)}: custom masks are not supported"
-        )
-    if key.shape[-1] != value.shape[-1]:
-        raise ValueError(
-            f"{name} has keys of dim {key.shape[-1]} and values of dim {value.shape[-1]}: they must be equal"
         )
 
 
@@ -226,12 +235,6 @@ def _check_limits(module, limits: MaskLimits, argument, attention_mask, tag) -> 
                     f"{name} of layer {module.layer_idx} must be {expected}, as its config says, got {found} from "
                     f"the forward of {type(module).__name__}"
                 )
-
-
-def _dropout_field(config: Any, dropout: float) -> str:
-    """Returns the name of the config's attention dropout."""
-    names = [name for name, value in vars(config).items() if value == dropout and "drop" in name]
-    return next((name for name in names if "att" in name), names[0] if names else "attention_dropout")
 
 
 def _refuse_documents(documents: Documents | None) -> None:

@@ -44,7 +44,7 @@ def _before(position_ids: torch.Tensor, is_real: torch.Tensor) -> tuple[torch.Te
     """Returns the position of the real token before each token, for the first its own minus 1, and how far it is."""
     columns = torch.arange(position_ids.shape[1], device=position_ids.device)
     last_real = torch.where(is_real, columns, -1).cummax(-1).values
-    last_real = torch.cat([torch.full_like(last_real[:, :1], -1), last_real[:, :-1]], dim=1)
+    last_real = torch.where(columns == 0, -1, last_real.roll(1, dims=1))  # a slice would need three tokens to export
     before = torch.where(last_real < 0, position_ids - 1, position_ids.gather(1, last_real.clamp(min=0)))
     return before, torch.where(last_real < 0, 1, columns - last_real)
 
@@ -58,8 +58,8 @@ def documents_of(numbers: torch.Tensor) -> Documents:
     if not torch.compiler.is_compiling() and bool((numbers < 0).any()):
         padding_mask = (numbers >= 0).reshape(1, -1)
         numbers = torch.where(numbers < 0, ~numbers, numbers)
-    starts = torch.ones_like(numbers, dtype=torch.bool)
-    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    is_first = torch.arange(numbers.shape[1], device=numbers.device) == 0
+    starts = (numbers != numbers.roll(1, dims=1)) | is_first
     order = starts.flatten().cumsum(0) - 1
     num_bounds = order.shape[0] + 1 if torch.compiler.is_compiling() else int(order[-1]) + 2
     bounds = torch.searchsorted(order, torch.arange(num_bounds, device=order.device))

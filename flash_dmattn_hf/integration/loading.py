@@ -8,14 +8,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config
+from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, dynamic_mask_config, load_time_values, read_values
 from flash_dmattn_hf.gates import attach
 from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
 from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.gates.offload import materialize
+from flash_dmattn_hf.integration.lost_settings import warn_if_lost
 from flash_dmattn_hf.integration.preparation import (
+    choose_for_text_part,
     leave_other_parts_native,
+    name_text_part,
     prepare,
     refuse_without_gates,
     remove_hook,
@@ -31,7 +34,9 @@ def wrap_check_implementation(original: Callable) -> Callable:
 
     @wraps(original)
     def check(self, attn_implementation, is_init_check=False, *args, **kwargs):
+        self._flash_dmattn_was_chosen = attn_implementation is not None
         if is_ours(attn_implementation):
+            choose_for_text_part(self.config, attn_implementation)
             leave_other_parts_native(self.config)
             if is_init_check and chooses_class_by_name(type(self)):
                 raise ValueError(
@@ -97,6 +102,8 @@ def wrap_from_pretrained(original: Callable) -> Callable:
                 f'"{text_config_of(model)._attn_implementation}"'
             )
         _check_loaded(model, info)
+        if flash_dmattn is None and not load_time_values() and uses_dynamic_masks(model):
+            warn_if_lost(model)
         return (model, info) if output_loading_info else model
 
     return from_pretrained
@@ -120,7 +127,7 @@ def wrap_config_from_dict(original: Callable) -> Callable:
     def from_dict(cls, config_dict, **kwargs):
         section, values = config_dict.get(SECTION), kwargs.get(SECTION)
         if section is not None and values is not None:
-            kwargs[SECTION] = DynamicMaskConfig.from_dict(section).updated(_as_dict(values)).to_dict()
+            kwargs[SECTION] = DynamicMaskConfig.from_dict(section).updated(read_values(values)).to_dict()
         return original(cls, config_dict, **kwargs)
 
     return from_dict
@@ -131,21 +138,31 @@ def wrap_set_implementation(original: Callable) -> Callable:
 
     @wraps(original)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        before = {id(part.config): part.config._attn_implementation for part in submodels(self)}
-        original(self, attn_implementation, *args, **kwargs)
-        if not is_ours(attn_implementation) and not uses_dynamic_masks(self):
-            return
-        try:
-            fresh = _attach_to_existing(self, before)
-        except ValueError:
-            for part in submodels(self):
-                part.config._attn_implementation_internal = before[id(part.config)]
-                remove_hook(part._forward_pre_hooks, refuse_without_gates)
-            raise
-        if fresh:
+        if choose_implementation(original, self, attn_implementation, *args, **kwargs):
             _warn_untrained()
 
     return set_attn_implementation
+
+
+def choose_implementation(
+    original: Callable, model: PreTrainedModel, attn_implementation: Any, *args, **kwargs
+) -> list[ImportanceGate]:
+    """Calls transformers' `set_attn_implementation` and attaches gates if ours is chosen; returns the new gates.
+
+    Raises ValueError for a model that cannot use ours; it then has the implementation of before.
+    """
+    before = {id(part.config): part.config._attn_implementation for part in submodels(model)}
+    attn_implementation = name_text_part(model.config, attn_implementation)
+    original(model, attn_implementation, *args, **kwargs)
+    if not is_ours(attn_implementation) and not uses_dynamic_masks(model):
+        return []
+    try:
+        return _attach_to_existing(model, before)
+    except ValueError:
+        for part in submodels(model):
+            part.config._attn_implementation_internal = before[id(part.config)]
+            remove_hook(part._forward_pre_hooks, refuse_without_gates)
+        raise
 
 
 def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[ImportanceGate]:
@@ -170,15 +187,7 @@ def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[
 
 
 def _load_time(values: Any) -> Any:
-    return nullcontext() if values is None else dynamic_mask_config(**_as_dict(values))
-
-
-def _as_dict(values: Any) -> dict[str, Any]:
-    if isinstance(values, DynamicMaskConfig):
-        return values.to_dict()
-    if not isinstance(values, dict):
-        raise ValueError(f"flash_dmattn must be a dict of settings, got {type(values).__name__}")
-    return values
+    return nullcontext() if values is None else dynamic_mask_config(**read_values(values))
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:

@@ -10,13 +10,15 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from flash_dmattn_hf.arguments import by_name, get_cache, parameter_names
+from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, limits_of_mask
+from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
 from flash_dmattn_hf.names import NAMES
+from flash_dmattn_hf.parallel.context import Shard, active
 
 _TAG = "_flash_dmattn_tag"
 
@@ -56,6 +58,9 @@ def dynamic_mask_mask(
         raise ValueError(
             f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
         )
+    shard = getattr(attention_mask, SHARD, None)
+    if shard is not None:
+        return _tag(attention_mask, limits, shard=shard)
     length = kv_offset + kv_length
     is_plain, is_full = limits == MaskLimits() and not q_offset, False
     if attention_mask is None:
@@ -76,10 +81,14 @@ def dynamic_mask_mask(
 
 @dataclass(frozen=True)
 class MaskTag:
-    """What a mask says beyond its entries: how far a query sees, and whether all tokens are real."""
+    """What a mask says beyond its entries: how far a query sees, and whether all tokens are real.
+
+    shard: the rows of the forward, where several ranks hold the sequence.
+    """
 
     limits: MaskLimits
-    is_full: bool
+    is_full: bool = False
+    shard: Shard | None = None
 
 
 def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
@@ -87,11 +96,11 @@ def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
     return getattr(mask, _TAG, None)
 
 
-def _tag(mask: torch.Tensor, limits: MaskLimits, is_full: bool) -> torch.Tensor:
+def _tag(mask: torch.Tensor, limits: MaskLimits, is_full: bool = False, shard: Shard | None = None) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return mask
     mask = mask.view(mask.shape)  # the caller's own tensor stays as it is
-    setattr(mask, _TAG, MaskTag(limits, is_full))
+    setattr(mask, _TAG, MaskTag(limits, is_full, shard))
     return mask
 
 
@@ -105,12 +114,14 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def preprocess(*args, **kwargs):
-        given = by_name(names, args, kwargs)
-        config, attention_mask, cache = given.get("config"), given.get("attention_mask"), get_cache(given)
+        given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - a call may leave parameters out
+        # By their places: the fourth is `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
+        config, inputs_embeds, attention_mask, cache, position_ids = [given.get(name) for name in names[:5]]
         if getattr(config, "_attn_implementation", None) not in NAMES:
+            if active.slot.content is not None:
+                refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        inputs_embeds, position_ids = given["inputs_embeds"], given.get("position_ids")
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
@@ -118,6 +129,9 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         is_final, mask, _, q_length, kv_length, q_offset, kv_offset = result
         if is_final:
             return result
+        if active.slot.content is not None:
+            mask = find_shard(active.slot.content, position_ids, mask, inputs_embeds, q_offset)
+            return is_final, mask, None, q_length, kv_length, q_offset, kv_offset
         mask = _admit_padding(cache, mask, q_length)
         _look_at_growth(config, cache, q_offset)
         packed = _documents(position_ids, mask, inputs_embeds.shape[0], cache, q_offset)
@@ -193,6 +207,8 @@ def _documents(position_ids: Any, mask: torch.Tensor | None, batch: int, cache: 
         return None
     if mask is not None and mask.shape[-1] != position_ids.shape[1]:
         return None  # the length of the mask is refused later
+    if bool((position_ids.diff() > 0).all()):
+        return None  # one document: the usual case, and a fraction of the work
     numbers = mark_documents(position_ids.expand(batch, -1), mask)
     return numbers if bool(has_documents(numbers)) else None
 

@@ -12,6 +12,7 @@ from flash_dmattn_hf.gates import attach, doge
 from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.integration.guards import hides_positions, refuse_packed_positions
+from flash_dmattn_hf.integration.lost_settings import remember
 from flash_dmattn_hf.integration.shared_keys import keep_all_tokens, slices_before_sharing
 from flash_dmattn_hf.names import is_ours
 
@@ -52,6 +53,7 @@ def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> N
                 model.register_forward_pre_hook(refuse_without_gates)
         return
     attach.attach(model, planned)
+    remember(model)
     is_doge = any(map(is_native_doge, model.modules()))
     if not is_doge or load_time_values() or getattr(text_config, SECTION, None) is not None:
         setattr(text_config, SECTION, planned.config.to_dict())
@@ -78,6 +80,22 @@ def check_called(module: nn.Module, args: tuple, output: Any) -> None:
                 "interface, so it is silently dense: leave its layer out with layers=..."
             )
     remove_hook(module._forward_hooks, check_called)
+
+
+def choose_for_text_part(config: Any, name: str) -> None:
+    """Chooses our implementation for the text part of a composite model that got it, if nothing is chosen there."""
+    text_config = attach.text_part(config)
+    if text_config._attn_implementation is None:
+        text_config._attn_implementation = name
+
+
+def name_text_part(config: Any, attn_implementation: Any) -> Any:
+    """Returns a choice by parts, in which ours for the whole, the name "", is ours for the text part as well."""
+    if not isinstance(attn_implementation, dict) or not is_ours(attn_implementation.get("")):
+        return attn_implementation
+    text_config = attach.text_part(config)
+    parts = [key for key in config.sub_configs if attach.text_part(getattr(config, key, None)) is text_config]
+    return {**{key: attn_implementation[""] for key in parts}, **attn_implementation}
 
 
 def leave_other_parts_native(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every change to transformers: what `register()` wraps and `unregister()` puts back."""
+"""Every change to transformers and accelerate: what `register()` wraps and `unregister()` puts back."""
 
 import logging
 import sys
@@ -14,15 +14,17 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
-from transformers.utils import generic
+from transformers.integrations.peft import PeftAdapterMixin
+from transformers.utils import generic, is_peft_available
 
 from flash_dmattn_hf.gates import doge, soft_selection
-from flash_dmattn_hf.integration import generation, loading
+from flash_dmattn_hf.integration import adapters, generation, loading
 from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
 from flash_dmattn_hf.integration.kept_cache import wrap_generate
 from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
 from flash_dmattn_hf.names import NAMES
+from flash_dmattn_hf.parallel import accelerate
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +123,19 @@ def _patches() -> list[Patch]:
             (masking_utils, "_preprocess_mask_arguments", wrap_preprocess_mask_arguments),
             (DogeAttention, "forward", doge.wrap_forward),
             (GenerationMixin, "generate", lambda original: wrap_generate(soft_selection.wrap_generate(original))),
+            (PreTrainedModel, "save_pretrained", adapters.wrap_save_model),
+            (PeftAdapterMixin, "load_adapter", adapters.wrap_load_adapter_of_model),
             *generation.PATCHES,
+            *accelerate.PATCHES,
         ]
+        if is_peft_available():
+            from peft import PeftModel
+
+            entries += [
+                (PeftModel, "save_pretrained", adapters.wrap_save),
+                (PeftModel, "from_pretrained", adapters.wrap_from_pretrained),
+                (PeftModel, "load_adapter", adapters.wrap_load_adapter),
+            ]
         _PATCHES.extend(Patch(*entry) for entry in entries)
         _PATCHES.append(FunctionPatch(generic, "is_flash_attention_requested", wrap_flash_requested))
     return _PATCHES

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from flash_dmattn import Visibility, interval_attention, select_visible
@@ -21,17 +22,18 @@ IMPORTANCE_GROUP = "importance"
 def importance_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields name and parameter of everything that the importance is computed from, in the model's order.
 
-    They are the gates' parameters, or `A` and `dt_proj` of a native Doge layer. Raises ValueError for a model
-    without gates.
+    They are the gates' parameters, or `A` and `dt_proj` of a native Doge layer. With `modules_to_save=["dma"]` of PEFT
+    they are those of the active copy.
+
+    model: a model of transformers, or what holds one, such as PEFT's, compiled, DDP's and FSDP's models.
+    Raises ValueError for a model without gates.
     """
     found = False
     for name, module, gate in iter_gates(model):
         found = True
-        if is_native_doge(module):
-            yield f"{name}.A", module.A
-            yield from module.dt_proj.named_parameters(f"{name}.dt_proj")
-        else:
-            yield from gate.named_parameters(f"{name}.dma")
+        owner, place = (module, name) if is_native_doge(module) else (gate, f"{name}.dma")
+        yield f"{place}.A", owner.A
+        yield from owner.dt_proj.named_parameters(f"{place}.dt_proj")
     if not found:
         raise ValueError(
             f"model must have dynamic masks, got {type(model).__name__} without any: convert it, or load it with "
@@ -135,6 +137,7 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
 
     was_training = model.training
     model.eval()
+    model = getattr(model, "_orig_mod", model)  # what is compiled would not be observed
     try:
         with observed_attention({module for _, module, _ in iter_gates(model)}, attend):
             model(input_ids=input_ids[None].to(next(model.parameters()).device), use_cache=False)
@@ -204,7 +207,8 @@ class ImportanceCallback(TrainerCallback):
 
 def _all_A(model: nn.Module) -> torch.Tensor:
     parameters = [(module if is_native_doge(module) else gate).A for _, module, gate in iter_gates(model)]
-    return torch.cat([A.detach().float().cpu() for A in parameters])
+    wholes = [A.full_tensor() if isinstance(A, DTensor) else A for A in (A.detach() for A in parameters)]
+    return torch.cat([A.float().cpu() for A in wholes])
 
 
 def _first_example(dataset: Any) -> torch.Tensor:

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from flash_dmattn_hf.gates.wrapped import find_pretrained
+from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training import liger
 from flash_dmattn_hf.training.chunked_cross_entropy import chunked_cross_entropy
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, DeferringLinear, check_output_layer_of
@@ -41,7 +43,7 @@ def use_chunked_loss(
     softcapped logits included. Calls without labels, so generation too, are as before. To be called before the model
     is given to a Trainer or compiled.
 
-    model: a causal language model of transformers, or one inside a PeftModel.
+    model: a causal language model of transformers, or what holds one (PEFT, compiled, DDP, FSDP).
     chunk_size: tokens whose logits exist at once; None: `chunked_loss.CHUNK_ENTRIES` logits.
     engine: "liger" for Liger-Kernel's, "torch" for ours; "auto" takes the first that can serve.
     in_evaluation: also in eval mode; with False a model in eval mode returns its logits, for metrics that need them.
@@ -49,13 +51,15 @@ def use_chunked_loss(
     Returns what undoes it: `.remove()`, or the end of a `with` block. Raises ValueError for a model whose output layer
     is no plain linear layer, or whose loss is not transformers' causal language model loss.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped, model = model, find_pretrained(model)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size must be None or an integer of at least 1, got {chunk_size!r}")
     if engine == "liger" and not liger.is_installed():
         raise ValueError("engine must be auto or torch where liger-kernel is not installed, got 'liger'")
+    if model is None:
+        raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
     _check_model(model)
     return ChunkedLoss(model, Settings(chunk_size, engine, in_evaluation))
 
@@ -105,12 +109,17 @@ def causal_lm_loss(
 
     logits: (B, S, vocabulary). labels: (B, S), the tokens themselves; shift_labels: (B, S), the tokens after them.
     num_items_in_batch: what the sum over tokens is divided by; None: how many tokens have a label.
-    Raises ValueError for another vocab_size or number of labels than the logits have.
+    Raises ValueError for another vocab_size or number of labels than the logits have, and for labels alone inside
+    `context_parallel`.
     """
     if not isinstance(logits, DeferredLogits):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if vocab_size != logits.shape[-1]:
         raise ValueError(f"vocab_size must be that of the output layer, {logits.shape[-1]}, got {vocab_size}")
+    if shift_labels is None and active.slot.content is not None:
+        raise ValueError(
+            "labels must come with shift_labels inside context_parallel: the last target is on another rank"
+        )
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
@@ -182,10 +191,8 @@ def _restore(model: nn.Module, name: str, attributes: dict[str, Any]) -> None:
         setattr(model, name, attributes[name])
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a model of transformers, got {name}")
     if getattr(model, SETTINGS, None) is not None:
         raise ValueError(f"{name} has a chunked loss already: remove() it first")
     if model.loss_function is not ForCausalLMLoss or "labels" not in inspect.signature(model.forward).parameters:

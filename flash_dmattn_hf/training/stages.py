@@ -1,13 +1,15 @@
 """One stage of a distillation: the importance alone, all weights, or an adapter that is merged afterwards."""
 
 import gc
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from flash_dmattn_hf.training.distillation import DistillationTrainer
 from flash_dmattn_hf.training.distillation_arguments import DistillationArguments
@@ -72,8 +74,7 @@ def train_stage(
     trained = _adapted(model, recipe) if stage == "all" and recipe.lora_rank is not None else model
     trainer = DistillationTrainer(trained, arguments, train_dataset=data, held_out=held_out, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
 
     log = trainer.state.log_history
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -86,6 +87,14 @@ def train_stage(
     if is_cuda:
         torch.cuda.empty_cache()
     return model.eval(), log
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Returns the last checkpoint of a run. Those that an interruption left half written are removed."""
+    for started in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (started / TRAINER_STATE_NAME).is_file():  # a Trainer writes it last
+            shutil.rmtree(started)
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _adapted(model: PreTrainedModel, recipe: Recipe):

@@ -2,11 +2,11 @@
 
 import shlex
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from cuda_build.settings import Settings
+from cuda_build.terminal import say, show_progress
 from cuda_build.toolkit import Toolkit, keep_supported
 from cuda_build.units import EXPORTS, SOURCES, Unit, list_units
 
@@ -52,21 +52,21 @@ def build_library(
     """
     architectures, dropped = keep_supported(settings, toolkit)
     if dropped:
-        print(f"flash_dmattn: {toolkit.nvcc} does not know {_names(dropped)}; left out", file=sys.stderr, flush=True)
+        say(f"{toolkit.nvcc} does not know {_names(dropped)}; left out")
     if not architectures:
         raise RuntimeError(f"{toolkit.nvcc} knows none of the wanted architectures {_names(dropped)}")
     units = list_units(settings, architectures, sources)
-    print(
-        f"flash_dmattn: {len(units)} compilations for {_names(architectures)} with {toolkit.nvcc}, "
-        f"{settings.max_jobs} at a time",
-        file=sys.stderr,
-        flush=True,
+    say(
+        f"{len(units)} compilations for {_names(architectures)} with {toolkit.nvcc}, {settings.max_jobs} at a time, "
+        f"{settings.why}"
     )
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(units, toolkit, settings))
     command = [str(toolkit.ninja), "-C", str(folder), "-j", str(settings.max_jobs), LIBRARY_NAME if link else "objects"]
-    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ninja:
+        show_progress(ninja.stdout)
+    if ninja.returncode != 0:
         raise RuntimeError(
             "the CUDA library could not be compiled, see above; FLASH_DMATTN_SKIP_CUDA_BUILD=1 installs without it"
         )

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from setuptools import Extension
@@ -11,7 +10,8 @@ from setuptools.command.build_ext import build_ext
 
 from cuda_build.library import LIBRARY_NAME, build_library
 from cuda_build.settings import DTYPES, HEAD_DIMS, read_settings
-from cuda_build.toolkit import MissingTool, find_toolkit
+from cuda_build.terminal import say
+from cuda_build.toolkit import MissingTool, find_toolkit, keep_supported
 from cuda_build.units import KERNELS
 
 BUILD_FOLDER = KERNELS.parent / "build" / "cuda"
@@ -20,12 +20,13 @@ BUILD_FOLDER = KERNELS.parent / "build" / "cuda"
 def plan_build(package: str) -> dict:
     """Returns the arguments of `setup` that make it build the library into `package`.
 
-    Without nvcc or ninja there is nothing to build: it says so, and Triton serves; with FLASH_DMATTN_FORCE_BUILD=1
-    it raises `MissingTool`. Raises ValueError for a choice of head dims or dtypes.
+    There is nothing to build without nvcc and ninja, or where nvcc cannot compile for any GPU here. It says so, and
+    Triton serves. With FLASH_DMATTN_FORCE_BUILD=1 it raises `MissingTool` or ValueError instead. Raises ValueError for
+    a choice of head dims or dtypes.
     """
     settings = read_settings()
     if settings.skip:
-        print("flash_dmattn: no CUDA library, as asked by FLASH_DMATTN_SKIP_CUDA_BUILD", file=sys.stderr)
+        say("no CUDA library, as asked by FLASH_DMATTN_SKIP_CUDA_BUILD")
         return {}
     if (settings.head_dims, settings.dtypes) != (HEAD_DIMS, DTYPES):
         raise ValueError(
@@ -33,11 +34,17 @@ def plan_build(package: str) -> dict:
             f"got {', '.join(settings.head_dims + settings.dtypes)}"
         )
     try:
-        find_toolkit()
+        toolkit = find_toolkit()
     except MissingTool as error:
         if settings.force:
             raise
-        print(f"flash_dmattn: no CUDA library, {error}", file=sys.stderr)
+        say(f"no CUDA library, {error}")
+        return {}
+    if not settings.is_asked and not keep_supported(settings, toolkit)[0]:
+        problem = f"{toolkit.nvcc} cannot compile kernels {settings.why}"
+        if settings.force:
+            raise ValueError(f"FLASH_DMATTN_CUDA_ARCHS must be set to force a build, {problem}")
+        say(f"no CUDA library, {problem}; FLASH_DMATTN_CUDA_ARCHS=all builds it for others")
         return {}
     return {
         "ext_modules": [Extension(f"{package}.{LIBRARY_NAME.split('.')[0]}", sources=[])],

@@ -128,8 +128,14 @@ def check_attention(
     softcap: float,
     backend: str,
     allow_longer_query: bool = False,
+    allow_other_value_dim: bool = False,
 ) -> None:
-    """Raises ValueError unless query, key, value and importance fit each other."""
+    """Raises ValueError unless query, key, value and importance fit each other, RuntimeError under torch.jit.trace."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "flash_dmattn cannot be recorded by torch.jit.trace, which would keep what follows from the length of its "
+            "example: use torch.export.export with a dynamic length"
+        )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
         if tensor.dim() != 4:
@@ -143,7 +149,9 @@ def check_attention(
     batch, seqlen_q, num_heads, head_dim = query.shape
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ValueError(f"key must have shape ({batch}, Sk, Hkv, {head_dim}), got {tuple(key.shape)}")
-    if value.shape != key.shape:
+    if allow_other_value_dim and (value.shape[:3] != key.shape[:3] or value.shape[3] == 0):
+        raise ValueError(f"value must have key's shape {tuple(key.shape)} up to its head dim, got {tuple(value.shape)}")
+    if not allow_other_value_dim and value.shape != key.shape:
         raise ValueError(f"value must have key's shape {tuple(key.shape)}, got {tuple(value.shape)}")
     seqlen_k, num_kv_heads = key.shape[1], key.shape[2]
     if head_dim == 0 or num_heads == 0 or num_kv_heads == 0:
@@ -156,7 +164,7 @@ def check_attention(
         raise ValueError(f"query must not be longer than key, got {seqlen_q} rows against {seqlen_k}")
     if importance is not None:
         check_tensor("importance", importance)
-        shapes = [(batch, num_kv_heads, seqlen_k), (batch, num_heads, seqlen_k)]
+        shapes = [(batch, count, seqlen_k) for count in (num_kv_heads, num_heads, 1)]
         if tuple(importance.shape) not in shapes:
             wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
             raise ValueError(f"importance must have shape {wanted}, got {tuple(importance.shape)}")
@@ -197,6 +205,16 @@ def check_soft_selection(temperature: float | torch.Tensor | None, band: float |
         raise ValueError(f"selection_band must be None or at least 1, got {band}")
     if not is_causal:
         raise ValueError("selection_temperature needs is_causal=True")
+
+
+def check_dropout(dropout_p: float, dropout_seed: torch.Tensor | None, query: torch.Tensor) -> None:
+    """Raises ValueError unless 0 <= dropout_p < 1 and the seed is None or int64 (B,) on query's device."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if dropout_seed is not None:
+        check_like("dropout_seed", dropout_seed, (query.shape[0],), query.device)
+        if dropout_seed.dtype != torch.int64:
+            raise ValueError(f"dropout_seed must be int64, got {dropout_seed.dtype}")
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:

@@ -27,6 +27,8 @@ def interval_attention(
     softcap: float = 0.0,
     add_importance_bias: bool = True,
     max_visible: int | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -37,10 +39,11 @@ def interval_attention(
     stand in any order. With `soft`, log sigmoid(score_j - threshold_t) is added from the row contested_from_j on.
 
     query: (B, Sq, H, D), float16, bfloat16, float32 or float64.
-    key, value: (B, Sk, Hkv, D), query's dtype; H is a multiple of Hkv.
-    importance: (B, Hi, Sk) floating point, Hi = Hkv or H, added to the logits in float32 (NaN as -inf, +inf as the
-        largest float32; a key of -inf weighs 0), or None for no bias. GPU backends add 2.3e38 at most, and a key below
-        -2.3e38 weighs 0.
+    key: (B, Sk, Hkv, D), value: (B, Sk, Hkv, Dv), query's dtype; H is a multiple of Hkv. Where D and Dv differ, the
+        shorter one is filled up with zeros for the backend.
+    importance: (B, Hi, Sk) floating point, Hi = Hkv, H, or 1 for all heads alike, added to the logits in float32 (NaN
+        as -inf, +inf as the largest float32; a key of -inf weighs 0), or None for no bias. GPU backends add 2.3e38 at
+        most, and a key below -2.3e38 weighs 0.
     visibility: birth and death, int32 (B, Hi, Sk); or None: every key from its own row on, as in dense attention.
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
     query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing.
@@ -51,19 +54,26 @@ def interval_attention(
     add_importance_bias: when False the importance is not added and has no gradient.
     max_visible: n consecutive rows see no more than max_visible + n keys altogether (the w of a causal selection), a
         promise that saves a GPU backend from counting them; None: it counts.
+    dropout_p: how likely each weight of the softmax is dropped, at least 0 and below 1; what is kept is divided by
+        1 - dropout_p. lse does not know of it. The CUDA library and FlexAttention do not serve it.
+    dropout_seed: (B,) int64, which weights are dropped (`flash_dmattn.dropout.keeps`); None: drawn from torch's
+        generator of query's device.
     deterministic: equal inputs give bitwise equal gradients.
     return_lse: also return the natural-log sum of exp of each query's logits.
     backend: "auto" or one of `get_available_backends()`.
 
-    Returns out (B, Sq, H, D) in query's dtype and, if asked, lse (B, H, Sq) in float32 (float64 for float64). A
+    Returns out (B, Sq, H, Dv) in query's dtype and, if asked, lse (B, H, Sq) in float32 (float64 for float64). A
     query that sees no key gets out 0, lse -inf and no gradient.
 
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
     """
-    arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
+    arguments.check_attention(
+        query, key, value, importance, softcap=softcap, backend=backend, allow_other_value_dim=True
+    )
     if visibility is not None:
         check_visibility(visibility, query, key, importance)
     check_query_rows(query_start, query_positions, query)
+    arguments.check_dropout(dropout_p, dropout_seed, query)
     if soft is not None:
         check_soft(soft, query, key, importance, visibility)
     arguments.check_count("max_visible", max_visible, 1)
@@ -82,6 +92,8 @@ def interval_attention(
         max_visible=max_visible,
         softmax_scale=softmax_scale,
         softcap=softcap,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
         deterministic=deterministic,
     )
     out, lse = attend(call, backend)
@@ -108,6 +120,8 @@ def dynamic_mask_attention(
     max_seqlen: int | None = None,
     selection_temperature: float | torch.Tensor | None = None,
     selection_band: float | None = 1.5,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -116,8 +130,8 @@ def dynamic_mask_attention(
 
     Selection as in `select_visible`, attention as in `interval_attention`; their options mean the same here.
 
-    query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D). Queries are the last Sq of the Sk positions.
-    importance: (B, Hi, Sk) floating point, Hi = Hkv or H.
+    query: (B, Sq, H, D). key: (B, Sk, Hkv, D), value: (B, Sk, Hkv, Dv). Queries are the last Sq of the Sk positions.
+    importance: (B, Hi, Sk) floating point, Hi = Hkv, H, or 1 for all heads alike.
     padding_mask: (B, Sk) bool, True for real tokens. Padding is visible to nobody, takes no place in any window,
         and its query rows give out 0, lse -inf and no gradient, whatever stands in them.
     cu_seqlens: (num_docs + 1,) int32, document boundaries of a packed batch: B = 1, Sq = Sk.
@@ -128,14 +142,17 @@ def dynamic_mask_attention(
         mask, which None is.
     selection_band: with a temperature, at least 1: how many contested keys a query sees, in multiples of K; None: all.
 
-    Returns out (B, Sq, H, D) and, if `return_lse`, lse (B, H, Sq).
+    Returns out (B, Sq, H, Dv) and, if `return_lse`, lse (B, H, Sq).
 
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
     """
     if importance is None:
         raise ValueError("importance must be a tensor, got None")
-    arguments.check_attention(query, key, value, importance, softcap=softcap, backend=backend)
+    arguments.check_attention(
+        query, key, value, importance, softcap=softcap, backend=backend, allow_other_value_dim=True
+    )
     arguments.check_count("max_seqlen", max_seqlen, 0)
+    arguments.check_dropout(dropout_p, dropout_seed, query)
     check_backend_name(backend)
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     if cu_seqlens is not None and seqlen_q != seqlen_k:
@@ -183,6 +200,8 @@ def dynamic_mask_attention(
         max_visible=min(shown if is_causal else 2 * shown, NEVER),
         softmax_scale=softmax_scale,
         softcap=softcap,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
         deterministic=deterministic,
     )
     out, lse = attend(call, backend)
@@ -190,7 +209,11 @@ def dynamic_mask_attention(
 
 
 def attend(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a call on the backend of that name, differentiably. Returns out (B, Sq, H, D) and lse (B, H, Sq)."""
+    """Runs a call on the backend of that name, differentiably. Returns out (B, Sq, H, Dv) and lse (B, H, Sq)."""
+    value_dim = call.value.shape[3]
+    call = call.with_one_head_dim()
     if differentiates_itself(backend):
-        return choose(ATTENTION, call, backend).attend(call)
-    return run_attention(call, backend)
+        out, lse = choose(ATTENTION, call, backend).attend(call)
+    else:
+        out, lse = run_attention(call, backend)
+    return (out if out.shape[3] == value_dim else out[..., :value_dim]), lse

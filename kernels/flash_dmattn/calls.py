@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
+from flash_dmattn.dropout import draw_seed
 from flash_dmattn.operators import OperatorCall
 from flash_dmattn.ranking import comparable
 from flash_dmattn.visibility import NEVER, SoftCut, Visibility
@@ -14,7 +16,7 @@ from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 class AttentionCall(OperatorCall):
     """The checked arguments of one attention over intervals.
 
-    query: (B, Sq, H, D). key, value: (B, Sk, Hkv, D), query's dtype.
+    query: (B, Sq, H, D). key: (B, Sk, Hkv, D), value: (B, Sk, Hkv, Dv), query's dtype. A backend gets Dv = D.
     importance: (B, Hi, Sk) float32 (float64 for float64), contiguous, or None for no bias; NaN counts as -inf, +inf as
         the largest float32.
     birth, death: (B, Hi, Sk) int32, contiguous; Hi is Hkv or H. Both None: every key is visible from its own row on.
@@ -22,8 +24,10 @@ class AttentionCall(OperatorCall):
     query_positions: (B, Sq) int32, contiguous, the row of every query, -1 for one that sees nothing; or None. When both
         are given, query_positions is query_start + i except for its -1; when neither is, the queries are the last rows.
     soft: a gate on pairs of query and key, which is added to the logits; its tensors are contiguous; or None.
+    dropout_seed: (B,) int64, contiguous, which weights are dropped (`flash_dmattn.dropout`); None: none is.
     max_visible: n consecutive rows see no more than max_visible + n keys altogether; None when that is unknown.
     softmax_scale: factor of the dot product. softcap: 0 is off.
+    dropout_p: with a seed, how likely a weight is dropped, from 0 to below 1; the others are divided by 1 - dropout_p.
     deterministic: equal inputs must give bitwise equal gradients.
     """
 
@@ -36,9 +40,11 @@ class AttentionCall(OperatorCall):
     query_start: torch.Tensor | None
     query_positions: torch.Tensor | None
     soft: SoftCut | None
+    dropout_seed: torch.Tensor | None
     max_visible: int | None
     softmax_scale: float
     softcap: float
+    dropout_p: float
     deterministic: bool
 
     DIFFERENTIABLE = ("query", "key", "value", "importance", "soft_score", "soft_threshold")
@@ -58,11 +64,14 @@ class AttentionCall(OperatorCall):
         max_visible: int | None = None,
         softmax_scale: float | None = None,
         softcap: float = 0.0,
+        dropout_p: float = 0.0,
+        dropout_seed: torch.Tensor | None = None,
         deterministic: bool = False,
     ) -> "AttentionCall":
         """Returns the call of checked arguments, laid out as backends want them.
 
-        softmax_scale: None: D ** -0.5. The rest as above, but of any layout, and query_start may be an int.
+        softmax_scale: None: D ** -0.5. dropout_seed: None, and dropout_p above 0: drawn from torch's generator.
+        The rest as above, but of any layout; query_start may be an int, dropout_p 0, and Hi 1 for all heads alike.
         """
         batch, seqlen_q, _, head_dim = query.shape
         if isinstance(query_start, torch.Tensor):
@@ -72,12 +81,22 @@ class AttentionCall(OperatorCall):
         elif query_start is not None:
             query_start = torch.full((batch,), query_start, dtype=torch.int32, device=query.device)
         precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+
+        def per_head(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.expand(-1, key.shape[2], -1) if tensor.shape[1] == 1 else tensor).contiguous()
+
         if importance is not None:
-            importance = importance.to(precision).contiguous()
+            importance = per_head(importance.to(precision))
         if soft is not None:
-            score, threshold = (tensor.to(precision).contiguous() for tensor in soft[:2])
-            soft = SoftCut(score, threshold, soft.contested_from.contiguous())
-        birth, death = (None, None) if visibility is None else (bound.contiguous() for bound in visibility)
+            score, threshold = (per_head(tensor.to(precision)) for tensor in soft[:2])
+            soft = SoftCut(score, threshold, per_head(soft.contested_from))
+        birth, death = (None, None) if visibility is None else map(per_head, visibility)
+        if dropout_p == 0:
+            dropout_seed = None
+        elif dropout_seed is None:
+            dropout_seed = draw_seed(batch, query.device)
+        else:
+            dropout_seed = dropout_seed.contiguous()
         return cls(
             query=query,
             key=key,
@@ -88,21 +107,29 @@ class AttentionCall(OperatorCall):
             query_start=query_start,
             query_positions=None if query_positions is None else query_positions.contiguous(),
             soft=soft,
+            dropout_seed=dropout_seed,
             max_visible=max_visible,
             softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
             softcap=float(softcap),
+            dropout_p=float(dropout_p),
             deterministic=deterministic,
         )
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """Returns the tensors of the call one by one, None for each that it does without."""
         intervals = self.birth, self.death, self.query_start, self.query_positions
-        return self.query, self.key, self.value, self.importance, *intervals, *(self.soft or (None, None, None))
+        soft = self.soft or (None, None, None)
+        return self.query, self.key, self.value, self.importance, *intervals, *soft, self.dropout_seed
 
     @property
     def is_ordered(self) -> bool:
         """Whether the rows of a sequence's queries follow each other."""
         return self.query_start is not None or self.query_positions is None
+
+    @property
+    def weighs_pairs(self) -> bool:
+        """Whether every pair of a query and a key has a number of its own, which takes a kernel more registers."""
+        return self.soft is not None or self.dropout_seed is not None
 
     @property
     def num_interval_heads(self) -> int:
@@ -134,6 +161,15 @@ class AttentionCall(OperatorCall):
             return self.query_start
         first_row = self.key.shape[1] - self.query.shape[1]
         return torch.full((self.query.shape[0],), first_row, dtype=torch.int32, device=self.query.device)
+
+    def with_one_head_dim(self) -> "AttentionCall":
+        """Returns the call with zeros behind the shorter of keys and values, so that Dv = D; differentiable."""
+        missing = self.key.shape[3] - self.value.shape[3]
+        if missing == 0:
+            return self
+        if missing > 0:
+            return replace(self, value=pad(self.value, (0, missing)))
+        return replace(self, query=pad(self.query, (0, -missing)), key=pad(self.key, (0, -missing)))
 
     def with_comparable_importance(self) -> "AttentionCall":
         """Returns the call without NaN and +inf in the importance, differentiably."""
@@ -176,7 +212,7 @@ class CutCall(OperatorCall):
 class Slots(NamedTuple):
     """The state of one layer: w slots per head, in any order. Every tensor is changed in place.
 
-    keys, values: (B, Hc, w, D), contiguous, finite; Hc is Hkv, or H when importance is per query head.
+    keys: (B, Hc, w, D), values: (B, Hc, w, Dv), contiguous, finite; Hc is Hkv, or H when importance is per query head.
     importance: (B, Hc, w) float32 (float64 beside float64 keys), without NaN and +inf.
     positions: (B, Hc, w) int32, true positions, -1 for an empty slot.
     victims: (B, Hc) int32, the slot that the next token takes or competes for.
@@ -197,7 +233,8 @@ class Slots(NamedTuple):
 class DecodeCall(OperatorCall):
     """The checked arguments of one step over fixed slots.
 
-    query: (B, 1, H, D). key, value: (B, 1, Hkv, D), query's dtype. importance: (B, Hc, 1) floating point, any value.
+    query: (B, 1, H, D). key: (B, 1, Hkv, D), value: (B, 1, Hkv, Dv), query's dtype.
+    importance: (B, Hc, 1) floating point, any value.
     padding_mask: (B, 1) bool, False where a row has no token; None: all have one.
     slots: the state, which the step changes.
     The other fields as in `flash_dmattn.slots.decode_step`.

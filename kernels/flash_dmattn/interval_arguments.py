@@ -12,9 +12,9 @@ def check_visibility(
     key: torch.Tensor,
     importance: torch.Tensor | None,
 ) -> None:
-    """Raises ValueError unless birth and death are int32 (B, Hi, Sk) for key's heads or query's heads."""
+    """Raises ValueError unless birth and death are int32 (B, Hi, Sk) for key's heads, query's heads or one."""
     batch, seqlen_k, num_kv_heads, _ = key.shape
-    heads = (num_kv_heads, query.shape[2]) if importance is None else (importance.shape[1],)
+    heads = (num_kv_heads, query.shape[2], 1) if importance is None else (importance.shape[1],)
     shapes = [(batch, count, seqlen_k) for count in dict.fromkeys(heads)]
     for name, tensor in zip(("visibility.birth", "visibility.death"), visibility, strict=True):
         check_tensor(name, tensor)
@@ -36,7 +36,7 @@ def check_soft(
 ) -> None:
     """Raises ValueError unless a soft cut has the heads of importance and visibility, query's and key's rows."""
     given = importance if visibility is None else visibility.birth
-    heads = (key.shape[2], query.shape[2]) if given is None else (given.shape[1],)
+    heads = (key.shape[2], query.shape[2], 1) if given is None else (given.shape[1],)
     check_tensor("soft.score", soft.score)
     shapes = [(key.shape[0], count, key.shape[1]) for count in dict.fromkeys(heads)]
     if tuple(soft.score.shape) not in shapes:

@@ -171,7 +171,12 @@ def run_slices(function: Callable, info, in_dims: tuple, arguments: tuple) -> tu
 
 
 def fake_attention(query, *_):
-    """Returns out, lse and stats without contents."""
+    """Returns out, lse and stats without contents. Raises RuntimeError while exporting to ONNX, which comes by here."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "flash_dmattn cannot be exported to ONNX, which has no operator for it: load the model with "
+            'attn_implementation="sdpa" for that, or use torch.export.export'
+        )
     batch, seqlen_q, num_heads, _ = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -15,15 +15,24 @@ from flash_dmattn.ranking import find_victim
 
 
 def make_slots(
-    batch: int, num_heads: int, keep_window_size: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    batch: int,
+    num_heads: int,
+    keep_window_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    value_dim: int | None = None,
 ) -> Slots:
-    """Returns empty slots for `batch` rows of `num_heads` heads, ordinary tensors in inference mode, too."""
+    """Returns empty slots for `batch` rows of `num_heads` heads, ordinary tensors in inference mode, too.
+
+    head_dim: of the keys. value_dim: of the values; None: head_dim.
+    """
     shape = (batch, num_heads, keep_window_size)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.inference_mode(False):
         return Slots(
             keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            values=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            values=torch.zeros(*shape, head_dim if value_dim is None else value_dim, dtype=dtype, device=device),
             importance=torch.zeros(shape, dtype=precision, device=device),
             positions=torch.full(shape, -1, dtype=torch.int32, device=device),
             victims=torch.zeros(shape[:2], dtype=torch.int32, device=device),
@@ -65,7 +74,7 @@ def decode_step(
 
     Equals `select_visible` and `interval_attention` over the whole sequence, at this token. Has no gradient.
 
-    query: (B, 1, H, D). key, value: (B, 1, Hkv, D), in query's dtype and that of the slots.
+    query: (B, 1, H, D). key: (B, 1, Hkv, D), value: (B, 1, Hkv, Dv), in query's dtype and that of the slots.
     importance: (B, Hi, 1) floating point, Hi = Hc, the heads of the slots.
     slots: the state, changed in place.
     padding_mask: (B, 1) bool, False for a row without a token, whose slots stay as they are and whose output is 0.
@@ -73,7 +82,7 @@ def decode_step(
     return_lse: also return the natural-log sum of exp of the logits.
     backend: "auto" or one of `get_available_backends()`.
 
-    Returns out (B, 1, H, D) and, if asked, lse (B, H, 1) in float32 (float64 for float64). A row without a token gets
+    Returns out (B, 1, H, Dv) and, if asked, lse (B, H, 1) in float32 (float64 for float64). A row without a token gets
     out 0, lse -inf.
 
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
@@ -119,14 +128,14 @@ decode_step_op = torch.library.custom_op(
 
 
 @decode_step_op.register_fake
-def _(query, *_):
+def _(query, key, value, *_):
     precision = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty(query.shape[0], query.shape[2], 1, dtype=precision)
-    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
+    lse = query.new_empty((query.shape[0], query.shape[2], 1), dtype=precision)
+    return query.new_empty((*query.shape[:3], value.shape[3])), lse
 
 
 def _check(query, key, value, importance, slots, padding_mask, softcap) -> None:
-    check_attention(query, key, value, importance, softcap=softcap, backend="auto")
+    check_attention(query, key, value, importance, softcap=softcap, backend="auto", allow_other_value_dim=True)
     batch, num_heads, _, head_dim = slots.keys.shape
     if query.shape[1] != 1 or key.shape[1] != 1:
         raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
@@ -141,7 +150,7 @@ def _check(query, key, value, importance, slots, padding_mask, softcap) -> None:
         "arrivals": (torch.int32, 2),
     }
     for (name, (dtype, num_dims)), tensor in zip(expected.items(), slots, strict=True):
-        shape = slots.keys.shape[:num_dims]
+        shape = (*slots.keys.shape[:3], value.shape[3]) if name == "values" else slots.keys.shape[:num_dims]
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != query.device:
             raise ValueError(
                 f"slots.{name} must be {dtype} on query's device {query.device} with the shape {tuple(shape)}, "

@@ -39,15 +39,19 @@ def cut_softly(
     padding_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
+    contested_from: torch.Tensor | None = None,
 ) -> SoftCut:
     """Returns the gate of a causal top-K selection for the last seqlen_q rows.
 
     importance: (B, Hi, Sk) floating point. death: (B, Hi, Sk) int32, what `select_visible` returns for it and the
     arguments below, without a sliding window. temperature: in standard deviations of the importance, above 0; a tensor
-    () gets no gradient. backend: the name of one that does it where it can.
+    () gets no gradient. backend: the name of one that does it where it can. contested_from: (B, Hi, Sk) int32, the
+    first row at which a key competes, even before its own; None: as the windows say. At most one key may die at a row.
     """
-    exempt, contested_from = num_sink_tokens + local_window_size, None
-    if padding_mask is not None and exempt > 0:
+    exempt = num_sink_tokens + local_window_size
+    if contested_from is not None:
+        contested_from = contested_from.contiguous()
+    elif padding_mask is not None and exempt > 0:
         contested_from = select_visible(
             importance,
             keep_window_size=exempt,

@@ -37,16 +37,10 @@ print(digest.hexdigest())
 EOF
 }
 
-# Unless told otherwise, the CUDA library is built for the GPU of this machine, and not at all without one that it is for.
+# Unless told otherwise, the CUDA library is built for the GPUs of this machine, and not at all without one.
 choose_cuda_build() {
     [[ -z ${FLASH_DMATTN_SKIP_CUDA_BUILD:-}${FLASH_DMATTN_CUDA_ARCHS:-} ]] || return 0
-    local capability
-    if capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) \
-        && [[ $capability =~ ^(8|9|10|12)\.[0-9]$ ]]; then
-        export FLASH_DMATTN_CUDA_ARCHS="${BASH_REMATCH[1]}0"
-    else
-        export FLASH_DMATTN_SKIP_CUDA_BUILD=1
-    fi
+    nvidia-smi --list-gpus 2>/dev/null | grep -q . || export FLASH_DMATTN_SKIP_CUDA_BUILD=1
 }
 
 ensure_environment() {

@@ -10,8 +10,9 @@ import torch
 class AttentionCase:
     """One call of `dynamic_mask_attention`: shapes, importance and options.
 
-    num_importance_heads: None: num_kv_heads. importance: a name of `IMPORTANCE`. special: numbers, each of which stands
-    in place of about every seventh importance. strided: no dimension is where it would be by itself.
+    num_importance_heads: None: num_kv_heads. value_dim: None: head_dim. importance: a name of `IMPORTANCE`. special:
+    numbers, each of which stands in place of about every seventh importance. strided: no dimension is where it would be
+    by itself.
     """
 
     name: str
@@ -22,6 +23,7 @@ class AttentionCase:
     num_kv_heads: int = 1
     num_importance_heads: int | None = None
     head_dim: int = 16
+    value_dim: int | None = None
     dtype: torch.dtype = torch.float32
     importance_dtype: torch.dtype = torch.float32
     importance: str = "iid"
@@ -37,6 +39,8 @@ class AttentionCase:
         num_lanes = self.num_importance_heads or self.num_kv_heads
         query = torch.randn(self.batch, self.seqlen_q, self.num_heads, self.head_dim, generator=generator)
         key, value = torch.randn(2, self.batch, self.seqlen_k, self.num_kv_heads, self.head_dim, generator=generator)
+        if self.value_dim is not None:
+            value = torch.randn(*value.shape[:3], self.value_dim, generator=generator)
         noise = torch.randn(self.batch, num_lanes, self.seqlen_k, generator=generator)
         importance = IMPORTANCE[self.importance](noise, torch.arange(self.seqlen_k))
         for number in self.special:
@@ -92,6 +96,18 @@ CASES = [
     AttentionCase("group-of-1", num_heads=3, num_kv_heads=3),
     AttentionCase("group-of-4", num_heads=8, num_kv_heads=2, options=window(6, 1, 2)),
     AttentionCase("importance-per-query-head", num_heads=6, num_kv_heads=2, num_importance_heads=6),
+    AttentionCase("importance-of-all-heads", num_heads=6, num_kv_heads=3, num_importance_heads=1),
+    AttentionCase("values-shorter", num_heads=4, num_kv_heads=2, head_dim=12, value_dim=8, options=window(7, 1, 2)),
+    AttentionCase("values-longer-all-keys-fit", head_dim=8, value_dim=20, options=window(100)),
+    AttentionCase(
+        "values-shorter-importance-of-all-heads",
+        num_heads=2,
+        num_kv_heads=2,
+        num_importance_heads=1,
+        head_dim=24,
+        value_dim=16,
+        options=window(9, 2, 4, softcap=2.0),
+    ),
     AttentionCase("w=1", options=window(1)),
     AttentionCase("all-keys-fit", options=window(100)),
     AttentionCase("sinks-and-local-window", options=window(9, 2, 4)),

@@ -25,13 +25,13 @@ DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"
 INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches contested".split()}
 INDICES |= {"arrivals_ptr", "lengths_ptr", "victims_ptr"}
 INDICES |= {f"{name}_ptr" for name in "cut dying given_contested cu_seqlens".split()}
-OTHERS = {"padding_ptr": "*i1", "worst_ptr": "*i64", "scale_ptr": "*fp64"}
+OTHERS = {"padding_ptr": "*i1", "worst_ptr": "*i64", "scale_ptr": "*fp64", "seed_ptr": "*i64", "keep_scale": "fp32"}
 TOKEN = {"keys_ptr", "values_ptr"}
 SLOTS = 2048
 ALIGNED = {"seqlen_q", "seqlen_k", "capacity", "num_epochs", "tiles_per_epoch"}
 
 
-def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_soft=False):
+def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_soft=False, has_dropout=False):
     """Returns the bytes of shared memory that a kernel takes."""
     block_m = getattr(config, "block_m", 16)
     constants = {
@@ -39,7 +39,9 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_so
         "GROUP": 4,
         "HEADS_PER_KV": 1,
         "HEAD_DIM": head_dim,
+        "VALUE_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_V": triton.next_power_of_2(head_dim),
         "EPOCH": 512,
         "TILE": block_m // 4,
         "TILES": 16,
@@ -49,6 +51,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_so
         "HAS_START": True,
         "HAS_POSITIONS": False,
         "HAS_SOFT": is_soft,
+        "HAS_DROPOUT": has_dropout,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "SUM_HEADS": 8,
         "LARGEST_BIAS": LARGEST_BIAS,
@@ -112,6 +115,9 @@ def main():
             "soft forward": (_forward, configs.forward_config(query, True), True, True),
             "soft dquery": (_dquery, configs.dquery_config(query, True), True, True),
             "soft dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query, True), True, True),
+            "forward with dropout": (_forward, configs.forward_config(query, True), True, False, True),
+            "dquery with dropout": (_dquery, configs.dquery_config(query, True), True, False, True),
+            "dkey, dvalue with dropout": (_dkey_dvalue, configs.dkey_config(query, True), True, False, True),
             "soft cut": (_cut, configs.DecodeConfig(SLOTS, _BLOCK, 8, 1), True),
             "soft cut backward": (_cut_backward, configs.DecodeConfig(SLOTS, _BLOCK, 8, 1), True),
         }

@@ -114,10 +114,22 @@ def inside_intervals(visibility, queries):
     return (birth <= t) & (t < death)
 
 
-def attention(query, key, value, importance, visible, *, softmax_scale=None, softcap=0.0, add_importance_bias=True):
-    """Attention over the visible keys, one query at a time: out (B, Sq, H, D) and lse (B, H, Sq), float64.
+def attention(
+    query,
+    key,
+    value,
+    importance,
+    visible,
+    *,
+    softmax_scale=None,
+    softcap=0.0,
+    add_importance_bias=True,
+    keep_factor=None,
+):
+    """Attention over the visible keys, one query at a time: out (B, Sq, H, Dv) and lse (B, H, Sq), float64.
 
-    query (B, Sq, H, D); key, value (B, Sk, Hkv, D); importance (B, Hi, Sk); visible bool (B, Hi, Sq, Sk).
+    query (B, Sq, H, D); key (B, Sk, Hkv, D); value (B, Sk, Hkv, Dv); importance (B, Hi, Sk); visible bool
+    (B, Hi, Sq, Sk); keep_factor (B, H, Sq, Sk), what dropout multiplies the weights with, or None.
     """
     batch, seqlen_q, num_heads, head_dim = query.shape
     query, key, value, importance = (x.double() for x in (query, key, value, importance))
@@ -134,7 +146,7 @@ def attention(query, key, value, importance, visible, *, softmax_scale=None, sof
                     seen = seen & (bias > -math.inf)  # NaN too is left out
                 index = seen.nonzero()[:, 0]
                 if len(index) == 0:
-                    outs.append(query.new_zeros(head_dim))
+                    outs.append(query.new_zeros(value.shape[3]))
                     lses.append(query.new_tensor(-math.inf))
                     continue
                 logits = scale * (key[b, index, h_kv] @ query[b, t, h])
@@ -142,13 +154,16 @@ def attention(query, key, value, importance, visible, *, softmax_scale=None, sof
                     logits = softcap * torch.tanh(logits / softcap)
                 if add_importance_bias:
                     logits = logits + bias[index].clamp(max=FLOAT32_MAX)
-                outs.append(torch.softmax(logits, 0) @ value[b, index, h_kv])
+                weights = torch.softmax(logits, 0)
+                if keep_factor is not None:
+                    weights = weights * keep_factor[b, h, t, index]
+                outs.append(weights @ value[b, index, h_kv])
                 largest = logits.max().detach()  # kept apart: beside a huge one the logarithm would be lost
                 lses.append(largest + (logits - largest).exp().sum().log())
     shape = (batch, seqlen_q, num_heads)
     if not outs:
-        return query.new_zeros(*shape, head_dim), query.new_zeros(batch, num_heads, seqlen_q)
-    return torch.stack(outs).view(*shape, head_dim), torch.stack(lses).view(shape).transpose(1, 2)
+        return query.new_zeros(*shape, value.shape[3]), query.new_zeros(batch, num_heads, seqlen_q)
+    return torch.stack(outs).view(*shape, value.shape[3]), torch.stack(lses).view(shape).transpose(1, 2)
 
 
 SELECTION_OPTIONS = {

@@ -125,6 +125,22 @@ GPU_CASES = [
         for kind, local in (("iid", 0), ("up", 0), ("down", 512), ("constant", 768))
     ),
     *(
+        tiled(
+            f"keys-d{head_dim}-values-d{value_dim}-hi{lanes}",
+            seqlen_q=1500,
+            seqlen_k=1500,
+            num_heads=4,
+            num_kv_heads=4,
+            num_importance_heads=lanes,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            dtype=torch.bfloat16,
+            options=options(keep_window_size=256, local_window_size=100),
+        )
+        for head_dim, value_dim in ((192, 128), (96, 64), (64, 128))
+        for lanes in (4, 1)
+    ),
+    *(
         tiled(f"length-{length}", seqlen_q=length, seqlen_k=length, head_dim=128, dtype=torch.bfloat16)
         for length in (1, 127, 128, 129, 1000)
     ),
@@ -139,7 +155,7 @@ def make_inputs(case, seed):
         real = case.options["padding_mask"][:, :, None, None]
         query = torch.where(real[:, -case.seqlen_q :], query, torch.nan)
         key, value = torch.where(real, key, torch.nan), torch.where(real, value, torch.inf)
-    weights = torch.randn(case.batch, case.seqlen_q, case.num_heads, case.head_dim + 1, generator=generator)
+    weights = torch.randn(case.batch, case.seqlen_q, case.num_heads, value.shape[3] + 1, generator=generator)
     chosen = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
     return [tensor.to(DEVICE) for tensor in (query, key, value, importance)], chosen, weights.to(DEVICE)
 

@@ -43,6 +43,7 @@ class Case:
     sliding_window: int | None = None
     length: int = 12
     head_dim: int = 8
+    value_dim: int | None = None
     group_size: int = 2
     num_kv_heads: int = 2
     per_query_head: bool = False
@@ -73,6 +74,8 @@ CASES = {
     "softcap": Case(5, softcap=2.0),
     "no-bias": Case(5, add_importance_bias=False, importance="special"),
     "special": Case(5, 1, importance="special", is_padded=True),
+    "values-shorter": Case(5, 1, 2, head_dim=24, value_dim=16, is_padded=True),
+    "values-longer": Case(20, 4, 8, length=30, num_kv_heads=1, head_dim=8, value_dim=20),
     "group-of-three": Case(5, 0, 2, group_size=3, num_kv_heads=1, head_dim=20),
 }
 
@@ -83,6 +86,8 @@ def draw(case, dtype):
     importance_heads = heads if case.per_query_head else case.num_kv_heads
     query = torch.randn(2, case.length, heads, case.head_dim).to(DEVICE, dtype)
     key, value = torch.randn(2, 2, case.length, case.num_kv_heads, case.head_dim).to(DEVICE, dtype)
+    if case.value_dim is not None:
+        value = torch.randn(*value.shape[:3], case.value_dim).to(DEVICE, dtype)
     importance = torch.randint(-2, 3, (2, importance_heads, case.length)).float().to(DEVICE)
     if case.importance == "special":
         special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0], device=DEVICE)
@@ -143,8 +148,8 @@ def test_token_by_token_equals_one_pass(case, backend, dtype, small_programs):
     query, key, value, importance, mask = inputs = draw(case, dtype)
     expected = expected_output(case, *inputs)
     for states in (query, key, value):
-        states[~mask] = torch.tensor([torch.nan, torch.inf], device=DEVICE, dtype=dtype).repeat(case.head_dim // 2)
-    slots = make_slots(2, importance.shape[1], case.w, case.head_dim, dtype, DEVICE)
+        states[~mask] = torch.tensor([torch.nan, torch.inf], device=DEVICE, dtype=dtype).repeat(states.shape[3] // 2)
+    slots = make_slots(2, importance.shape[1], case.w, case.head_dim, dtype, DEVICE, case.value_dim)
     found = torch.cat(list(steps(case, slots, *inputs, backend)), dim=1)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(found.to(expected.dtype), expected, atol=tolerance, rtol=tolerance)
@@ -176,12 +181,15 @@ def test_engines_keep_the_same_keys(name, small_programs):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU: these are the programs that batches of many heads get")
-@pytest.mark.parametrize(("batch", "head_dim"), [(1, 128), (1, 64), (4, 128), (16, 128), (16, 64)])
+@pytest.mark.parametrize(
+    ("batch", "head_dim", "value_dim"),
+    [(1, 128, 128), (1, 64, 64), (4, 128, 128), (16, 128, 128), (16, 64, 64), (1, 192, 128), (16, 192, 128)],
+)
 @torch.no_grad()
-def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
+def test_engines_agree_at_the_sizes_of_models(batch, head_dim, value_dim):
     """Full slots of 2048, 32 query heads over 8 kv heads, bfloat16: outputs, kept keys and next victims."""
     windows = {"num_sink_tokens": 4, "local_window_size": 1536}
-    ours, theirs = (make_slots(batch, 8, 2048, head_dim, torch.bfloat16, DEVICE) for _ in range(2))
+    ours, theirs = (make_slots(batch, 8, 2048, head_dim, torch.bfloat16, DEVICE, value_dim) for _ in range(2))
     for state in ours[:3]:
         state.normal_()
     ours.positions.copy_(torch.rand(batch, 8, 10000, device=DEVICE).argsort(-1)[..., :2048])
@@ -191,7 +199,8 @@ def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
         other.copy_(state)
     for _ in range(3):
         query = torch.randn(batch, 1, 32, head_dim, device=DEVICE, dtype=torch.bfloat16)
-        key, value = torch.randn(2, batch, 1, 8, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        key = torch.randn(batch, 1, 8, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        value = torch.randn(batch, 1, 8, value_dim, device=DEVICE, dtype=torch.bfloat16)
         token = (query, key, value, torch.randn(batch, 8, 1, device=DEVICE))
         out = decode_step(*token, ours, **windows, backend="triton")
         expected = decode_step(*token, theirs, **windows, backend="reference")
@@ -200,12 +209,12 @@ def test_engines_agree_at_the_sizes_of_models(batch, head_dim):
 
 
 @pytest.mark.parametrize("backend", ["reference"] if NO_TRITON else ["reference", "triton"])
-@pytest.mark.parametrize("name", ["sinks-local", "several-blocks"])
+@pytest.mark.parametrize("name", ["sinks-local", "several-blocks", "values-longer"])
 def test_lse_is_that_of_one_pass(name, backend, small_programs):
     """-inf for a row without a token."""
     case = CASES[name]
     inputs = draw(case, torch.float32)
-    slots = make_slots(2, inputs[3].shape[1], case.w, case.head_dim, torch.float32, DEVICE)
+    slots = make_slots(2, inputs[3].shape[1], case.w, case.head_dim, torch.float32, DEVICE, case.value_dim)
     found = [lse for _, lse in steps(case, slots, *inputs, backend, return_lse=True)]
     _, expected = expected_output(case, *inputs, return_lse=True)
     torch.testing.assert_close(torch.cat(found, dim=2), expected, atol=2e-5, rtol=2e-5)

@@ -31,7 +31,7 @@ def random_problem(number, dtype):
     seqlen_k = rng.choice([1, 5, 17, 40])
     batch = 1 if kind == "packed" else rng.choice([1, 2])
     num_kv_heads = rng.choice([1, 2])
-    importance_heads = rng.choice([num_kv_heads, 4])
+    importance_heads = rng.choice([1, num_kv_heads, 4])
     seqlen_q = seqlen_k if kind == "packed" else rng.choice([seqlen_k, max(1, seqlen_k // 2)])
     sinks, local = rng.choice([0, 2]), rng.choice([0, 1, 5])
     options = {

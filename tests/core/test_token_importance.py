@@ -38,6 +38,22 @@ def test_it_equals_torch(num_kv_heads, head_dim, num_heads, has_bias, max_expone
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("max_exponent", [None, 80.0])
+def test_it_ends_in_the_bits_of_torch_in_float64(max_exponent, dtype):
+    """Tokens of a prompt, whose importance torch computes, and decoded ones tie."""
+    from flash_dmattn.backends.triton.importance_kernel import run_importance
+
+    value = torch.randn(200, 3, 1, 64, device=DEVICE).to(dtype)
+    weight, bias, A = (torch.randn(shape, device=DEVICE) for shape in ((2, 192), (2,), (2,)))
+    dt = F.linear(value.double().transpose(1, 2).flatten(2), weight.double(), bias.double()).transpose(1, 2)
+    expected = A.double()[:, None] * F.softplus(dt)
+    if max_exponent is not None:
+        expected = expected.clamp(max=max_exponent).exp()
+    assert torch.equal(run_importance(value, weight, bias, A, max_exponent), expected.float())
+
+
+@needs_triton
 def test_small_importances_stay_apart():
     """softplus of what is far below zero is exp of it, not zero: otherwise such keys would tie."""
     from flash_dmattn.backends.triton.importance_kernel import run_importance

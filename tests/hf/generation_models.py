@@ -24,6 +24,15 @@ _SIZES = {
 }
 _LAYER_TYPES = ["sliding_attention", "full_attention"]
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "resid_pdrop": 0, "embd_pdrop": 0}
+_MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 2,  # no experts
+}
 
 KINDS = {
     "llama-topk": ("llama", {}, {"keep_window_size": 12, "num_sink_tokens": 0, "local_window_size": 0}),
@@ -48,11 +57,21 @@ KINDS = {
         {**_GPT2, "attn_pdrop": 0},
         {"keep_window_size": 12, "num_sink_tokens": 4, "local_window_size": 4},
     ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        _MLA,
+        {"keep_window_size": 12, "num_sink_tokens": 2, "local_window_size": 4},
+    ),
+    "deepseek-v3-shared": (
+        "deepseek_v3",
+        _MLA,
+        {"keep_window_size": 12, "num_sink_tokens": 2, "local_window_size": 4, "importance_heads": "shared"},
+    ),
     "doge": ("doge", {"keep_window_size": 12}, {"keep_window_size": 12}),
 }
 
 
-def make_model(kind, *, seed=0, implementation="flash_dmattn", dtype=torch.float64, on_grid=True, **changes):
+def make_model(kind, *, seed=0, implementation="flash_dmattn", dtype=torch.float64, **changes):
     """A tiny model whose importances spread widely; `changes` go into its config."""
     model_type, fields, settings = KINDS[kind]
     torch.manual_seed(seed)
@@ -66,22 +85,8 @@ def make_model(kind, *, seed=0, implementation="flash_dmattn", dtype=torch.float
             torch.nn.init.normal_(owner.dt_proj.weight, std=0.5)
     else:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    if on_grid:
-        put_importance_on_a_grid(model)
     model.generation_config.pad_token_id = 1
     return model.to(dtype).eval()
-
-
-def put_importance_on_a_grid(model):
-    """Rounds every importance to 9 decimals, so that it no longer depends on the shape of the batch.
-
-    Equal tokens have equal importances in the first layer, but only up to the last bit of a matrix product, and
-    that bit changes between one long product and many short ones. Recomputing everything would then break ties
-    differently from a cache that computed each importance once.
-    """
-    for _, module, gate in iter_gates(model):
-        projection = gate if isinstance(gate, torch.nn.Module) else module.v_proj
-        projection.register_forward_hook(lambda module, args, out: out.round(decimals=9))
 
 
 def make_prompt(batch=1, length=PROMPT, seed=0):

@@ -4,6 +4,7 @@ import torch
 
 from flash_dmattn import NEVER, select_visible
 from flash_dmattn_hf.cache import cache
+from flash_dmattn_hf.cache.latent import LatentCacheLayer
 
 
 class ReplayedLayer(cache.DynamicMaskCacheLayer):
@@ -61,7 +62,7 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
         shown = torch.zeros(*visible.shape[:3], self.num_rows + 1, dtype=torch.long, device=visible.device)
         shown.scatter_add_(3, places, visible.long())
         assert torch.equal(shown, self._expected(size)), "the cache shows other keys than one pass"
-        type(self).num_checked += size
+        ReplayedLayer.num_checked += size
 
     def _expected(self, size):
         visibility = select_visible(self.history, padding_mask=self.real, **self.windows._asdict())
@@ -82,3 +83,14 @@ class ReplayedLayer(cache.DynamicMaskCacheLayer):
         if self.history is not None:
             self.history, self.real = self.history[:, :, : self.num_rows], self.real[:, : self.num_rows]
             assert self.num_keys <= self.windows.keep_window_size
+
+
+class ReplayedLatents(LatentCacheLayer, ReplayedLayer):
+    """The same for a layer that holds latents."""
+
+
+def replay(monkeypatch):
+    """Has every cache check its visible sets and its size at every step, and counts from 0."""
+    monkeypatch.setattr(cache, "DynamicMaskCacheLayer", ReplayedLayer)
+    monkeypatch.setattr(cache, "LatentCacheLayer", ReplayedLatents)
+    monkeypatch.setattr(ReplayedLayer, "num_checked", 0)

@@ -13,7 +13,7 @@ from flash_dmattn_hf.forms import DEFAULT_FORM, FORMS, PAPER_FORM, ImportanceFor
 
 from .cli_models import save_dense
 from .dense_definition import by_definition
-from .generation_models import greedy, make_prompt, put_importance_on_a_grid
+from .generation_models import greedy, make_prompt
 from .tiny import tiny_model, tokens
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "api_reference.md"
@@ -83,7 +83,6 @@ def test_a_new_form_is_computed_saved_and_reloaded(linear, tmp_path):
 
 def test_a_new_form_generates_with_a_cache_what_it_does_without(linear):
     model = spread(convert_model(tiny_model("llama", dtype=torch.float64), linear)).double()
-    put_importance_on_a_grid(model)
     ids, mask = make_prompt(batch=2)
     found = greedy(model, ids, mask)
     assert found.tolist() == greedy(model, ids, mask, use_cache=False).tolist()

@@ -45,6 +45,20 @@ _LINEAR = {
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
 }
+_MLA = {
+    **_MHA,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -135,6 +149,18 @@ FAMILIES: dict[str, dict] = {
     "modernbert-decoder": {
         "layer_types": ["full_attention", "sliding_attention"],
         "local_attention": 10,
+    },
+    "deepseek_v2": {**_MLA, "head_dim": 4},
+    "deepseek_v3": {**_MLA, "q_lora_rank": 16},
+    "longcat_flash": {
+        **_MLA,
+        "num_layers": 1,
+        "q_lora_rank": 16,
+        "head_dim": 4,
+        "ffn_hidden_size": 32,
+        "expert_ffn_hidden_size": 16,
+        "moe_topk": 2,
+        "zero_expert_num": 1,
     },
     "llava": {"text": "llama", "vision": ("clip_vision_model", _VISION)},
     "qwen3_vl": {"text": "qwen3_vl_text", "vision": ("qwen3_vl_vision", _QWEN3_VISION)},

@@ -24,6 +24,8 @@ def why_unavailable() -> str | None:
 def reject(call: AttentionCall | DenseCall) -> str | None:
     if isinstance(call, AttentionCall) and call.soft is not None:
         return "it has no soft selection"
+    if isinstance(call, AttentionCall) and call.dropout_seed is not None:
+        return "it has no dropout"
     tensors = [call.query, call.key, call.value]
     tensors.append(call.attn_bias if isinstance(call, DenseCall) else call.importance)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

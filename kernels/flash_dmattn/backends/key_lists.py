@@ -47,7 +47,9 @@ class KeyLists:
 
 def is_listed(call: AttentionCall) -> bool:
     """Whether keys have to be listed: not where every key is visible from its own row on."""
-    return call.birth is not None or call.query_positions is not None or call.soft is not None
+    if call.weighs_pairs:
+        return True  # only kernels over lists serve these
+    return call.birth is not None or call.query_positions is not None
 
 
 def whole_sequence(call: AttentionCall, tile_size: int) -> KeyLists:

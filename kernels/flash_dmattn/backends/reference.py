@@ -13,6 +13,7 @@ import torch
 
 from flash_dmattn.backends.reference_decode import decode  # noqa: F401
 from flash_dmattn.calls import AttentionCall
+from flash_dmattn.dropout import keeps
 from flash_dmattn.visibility import SoftCut
 
 AUTOMATIC_ON = None  # every device; it refuses nothing
@@ -35,7 +36,7 @@ def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
             lse[:, :, tile.rows] = (highest + log_sum).reshape(batch, num_heads, -1)
             tile_stats = torch.stack([highest.masked_fill(highest == -torch.inf, torch.inf), log_sum])
             stats[:, :, :, tile.rows] = tile_stats.reshape(2, batch, num_heads, -1) / math.log(2)
-            out[:, tile.rows] = tile.ungroup(_matmul(weights, tile.value)).to(out.dtype)
+            out[:, tile.rows] = tile.ungroup(_matmul(tile.drop(weights), tile.value)).to(out.dtype)
         return out, lse, stats
 
 
@@ -60,8 +61,8 @@ def backward(
             tile_dout = tile.group(_compute(dout[:, tile.rows]))
             delta = (tile_dout * tile.group(_compute(out[:, tile.rows]))).sum(-1, keepdim=True)
             delta -= tile.group(_compute(dlse).transpose(1, 2)[:, tile.rows, :, None])
-            tile.accumulate(dvalue, _matmul(weights.transpose(-1, -2), tile_dout))
-            dlogits = (tile_dout @ tile.value.transpose(-1, -2)).sub_(delta).mul_(weights)
+            tile.accumulate(dvalue, _matmul(tile.drop(weights).transpose(-1, -2), tile_dout))
+            dlogits = tile.drop(tile_dout @ tile.value.transpose(-1, -2)).sub_(delta).mul_(weights)
             if not torch.isfinite(dlogits.sum()):
                 dlogits.masked_fill_(weights == 0, 0)
             tile.accumulate(dimportance, dlogits.sum(-2))
@@ -91,6 +92,7 @@ class _Tile:
     rows: the queries, a slice of Sq (T of them). query: (B, Hi, G * T, D). key, value: (B, Hi, L, D).
     mask_bias: (B, Hi, T, L), the importance and the soft gate where a query sees a key, -inf elsewhere.
     gate_slope: (B, Hi, T, L), d gate / d score, 0 where nothing is gated; None without a soft cut.
+    keep_factor: (B, Hi, G * T, L), 0 where dropout drops a weight, 1 / (1 - dropout_p) elsewhere; None without dropout.
     index: (B, Hi, L), the keys; Sk stands for filler.
     """
 
@@ -101,6 +103,7 @@ class _Tile:
     value: torch.Tensor
     mask_bias: torch.Tensor
     gate_slope: torch.Tensor | None
+    keep_factor: torch.Tensor | None
     index: torch.Tensor
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -127,6 +130,10 @@ class _Tile:
         if is_empty.any():
             weights.masked_fill_(is_empty[..., None], 0)
         return weights, highest, dcap
+
+    def drop(self, weights: torch.Tensor) -> torch.Tensor:
+        """Applies dropout to (B, Hi, G * T, L)."""
+        return weights if self.keep_factor is None else weights * self.keep_factor
 
     def group(self, tensor: torch.Tensor) -> torch.Tensor:
         """Lays (B, T, H, D) out as (B, Hi, G * T, D)."""
@@ -202,8 +209,18 @@ def _gather(
         value=_compute(call.value[batch, source, kv_head]),
         mask_bias=mask_bias,
         gate_slope=gate_slope,
+        keep_factor=None if call.dropout_seed is None else _keep_factor(call, rows, index).to(query.dtype),
         index=index,
     )
+
+
+def _keep_factor(call: AttentionCall, rows: slice, index: torch.Tensor) -> torch.Tensor:
+    """Returns what dropout multiplies a tile's weights with, (B, Hi, G * T, L) float64. index: (B, Hi, L), the keys."""
+    num_heads, device = call.query.shape[2], index.device
+    head = torch.arange(num_heads, device=device).view(1, index.shape[1], -1, 1, 1)  # (1, Hi, G, 1, 1)
+    query = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    key, seed = index[:, :, None, None], call.dropout_seed.view(-1, 1, 1, 1, 1)
+    return keeps(seed, head, query, key, call.dropout_p).flatten(2, 3).double() / (1 - call.dropout_p)
 
 
 def _soft_gate(

@@ -7,7 +7,7 @@ from flash_dmattn.ranking import comparable, find_victim, priority
 
 
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Changes the slots. Returns out (B, 1, H, D) and lse (B, H, 1), in float32 or float64, also under autocast."""
+    """Changes the slots. Returns out (B, 1, H, Dv) and lse (B, H, 1), in float32 or float64, also under autocast."""
     slots = call.slots
     now = slots.lengths.unsqueeze(-1).clone()  # (B, Hc, 1), the position of the token
     is_real = torch.ones_like(now, dtype=torch.bool)
@@ -30,8 +30,7 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
 def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     """Puts the token into the victim's slot, unless it would be the worst key itself."""
     slots = call.slots
-    batch, num_heads, _, head_dim = slots.keys.shape
-    repeats = num_heads // call.key.shape[2]
+    repeats = slots.keys.shape[1] // call.key.shape[2]
     key, value = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (call.key, call.value))
     importance = comparable(call.importance).to(slots.importance.dtype)
     victim = slots.victims.long().unsqueeze(-1)
@@ -41,9 +40,9 @@ def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     takes = is_real & (priority(importance, now, now, *windows) >= old_priority)  # the newer key wins a tie
     slots.importance.scatter_(2, victim, torch.where(takes, importance, old_importance))
     slots.positions.scatter_(2, victim, torch.where(takes, now, old_position))
-    rows = victim.unsqueeze(-1).expand(batch, num_heads, 1, head_dim)
-    slots.keys.scatter_(2, rows, torch.where(takes.unsqueeze(-1), key, slots.keys.gather(2, rows)))
-    slots.values.scatter_(2, rows, torch.where(takes.unsqueeze(-1), value, slots.values.gather(2, rows)))
+    for states, new in ((slots.keys, key), (slots.values, value)):
+        rows = victim.unsqueeze(-1).expand(*victim.shape, states.shape[3])
+        states.scatter_(2, rows, torch.where(takes.unsqueeze(-1), new, states.gather(2, rows)))
 
 
 def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,4 +61,4 @@ def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> tuple
     weights = logits.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)  # a row that sees nothing would be NaN
     out = weights @ slots.values.to(precision)
     lse = logits.logsumexp(-1).view(batch, num_heads, 1)
-    return out.reshape(batch, 1, num_heads, head_dim).to(call.query.dtype), lse
+    return out.reshape(batch, 1, num_heads, -1).to(call.query.dtype), lse

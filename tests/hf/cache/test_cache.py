@@ -209,7 +209,7 @@ def test_it_moves_to_a_device_and_back(model):
 @pytest.mark.parametrize("kind", ["llama-topk", "llama-query-heads"])
 def test_gradients_flow_through_the_cache(kind):
     """Gradients of a text without repeated tokens (no ties) in pieces are those of one forward."""
-    model = make_model(kind, on_grid=False)
+    model = make_model(kind)
     ids = torch.stack([torch.arange(2, 2 + PROMPT), torch.arange(40, 40 + PROMPT)])
     weight = torch.randn(2, PROMPT, 97, dtype=torch.float64)
     gradients = []

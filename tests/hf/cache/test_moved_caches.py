@@ -14,7 +14,7 @@ from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM
 from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config, iter_gates
 from flash_dmattn_hf.integration import masks
 
-from ..generation_models import greedy, left_padded_prompt, make_model, make_prompt, put_importance_on_a_grid
+from ..generation_models import greedy, left_padded_prompt, make_model, make_prompt
 
 CPU = torch.device("cpu")
 PLACES = {
@@ -87,7 +87,6 @@ def make_longrope(switch=32, **settings):
     for _, _, gate in iter_gates(model):
         torch.nn.init.normal_(gate.A)
         torch.nn.init.normal_(gate.dt_proj.weight, std=0.5)
-    put_importance_on_a_grid(model)
     return model.double().eval()
 
 

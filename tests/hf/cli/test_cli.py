@@ -6,13 +6,17 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from flash_dmattn.backends.cuda import library
 from flash_dmattn_hf import iter_gates
 from flash_dmattn_hf.cli import main
+from flash_dmattn_hf.cli.info import cuda_library
 
 from ..cli_models import save_dense, save_gguf, tokenizer
 from ..tiny import tiny_model, tokens
@@ -279,6 +283,7 @@ TERMINATED = """
 import sys, time
 from transformers import PreTrainedModel
 from flash_dmattn_hf.cli import main
+from flash_dmattn_hf.cli.info import cuda_library
 save = PreTrainedModel.save_pretrained
 def slow(self, *args, **kwargs):
     save(self, *args, **kwargs)
@@ -392,6 +397,33 @@ def test_tables_of_position_embeddings_are_not_exceeded(text, tmp_path, capsys):
     sentence = refused(capsys, "generate", tmp_path, "--prompt", "abc", "--max-new-tokens", "254")
     assert "longer than 256, the model's limit, got 257" in sentence
     assert "got 512" in refused(capsys, "eval", tmp_path, "--text", text, "--contexts", "64,512")
+
+
+def test_info_says_what_was_built_and_what_builds_the_rest(capsys, monkeypatch):
+    monkeypatch.setattr(library, "why_unavailable", lambda: None)
+    monkeypatch.setattr(library, "architectures", lambda: ("90",))
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "CUDA library   built for sm_90 (H100, H200)\n" in printed
+    assert "not for sm_80 (A100, RTX 30, RTX 40), sm_100 (B200), sm_120 (RTX 50); this builds the rest:" in printed
+    assert "FLASH_DMATTN_CUDA_ARCHS=all python -m pip install --force-reinstall --no-deps " in printed
+    monkeypatch.setattr(library, "architectures", lambda: tuple(library.GPUS))
+    assert main(["info"]) == 0
+    assert "this builds the rest" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("record", "place"),
+    [
+        ({"url": "file:///a%20b/c", "dir_info": {"editable": True}}, "--editable '/a b/c'"),
+        ({"url": "file:///a/c", "dir_info": {}}, "/a/c"),
+        (None, "--no-binary flash-dmattn-hf flash-dmattn-hf"),
+    ],
+)
+def test_the_command_installs_from_where_the_package_came(monkeypatch, record, place):
+    installed = SimpleNamespace(read_text=lambda name: record and json.dumps(record))
+    monkeypatch.setattr(metadata, "distribution", lambda name: installed)
+    assert cuda_library()["command"].endswith(f"--no-deps {place}")
 
 
 def test_info_names_every_engine_and_why_it_is_not_there(capsys):

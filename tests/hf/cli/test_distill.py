@@ -158,6 +158,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkey
     assert "holds a run that was interrupted: pass --resume" in capsys.readouterr().err
     assert distill(folder, out, *options, "--resume", "--seed", "1") == 2
     assert "seed must be that of the run in" in capsys.readouterr().err
+    (out.with_name("out" + UNFINISHED) / stop[0] / "checkpoint-9").mkdir()  # another one, which was never finished
     assert distill(folder, out, *options, "--resume") == 0
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(out)
     assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())

@@ -145,6 +145,8 @@ CASES = {
     "zoh-bias": ("llama", {"importance": "zoh", "dt_proj_bias": True}),
     "softcap": ("gemma2", {}),
     "above-sliding-window": ("mistral", {}),
+    "one-for-all-heads": ("llama", {"importance_heads": "shared"}),
+    "latents-hidden-states": ("deepseek_v3", {"importance_input": "hidden", "importance_heads": "shared"}),
     "hidden-states": ("llama", {"importance_input": "hidden"}),
     "hidden-states-softcap": ("gemma2", {"importance_input": "hidden", "importance_heads": "query"}),
 }
@@ -164,9 +166,8 @@ def test_importance_ranks_by_the_predicted_mass(model_type, settings):
     model.set_attn_implementation("eager")
     sources, masses = [], []
     is_hidden = config.importance_input == "hidden"
-    v_proj = module.v_proj.register_forward_hook(
-        lambda _, args, out: sources.append(args[0][0] if is_hidden else out[0])
-    )
+    projection = module.v_proj if hasattr(module, "v_proj") else module.kv_a_proj_with_mqa  # both read them
+    hook = projection.register_forward_hook(lambda _, args, out: sources.append(args[0][0] if is_hidden else out[0]))
     for stretch in ids[0].view(-1, STRETCH):
         weights = model(stretch[None], output_attentions=True).attentions[module.layer_idx][0]
         position = torch.arange(STRETCH)
@@ -175,7 +176,7 @@ def test_importance_ranks_by_the_predicted_mass(model_type, settings):
         usable = (seen.sum(0) >= MIN_FAR_QUERIES) & (position >= 3)
         mean = (weights.detach().double() * seen).sum(1) / seen.sum(0)
         masses.append(mean.view(gate.num_importance_heads, -1, STRETCH).mean(1)[:, usable].T)
-    v_proj.remove()
+    hook.remove()
     x = torch.cat([source.detach().double()[usable] for source in sources])
     y = (torch.cat(masses) + MASS_FLOOR).log()
     statistics = RidgeStatistics(x.shape[1], y.shape[1])

@@ -19,7 +19,7 @@ def script(monkeypatch):
 
 
 def check(script, kind="llama-sinks-local", dtype=torch.float64):
-    model = make_model(kind, dtype=dtype, on_grid=False)
+    model = make_model(kind, dtype=dtype)
     ids, mask = left_padded_prompt()
     return script.check(model, {"input_ids": ids, "attention_mask": mask}, NEW)
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache, set_seed
 
-from flash_dmattn_hf.cache import cache
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 from ..generation_models import KINDS, NEW, PROMPT, VOCAB, greedy, left_padded_prompt, make_model, make_prompt
-from ..replay import ReplayedLayer
+from ..replay import ReplayedLayer, replay
 
 MODELS = {}
 
@@ -27,8 +26,7 @@ def model(request):
 @pytest.fixture(autouse=True)
 def replayed(monkeypatch):
     """Every cache of these tests checks its visible sets and its size at every step."""
-    monkeypatch.setattr(cache, "DynamicMaskCacheLayer", ReplayedLayer)
-    ReplayedLayer.num_checked = 0
+    replay(monkeypatch)
     yield ReplayedLayer
     assert ReplayedLayer.num_checked > NEW, "no cache of ours was used"
 
@@ -141,7 +139,7 @@ def test_assisted_decoding(model, assistant, request):
     assert past.max_keys <= max(layer.windows.keep_window_size for layer in past.mask_layers)
 
 
-def test_prompt_lookup(model):
+def test_prompt_lookup(model, monkeypatch):
     """The prompt repeats itself, so that drafts are found; some are wrong and are taken back."""
     phrase, _ = make_prompt(length=7)
     ids = torch.cat([phrase, make_prompt(length=12, seed=1)[0], phrase], dim=1)
@@ -149,16 +147,14 @@ def test_prompt_lookup(model):
     crops = []
     original = ReplayedLayer.crop
 
-    class Counting(ReplayedLayer):
-        def crop(self, tokens_to_remove):
-            crops.append(tokens_to_remove)
-            original(self, tokens_to_remove)
+    def crop(layer, tokens_to_remove):
+        crops.append(tokens_to_remove)
+        original(layer, tokens_to_remove)
 
-    cache.DynamicMaskCacheLayer = Counting
+    monkeypatch.setattr(ReplayedLayer, "crop", crop)
     found = greedy(model, ids, mask, prompt_lookup_num_tokens=5)
     assert_same_ids(found, without_cache(model, ids, mask))
     assert min(crops) < 0, "nothing was ever taken back"
-    ReplayedLayer.num_checked += Counting.num_checked
 
 
 def test_assistant_early_exit():

@@ -30,7 +30,6 @@ from flash_dmattn_hf import dynamic_mask_config, iter_gates
 from flash_dmattn_hf.cache import cache
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
-from ..generation_models import put_importance_on_a_grid
 from ..replay import ReplayedLayer
 
 WINDOW = 64
@@ -66,7 +65,6 @@ def model():
         torch.nn.init.normal_(gate.dt_proj.weight, std=0.2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 2
-    put_importance_on_a_grid(model)
     return model.to(DEVICE).eval()
 
 

@@ -7,6 +7,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
+from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import MaskTag, dynamic_mask_mask, tag_of
 
@@ -26,6 +27,12 @@ EMBEDS = torch.zeros(2, 6, 32)
 
 def arguments(attention_mask=None, **kwargs):
     return {"inputs_embeds": EMBEDS, "attention_mask": attention_mask, "past_key_values": None, **kwargs}
+
+
+def test_the_arguments_that_the_wrapper_reads_by_their_places():
+    config, embeds, mask, cache, positions, *_ = parameter_names(masking_utils._preprocess_mask_arguments)
+    assert (config, embeds, mask, positions) == ("config", "inputs_embeds", "attention_mask", "position_ids")
+    assert cache in ("past_key_values", "cache")
 
 
 def test_plain_causal_needs_no_mask():

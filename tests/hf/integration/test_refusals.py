@@ -36,9 +36,7 @@ _NOT_DISPATCHED = "never calls the attention interface|has no class for flash_dm
 _BY_NAME = "it chooses its attention class by the name of the implementation"
 
 REFUSED = {
-    "deepseek_v2": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
-    "deepseek_v3": ({**_MLA, **_EXPERTS}, "multi-head latent attention"),
-    "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer|latent"),
+    "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer"),
     "falcon": ({}, _BY_NAME),
     **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _BY_NAME)}),
     "gpt_neo": (
@@ -79,7 +77,7 @@ def test_encoder_decoders_are_refused_as_such(model_type):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v32"])
 def test_refused_families_are_refused_while_loading(model_type, tmp_path):
     values, sentence = REFUSED[model_type]
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**_SMALL, **values})).save_pretrained(tmp_path)
@@ -95,8 +93,8 @@ def test_a_model_without_causal_attention_is_refused_at_its_first_forward():
 
 
 def test_set_attn_implementation_on_a_refused_model():
-    values, sentence = REFUSED["deepseek_v3"]
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v3"](**{**_SMALL, **values}))
+    values, sentence = REFUSED["deepseek_v32"]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v32"](**{**_SMALL, **values}))
     with pytest.raises(ValueError, match=sentence):
         model.set_attn_implementation("flash_dmattn")
 
@@ -143,15 +141,6 @@ def test_deterministic_algorithms_are_passed_on(monkeypatch):
     assert given == [False] * (len(given) // 2) + [True] * (len(given) // 2) and given
 
 
-@pytest.mark.parametrize("model_type, field", [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")])
-def test_attention_dropout_is_refused_at_the_first_training_step(model_type, field):
-    config = tiny_config(model_type, **{field: 0.1})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_dmattn")
-    model.eval()(tokens())
-    with pytest.raises(ValueError, match=f"config.{field} must be 0 .* got 0.1"):
-        model.train()(tokens())
-
-
 UNSUPPORTED = {
     **dict.fromkeys(["sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
     "cache": PagedAttentionCache.__new__(PagedAttentionCache),  # continuous batching, under whatever name
@@ -182,11 +171,11 @@ def test_another_sliding_window_than_the_configured_one_is_refused():
             model(tokens())
 
 
-def test_different_dims_of_key_and_value_are_refused():
-    module = converted().model.layers[0].self_attn
-    query, key, value = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4)
-    with pytest.raises(ValueError, match="keys of dim 8 and values of dim 4"):
-        dynamic_mask_attention_forward(module, query, key, value, None)
+def test_latent_attention_of_another_make_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.kv_lora_rank = 8
+    with pytest.raises(ValueError, match=r"LlamaAttention is multi-head latent attention \(MLA\) without expand_kv"):
+        attach(model, plan(model, DynamicMaskConfig()))
 
 
 def test_values_sharded_by_head_are_refused():

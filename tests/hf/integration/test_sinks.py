@@ -11,13 +11,17 @@ from ..converted import WINDOW, converted
 from ..tiny import build, tiny_config, tokens
 
 
-def test_a_sink_of_minus_infinity_takes_nothing_and_a_large_one_everything():
-    module = converted().model.layers[0].self_attn
-    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    sinks = torch.tensor([-torch.inf, -torch.inf, 1e4, 1e4])
-    plain, _ = dynamic_mask_attention_forward(module, query.double(), key.double(), key.double(), None)
-    out, _ = dynamic_mask_attention_forward(module, query.double(), key.double(), key.double(), None, s_aux=sinks)
-    assert torch.equal(out[:, :, :2], plain[:, :, :2])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_sink_of_minus_infinity_takes_nothing_and_a_large_one_everything(dropout):
+    module = converted().model.layers[0].self_attn.train()
+    query, key = torch.randn(1, 4, 5, 8).double(), torch.randn(1, 2, 5, 8).double()
+    value = torch.randn(1, 2, 5, 8).double()
+    sinks, found = torch.tensor([-torch.inf, -torch.inf, 1e4, 1e4]), []
+    for options in ({}, {"s_aux": sinks}):
+        torch.manual_seed(0)  # which weights are dropped
+        found.append(dynamic_mask_attention_forward(module, query, key, value, None, dropout=dropout, **options)[0])
+    plain, out = found
+    assert torch.equal(out[:, :, :2], plain[:, :, :2]) and plain.any()
     assert not out[:, :, 2:].any()
 
 

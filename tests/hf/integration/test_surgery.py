@@ -57,7 +57,7 @@ def test_layers_taken_out_doubled_and_renumbered(case, kind, tmp_path):
             expected = model(out.sequences, use_cache=False).logits
         with torch.no_grad():
             logits = model(out.sequences, use_cache=False).logits
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # importances are on a grid here only
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # the definition rounds no importance
     if not any(iter_gates(model)):
         return
     cache = out.past_key_values
@@ -141,7 +141,7 @@ EDITS = {
 @pytest.mark.parametrize("order", ["run_first", "save_first", "set_first"])
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edit_of_the_config_takes_effect_and_is_what_is_saved(edit, order, tmp_path):
-    model, (ids, _) = make_model("llama-sinks-local", on_grid=False), make_prompt(length=60)
+    model, (ids, _) = make_model("llama-sinks-local"), make_prompt(length=60)
     model(ids)
     before = model(ids).logits
     if (section := EDITS[edit](model.config.flash_dmattn)) is not None:

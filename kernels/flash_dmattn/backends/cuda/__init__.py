@@ -28,6 +28,8 @@ def reject(call: AttentionCall) -> str | None:
     device = call.query.device
     if call.soft is not None:
         return "it has no soft selection"
+    if call.dropout_seed is not None:
+        return "it has no dropout"
     reason = lists.reject(call) or target.reject(device)
     if reason is not None:
         return reason

@@ -22,6 +22,10 @@ DISABLING_VARIABLE = "FLASH_DMATTN_DISABLE_CUDA"
 PATH = Path(__file__).resolve().parents[2] / "libflash_dmattn_cuda.so"
 
 
+GPUS = {"80": "A100, RTX 30, RTX 40", "90": "H100, H200", "100": "B200", "120": "RTX 50"}
+"""The architectures that the library can be built for, and GPUs on which each of them runs."""
+
+
 class LibraryUnavailable(RuntimeError):
     """The library is missing or of another version; the text says what to do."""
 

@@ -78,7 +78,7 @@ def backward(
 
 
 def reject_decoding(call: DecodeCall) -> str | None:
-    reason = reject_query(call.query)
+    reason = reject_query(call.query) or reject_query(call.value)
     if reason is not None:
         return reason
     group_size = call.query.shape[2] // call.slots.keys.shape[1]
@@ -88,7 +88,7 @@ def reject_decoding(call: DecodeCall) -> str | None:
 
 
 def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Changes the slots. Returns out (B, 1, H, D) and lse (B, H, 1) float32."""
+    """Changes the slots. Returns out (B, 1, H, Dv) and lse (B, H, 1) float32."""
     from flash_dmattn.backends.triton.decode_kernel import run_decode
 
     return run_decode(call)

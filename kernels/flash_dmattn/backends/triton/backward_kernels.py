@@ -18,8 +18,10 @@ from flash_dmattn.backends.triton.tiles import (
     find_stretch,
     gather_rows,
     is_visible,
+    keep_factors,
     load_keys,
     load_scores,
+    load_seed,
     load_thresholds,
     query_rows,
     query_tile,
@@ -39,7 +41,7 @@ def run_backward(
     dkey_blocks: BlockConfig | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns dquery, dkey, dvalue in their dtypes, and in float32 dimportance, dscore and dthreshold or None."""
-    config = dquery_blocks or dquery_config(call.query, call.soft is not None)
+    config = dquery_blocks or dquery_config(call.query, call.weighs_pairs)
     launch = Launch(call, config.block_m)
     lists = launch.lists
     batch, seqlen_q, num_heads, head_dim = call.query.shape
@@ -64,7 +66,7 @@ def run_backward(
         **config.launch_options(),
     )
 
-    config = dkey_blocks or dkey_config(call.query, call.soft is not None)
+    config = dkey_blocks or dkey_config(call.query, call.weighs_pairs)
     heads, num_kv_heads = call.num_interval_heads, call.key.shape[2]
     # Interval heads that share a kv head add to the same sums, unless the order of additions must not matter.
     sum_heads = heads if call.deterministic else num_kv_heads
@@ -149,8 +151,8 @@ def _dquery(
     stats_ptr,  # (2, B, H, Sq)
     delta_ptr,  # (B, H, Sq)
     query_ptr, key_ptr, value_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
-    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, score_ptr, threshold_ptr, contested_ptr,
-    softmax_scale, softcap,
+    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, score_ptr, threshold_ptr, contested_ptr, seed_ptr,
+    softmax_scale, softcap, drop_limit, keep_scale,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
@@ -158,7 +160,7 @@ def _dquery(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SOFT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     epoch = tl.program_id(0) // tiles_per_epoch
@@ -194,6 +196,7 @@ def _dquery(
     query = tl.load(address, mask=is_query & sees_any[:, None], other=0.0)
     dout = tl.load(dout_ptr + out_address, mask=is_query & sees_any[:, None], other=0.0)
     threshold = load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, HAS_SOFT)
+    seed = load_seed(seed_ptr, batch, HAS_DROPOUT)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dthreshold = tl.zeros((BLOCK_M,), tl.float32)
@@ -201,22 +204,25 @@ def _dquery(
         sections_ptr, stretches_ptr, list_index, tile, tiles_per_epoch, row, seqlen_k, LISTED, BLOCK_N
     )
     acc, dthreshold = _dquery_run(
-        acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, begin, first_full, end,
+        acc, dthreshold, query, dout, highest, log_total, delta, row, query_head, query_index, threshold, seed,
+        begin, first_full, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-        softmax_scale, softcap, key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
+        softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, HAS_DROPOUT, PRECISION, True,
     )  # fmt: skip
     acc, dthreshold = _dquery_run(
-        acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, first_full, last_full, end,
+        acc, dthreshold, query, dout, highest, log_total, delta, row, query_head, query_index, threshold, seed,
+        first_full, last_full, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-        softmax_scale, softcap, key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, False,
+        softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, HAS_DROPOUT, PRECISION, False,
     )  # fmt: skip
     acc, dthreshold = _dquery_run(
-        acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, last_full, end, end,
+        acc, dthreshold, query, dout, highest, log_total, delta, row, query_head, query_index, threshold, seed,
+        last_full, end, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-        softmax_scale, softcap, key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
+        softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, LISTED, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, HAS_DROPOUT, PRECISION, True,
     )  # fmt: skip
     tl.store(dquery_ptr + out_address, acc.to(dquery_ptr.dtype.element_ty), mask=is_query)
     if HAS_SOFT:
@@ -225,12 +231,13 @@ def _dquery(
 
 @triton.jit
 def _dquery_run(
-    acc, dthreshold, query, dout, highest, log_total, delta, row, threshold, begin, stop, end,
+    acc, dthreshold, query, dout, highest, log_total, delta, row, query_head, query_index, threshold, seed,
+    begin, stop, end,
     key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-    softmax_scale, softcap, key_row_stride, value_row_stride,
+    softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LISTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SOFT: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SOFT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the list's keys from `begin` up to `stop` to dquery and to minus dthreshold.
 
@@ -258,6 +265,10 @@ def _dquery_run(
         elif not LISTED:
             weights = tl.where(counts[None, :], weights, 0.0)
         dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            dweights *= keep_factors(
+                seed, query_head[:, None], query_index[:, None], key_index[None, :], drop_limit, keep_scale
+            )
         dlogits = weights * (dweights - delta[:, None])
         if HAS_SOFT:
             dthreshold += tl.sum(dlogits * slope, axis=1)
@@ -276,8 +287,8 @@ def _dkey_dvalue(
     stats_ptr,  # (2, B, H, Sq)
     delta_ptr,  # (B, H, Sq)
     query_ptr, key_ptr, value_ptr, birth_ptr, death_ptr, start_ptr, positions_ptr,
-    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, score_ptr, threshold_ptr, contested_ptr,
-    softmax_scale, softcap,
+    entries_ptr, biases_ptr, sections_ptr, stretches_ptr, score_ptr, threshold_ptr, contested_ptr, seed_ptr,
+    softmax_scale, softcap, drop_limit, keep_scale,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
@@ -285,7 +296,7 @@ def _dkey_dvalue(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, EPOCH: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SOFT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     SUM_HEADS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     epoch = first_epoch + tl.program_id(1)
@@ -315,6 +326,7 @@ def _dkey_dvalue(
             score, contested_from = load_scores(score_ptr, contested_ptr, key_place, counts)
         else:
             score, contested_from = bias, key_index  # nobody reads them
+        seed = load_seed(seed_ptr, batch, HAS_DROPOUT)
         if LISTED:
             birth = tl.load(birth_ptr + key_place, mask=counts, other=2147483647)
             death = tl.load(death_ptr + key_place, mask=counts, other=-1)
@@ -345,20 +357,20 @@ def _dkey_dvalue(
         dimportance = tl.zeros((BLOCK_N,), tl.float32)
         dscore = tl.zeros((BLOCK_N,), tl.float32)
         dkey, dvalue, dimportance, dscore = _dkey_dvalue_run(
-            dkey, dvalue, dimportance, dscore, key, value, bias, score, contested_from, birth, death, epoch,
-            first_token, first_full,
+            dkey, dvalue, dimportance, dscore, key, value, key_index, bias, score, contested_from, seed, birth, death,
+            epoch, first_token, first_full,
             batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr, threshold_ptr,
-            softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
-            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, HAS_SOFT,
-            PRECISION, True,
+            softmax_scale, softcap, drop_limit, keep_scale, query_batch_stride, query_row_stride, query_head_stride,
+            seqlen_q, HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS,
+            HAS_SOFT, HAS_DROPOUT, PRECISION, True,
         )  # fmt: skip
         dkey, dvalue, dimportance, dscore = _dkey_dvalue_run(
-            dkey, dvalue, dimportance, dscore, key, value, bias, score, contested_from, birth, death, epoch,
-            first_full, last_token,
+            dkey, dvalue, dimportance, dscore, key, value, key_index, bias, score, contested_from, seed, birth, death,
+            epoch, first_full, last_token,
             batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr, threshold_ptr,
-            softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
-            HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS, HAS_SOFT,
-            PRECISION, False,
+            softmax_scale, softcap, drop_limit, keep_scale, query_batch_stride, query_row_stride, query_head_stride,
+            seqlen_q, HEADS, GROUP, HEAD_DIM, BLOCK_D, EPOCH, BLOCK_M, HAS_SOFTCAP, HAS_START, HAS_POSITIONS,
+            HAS_SOFT, HAS_DROPOUT, PRECISION, False,
         )  # fmt: skip
 
         dim = tl.arange(0, BLOCK_D)
@@ -376,13 +388,13 @@ def _dkey_dvalue(
 
 @triton.jit
 def _dkey_dvalue_run(
-    dkey, dvalue, dimportance, dscore, key, value, bias, score, contested_from, birth, death, epoch,
+    dkey, dvalue, dimportance, dscore, key, value, key_index, bias, score, contested_from, seed, birth, death, epoch,
     first_token, last_token,
     batch, head_in_batch, query_ptr, dout_ptr, stats_ptr, delta_ptr, start_ptr, positions_ptr, threshold_ptr,
-    softmax_scale, softcap, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
+    softmax_scale, softcap, drop_limit, keep_scale, query_batch_stride, query_row_stride, query_head_stride, seqlen_q,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EPOCH: tl.constexpr,
     BLOCK_M: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_START: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    HAS_SOFT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SOFT: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the share of the epoch's tokens from first_token up to last_token to the gradients of a key tile."""
     dim = tl.arange(0, BLOCK_D)
@@ -419,8 +431,16 @@ def _dkey_dvalue_run(
         if MASKED:
             visible = (birth[:, None] <= row[None, :]) & (row[None, :] < death[:, None])
             weights = tl.where(visible, weights, 0.0)
-        dvalue = tl.dot(weights.to(dout.dtype), dout, dvalue, input_precision=PRECISION)
         dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            keep_factor = keep_factors(
+                seed, query_head[None, :], query_index[None, :], key_index[:, None], drop_limit, keep_scale
+            )
+            dweights *= keep_factor
+            kept_weights = weights * keep_factor
+        else:
+            kept_weights = weights
+        dvalue = tl.dot(kept_weights.to(dout.dtype), dout, dvalue, input_precision=PRECISION)
         dlogits = weights * (dweights - delta[None, :])
         dimportance += tl.sum(dlogits, axis=1)
         if HAS_SOFT:

@@ -45,15 +45,15 @@ class DecodeConfig:
     num_stages: int
 
 
-def forward_config(query: torch.Tensor, is_soft: bool = False) -> BlockConfig:
+def forward_config(query: torch.Tensor, weighs_pairs: bool = False) -> BlockConfig:
     """Returns that of the forward which gathers keys. BLOCK_M holds any group of heads.
 
-    is_soft: with a soft cut, whose gate needs as many registers again.
+    weighs_pairs: with a soft cut or dropout, whose numbers need as many registers again.
     """
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(64, 32, 4, 2) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
-    if is_soft and row <= 256:
+    if weighs_pairs and row <= 256:
         return BlockConfig(128, 64 if row <= 128 else 32, 8, 3)
     if row <= 64:
         return BlockConfig(128, 32, 4, 3)  # Triton 3.6's ptxas crashes over wider blocks
@@ -82,12 +82,12 @@ def causal_config(query: torch.Tensor) -> BlockConfig:
     return BlockConfig(128, 32, 8, 3) if is_large else BlockConfig(64, 32, 4, 1)
 
 
-def dquery_config(query: torch.Tensor, is_soft: bool = False) -> BlockConfig:
-    """BLOCK_M holds any group of heads. is_soft: as for the forward."""
+def dquery_config(query: torch.Tensor, weighs_pairs: bool = False) -> BlockConfig:
+    """BLOCK_M holds any group of heads. weighs_pairs: as for the forward."""
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(32, 32, 4, 1) if row <= 512 and is_large else BlockConfig(32, 16, 4, 1)
-    if is_soft and row <= 256:
+    if weighs_pairs and row <= 256:
         return BlockConfig(128, 32, 8, 3) if is_large else BlockConfig(64, 32, 8, 1)
     if row <= 256 and is_large:
         return BlockConfig(128, 64, 4 if row <= 128 else 8, 3)
@@ -96,12 +96,12 @@ def dquery_config(query: torch.Tensor, is_soft: bool = False) -> BlockConfig:
     return BlockConfig(64, 64, 8, 1) if is_large else BlockConfig(32, 32, 4, 1)
 
 
-def dkey_config(query: torch.Tensor, is_soft: bool = False) -> BlockConfig:
-    """BLOCK_N keys of a program, which walks blocks of BLOCK_M query rows. is_soft: as for the forward."""
+def dkey_config(query: torch.Tensor, weighs_pairs: bool = False) -> BlockConfig:
+    """BLOCK_N keys of a program, which walks blocks of BLOCK_M query rows. weighs_pairs: as for the forward."""
     row, is_large = _bytes_per_row(query), _is_large(query.device)
     if query.dtype == torch.float32:
         return BlockConfig(32, 32, 4, 1) if row <= 512 and is_large else BlockConfig(16, 16, 4, 1)
-    if is_soft and row <= 256:
+    if weighs_pairs and row <= 256:
         return BlockConfig(32, 128 if row <= 128 and is_large else 64, 8, 1)
     if row <= 256:
         return BlockConfig(64, 128, 8, 1) if is_large else BlockConfig(32, 64, 4, 1)

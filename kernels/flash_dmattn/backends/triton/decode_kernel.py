@@ -19,16 +19,19 @@ NO_WINDOW = 2**31 - 1
 
 
 def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Changes the slots. Returns out (B, 1, H, D) and lse (B, H, 1) float32."""
+    """Changes the slots. Returns out (B, 1, H, Dv) and lse (B, H, 1) float32."""
     slots = call.slots
     batch, heads, num_slots, head_dim = slots.keys.shape
+    value_dim = slots.values.shape[3]
     group_size = call.query.shape[2] // heads
     config = config or decode_config(batch * heads, num_slots, call.query)
-    num_splits, block_s, group_rows, block_d = _sizes(num_slots, config.split_size, group_size, head_dim)
+    num_splits, block_s, group_rows, block_d, block_v = _sizes(
+        num_slots, config.split_size, group_size, head_dim, value_dim
+    )
     num_parts = batch * heads * num_splits
-    out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+    out = call.query.new_empty(*call.query.shape[:3], value_dim)
     lse = torch.empty(batch, call.query.shape[2], 1, dtype=torch.float32, device=out.device)
-    parts = torch.empty(num_parts * group_size, head_dim, dtype=torch.float32, device=out.device)
+    parts = torch.empty(num_parts * group_size, value_dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(num_parts * group_size, 2, dtype=torch.float32, device=out.device)
     worst = torch.empty(num_parts, 2, dtype=torch.int64, device=out.device)
     padding_mask = call.padding_mask
@@ -59,14 +62,16 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> tuple[to
         GROUP=group_size,
         HEADS_PER_KV=heads // call.key.shape[2],
         HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
         GROUP_ROWS=group_rows,
         BLOCK_G=max(16, group_rows),
         BLOCK_D=block_d,
+        BLOCK_V=block_v,
         BLOCK_N=config.block_n,
         SPLIT=config.split_size,
         SPLITS=num_splits,
         BLOCK_S=block_s,
-        EVEN=num_slots % config.split_size == 0 and head_dim == block_d,
+        EVEN=num_slots % config.split_size == 0 and (head_dim, value_dim) == (block_d, block_v),
         HAS_PADDING=padding_mask is not None,
         HAS_BIAS=call.add_importance_bias,
         HAS_SOFTCAP=call.softcap > 0,
@@ -78,30 +83,33 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> tuple[to
 
 
 @functools.cache
-def _sizes(num_slots: int, split_size: int, group_size: int, head_dim: int) -> tuple[int, int, int, int]:
-    """Programs of a head, and the powers of 2 that hold them, a group's heads and a head."""
+def _sizes(
+    num_slots: int, split_size: int, group_size: int, head_dim: int, value_dim: int
+) -> tuple[int, int, int, int, int]:
+    """Programs of a head, and the powers of 2 that hold them, a group's heads, a key and a value."""
     num_splits = -(-num_slots // split_size)
-    block_s, group_rows, block_d = map(triton.next_power_of_2, (num_splits, group_size, head_dim))
-    return num_splits, block_s, group_rows, max(16, block_d)
+    sizes = num_splits, group_size, head_dim, value_dim
+    block_s, group_rows, block_d, block_v = map(triton.next_power_of_2, sizes)
+    return num_splits, block_s, group_rows, max(16, block_d), max(16, block_v)
 
 
 @triton.jit
 def _decode(
-    out_ptr,  # (B, 1, H, D)
+    out_ptr,  # (B, 1, H, Dv)
     lse_ptr,  # (B, H, 1)
     query_ptr,  # (B, 1, H, D)
     key_ptr,  # (B, 1, Hkv, D)
-    value_ptr,  # (B, 1, Hkv, D)
+    value_ptr,  # (B, 1, Hkv, Dv)
     importance_ptr,  # (B, Hc, 1)
     padding_ptr,  # (B, 1)
     keys_ptr,  # (B, Hc, w, D)
-    values_ptr,  # (B, Hc, w, D)
+    values_ptr,  # (B, Hc, w, Dv)
     slot_importance_ptr,  # (B, Hc, w)
     positions_ptr,  # (B, Hc, w)
     victims_ptr,  # (B, Hc)
     lengths_ptr,  # (B, Hc)
     arrivals_ptr,  # (B, Hc)
-    parts_ptr,  # (B * Hc, splits, G, D), weighted sums of values
+    parts_ptr,  # (B * Hc, splits, G, Dv), weighted sums of values
     sums_ptr,  # (B * Hc, splits, G, 2), the highest logit, the sum of weights
     worst_ptr,  # (B * Hc, splits, 2): rank of the worst key, its slot
     query_batch_stride,
@@ -123,9 +131,11 @@ def _decode(
     GROUP: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -147,13 +157,15 @@ def _decode(
     if HAS_PADDING:
         is_real = tl.load(padding_ptr + batch * padding_stride) != 0
     keys_ptr += head * num_slots * HEAD_DIM
-    values_ptr += head * num_slots * HEAD_DIM
+    values_ptr += head * num_slots * VALUE_DIM
     slot_importance_ptr += head * num_slots
     positions_ptr += head * num_slots
 
     lane = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
     is_dim = dim < HEAD_DIM
+    value_dim = tl.arange(0, BLOCK_V)
+    is_value_dim = value_dim < VALUE_DIM
     query_address = query_ptr + batch * query_batch_stride + (head_in_batch * GROUP + lane)[:, None] * query_head_stride
     query = tl.load(query_address + dim[None, :], mask=(lane < GROUP)[:, None] & is_dim[None, :], other=0.0)
 
@@ -172,25 +184,25 @@ def _decode(
 
     highest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_V), tl.float32)
     worst_rank = tl.full((BLOCK_N,), 9223372036854775807, tl.int64)
     worst_slot = tl.full((BLOCK_N,), 2147483647, tl.int32)
     for offset in range(0, SPLIT, BLOCK_N):
         slot = split * SPLIT + offset + tl.arange(0, BLOCK_N)
         row = slot.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+        value_row = slot.to(tl.int64)[:, None] * VALUE_DIM + value_dim[None, :]
         if EVEN:
             exists = slot >= 0
             key = tl.load(keys_ptr + row)
             importance = tl.load(slot_importance_ptr + slot)
             position = tl.load(positions_ptr + slot)
-            value = tl.load(values_ptr + row)
+            value = tl.load(values_ptr + value_row)
         else:
             exists = slot < num_slots
-            is_row = exists[:, None] & is_dim[None, :]
-            key = tl.load(keys_ptr + row, mask=is_row, other=0.0)
+            key = tl.load(keys_ptr + row, mask=exists[:, None] & is_dim[None, :], other=0.0)
             importance = tl.load(slot_importance_ptr + slot, mask=exists, other=0.0)
             position = tl.load(positions_ptr + slot, mask=exists, other=-1)
-            value = tl.load(values_ptr + row, mask=is_row, other=0.0)
+            value = tl.load(values_ptr + value_row, mask=exists[:, None] & is_value_dim[None, :], other=0.0)
 
         is_new = (slot == victim) & takes
         visible = exists & (position >= 0) & (now - position < sliding_window) & is_real & (is_new == 0)
@@ -217,7 +229,7 @@ def _decode(
         key_address = key_ptr + batch * key_batch_stride + kv_head * key_head_stride
         value_address = value_ptr + batch * value_batch_stride + kv_head * value_head_stride
         new_key = tl.load(key_address + dim, mask=is_dim, other=0.0)
-        new_value = tl.load(value_address + dim, mask=is_dim, other=0.0)
+        new_value = tl.load(value_address + value_dim, mask=is_value_dim, other=0.0)
         product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
         new_logits = _logits(product, _bias(new_importance, HAS_BIAS), softmax_scale, softcap, HAS_SOFTCAP)
         highest_now = tl.maximum(highest, new_logits)
@@ -228,15 +240,15 @@ def _decode(
         acc = acc * scale[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
         highest = highest_now
         tl.debug_barrier()  # every thread has read the victim's slot
-        new_row = victim.to(tl.int64) * HEAD_DIM + dim
-        tl.store(keys_ptr + new_row, new_key, mask=is_dim)
-        tl.store(values_ptr + new_row, new_value, mask=is_dim)
+        tl.store(keys_ptr + victim.to(tl.int64) * HEAD_DIM + dim, new_key, mask=is_dim)
+        tl.store(values_ptr + victim.to(tl.int64) * VALUE_DIM + value_dim, new_value, mask=is_value_dim)
         tl.store(slot_importance_ptr + victim, new_importance)
         tl.store(positions_ptr + victim, now)
 
     part = (head * SPLITS + split) * GROUP + lane
     is_part = lane < GROUP
-    tl.store(parts_ptr + part[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_part[:, None] & is_dim[None, :])
+    part_address = parts_ptr + part[:, None] * VALUE_DIM + value_dim[None, :]
+    tl.store(part_address, acc, mask=is_part[:, None] & is_value_dim[None, :])
     tl.store(sums_ptr + part * 2, highest, mask=is_part)
     tl.store(sums_ptr + part * 2 + 1, total, mask=is_part)
     worst_ptr += head * SPLITS * 2
@@ -250,7 +262,7 @@ def _decode(
         tl.store(lengths_ptr + head, after)
         tl.store(arrivals_ptr + head, 0)
         _put_together(
-            out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, HEAD_DIM, BLOCK_D, SPLITS, BLOCK_S
+            out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, VALUE_DIM, BLOCK_V, SPLITS, BLOCK_S
         )
 
 
@@ -266,26 +278,26 @@ def _worst_slot(worst_ptr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def _put_together(
     out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Weighs the parts of a head's programs and stores the output and the lse of its group."""
     lane = tl.arange(0, GROUP_ROWS)
-    dim = tl.arange(0, BLOCK_D)
+    dim = tl.arange(0, BLOCK_V)
     split = tl.arange(0, BLOCK_S)
     is_lane = lane < GROUP
-    exists = is_lane[:, None] & (dim < HEAD_DIM)[None, :]
+    exists = is_lane[:, None] & (dim < VALUE_DIM)[None, :]
     first = head * SPLITS * GROUP + lane
     every = (first[None, :] + split[:, None] * GROUP) * 2
     is_part = (split < SPLITS)[:, None] & is_lane[None, :]
     highest = tl.max(tl.load(sums_ptr + every, mask=is_part, other=float("-inf"), cache_modifier=".cg"), axis=0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((GROUP_ROWS,), tl.float32)
-    acc = tl.zeros((GROUP_ROWS, BLOCK_D), tl.float32)
+    acc = tl.zeros((GROUP_ROWS, BLOCK_V), tl.float32)
     for number in tl.range(0, SPLITS, loop_unroll_factor=8):
         row = first + number * GROUP
         part_highest = tl.load(sums_ptr + row * 2, mask=is_lane, other=float("-inf"), cache_modifier=".cg")
         part_total = tl.load(sums_ptr + row * 2 + 1, mask=is_lane, other=0.0, cache_modifier=".cg")
-        address = parts_ptr + row[:, None] * HEAD_DIM + dim[None, :]
+        address = parts_ptr + row[:, None] * VALUE_DIM + dim[None, :]
         part = tl.load(address, mask=exists, other=0.0, cache_modifier=".cg")
         weight = tl.exp2(part_highest - shift)
         total += part_total * weight
@@ -293,7 +305,7 @@ def _put_together(
     out = acc / tl.where(total == 0, 1.0, total)[:, None]
     lse = tl.where(total == 0, float("-inf"), (tl.log2(tl.where(total == 0, 1.0, total)) + shift) / LOG2E)
     tl.store(lse_ptr + head * GROUP + lane, lse, mask=is_lane)
-    out_row = (head * GROUP + lane) * HEAD_DIM
+    out_row = (head * GROUP + lane) * VALUE_DIM
     tl.store(out_ptr + out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=exists)
 
 

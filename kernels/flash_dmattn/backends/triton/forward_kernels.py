@@ -11,8 +11,10 @@ from flash_dmattn.backends.triton.tiles import (
     find_stretch,
     gather_rows,
     is_visible,
+    keep_factors,
     load_keys,
     load_scores,
+    load_seed,
     load_thresholds,
     query_rows,
     query_tile,
@@ -26,7 +28,7 @@ def run_forward(
     call: AttentionCall, config: BlockConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does, of a call whose keys are listed."""
-    config = config or forward_config(call.query, call.soft is not None)
+    config = config or forward_config(call.query, call.weighs_pairs)
     launch = Launch(call, config.block_m)
     lists = launch.lists
     batch, seqlen_q, num_heads, _ = call.query.shape
@@ -66,8 +68,11 @@ def _forward(
     score_ptr,  # (B, Hi, Sk)
     threshold_ptr,  # (B, Hi, Sq)
     contested_ptr,  # (B, Hi, Sk)
+    seed_ptr,  # (B,)
     softmax_scale,
     softcap,
+    drop_limit,
+    keep_scale,
     query_batch_stride,
     query_row_stride,
     query_head_stride,
@@ -94,6 +99,7 @@ def _forward(
     HAS_START: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_SOFT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -124,6 +130,7 @@ def _forward(
     is_query = exists[:, None] & (dim < HEAD_DIM)[None, :]
     query = tl.load(query_address, mask=is_query, other=0.0)
     threshold = load_thresholds(threshold_ptr, head, query_index, exists, seqlen_q, HAS_SOFT)
+    seed = load_seed(seed_ptr, batch, HAS_DROPOUT)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -133,22 +140,22 @@ def _forward(
     )
     # Three runs: keys of which some have died, keys that all rows see, keys of which some are not born.
     acc, highest, total = _attend(
-        acc, highest, total, query, row, threshold, begin, first_full, end,
+        acc, highest, total, query, row, query_head, query_index, threshold, seed, begin, first_full, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-        softmax_scale, softcap, key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
+        softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, HAS_DROPOUT, PRECISION, True,
     )  # fmt: skip
     acc, highest, total = _attend(
-        acc, highest, total, query, row, threshold, first_full, last_full, end,
+        acc, highest, total, query, row, query_head, query_index, threshold, seed, first_full, last_full, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-        softmax_scale, softcap, key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, False,
+        softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, HAS_DROPOUT, PRECISION, False,
     )  # fmt: skip
     acc, highest, total = _attend(
-        acc, highest, total, query, row, threshold, last_full, end, end,
+        acc, highest, total, query, row, query_head, query_index, threshold, seed, last_full, end, end,
         key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-        softmax_scale, softcap, key_row_stride, value_row_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, PRECISION, True,
+        softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_SOFTCAP, HAS_SOFT, HAS_DROPOUT, PRECISION, True,
     )  # fmt: skip
 
     sees_any = (row >= 0) & (total != 0)  # NaN is not nothing
@@ -167,11 +174,12 @@ def _forward(
 
 @triton.jit
 def _attend(
-    acc, highest, total, query, row, threshold, begin, stop, end,
+    acc, highest, total, query, row, query_head, query_index, threshold, seed, begin, stop, end,
     key_ptr, value_ptr, birth_ptr, death_ptr, entries_ptr, biases_ptr, score_ptr, contested_ptr,
-    softmax_scale, softcap, key_row_stride, value_row_stride,
+    softmax_scale, softcap, drop_limit, keep_scale, key_row_stride, value_row_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_SOFT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SOFT: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Folds the list's keys from `begin` up to `stop` into the running softmax; lanes past `end` do not count."""
     for offset in range(begin, stop, BLOCK_N):
@@ -198,6 +206,10 @@ def _attend(
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         value = gather_rows(value_ptr, key_index, value_row_stride, counts, HEAD_DIM, BLOCK_D, MASKED)
+        if HAS_DROPOUT:
+            weights *= keep_factors(
+                seed, query_head[:, None], query_index[:, None], key_index[None, :], drop_limit, keep_scale
+            )
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
     return acc, highest, total

@@ -1,4 +1,8 @@
-"""The importance of one token of every batch row: a program per row and head."""
+"""The importance of one token of every batch row: a program per row and head.
+
+It computes in float64 and rounds to float32, so that it ends in the bits of torch's, which sums in another order: a
+token that is decoded ties with an equal one of the prompt.
+"""
 
 import functools
 
@@ -55,23 +59,23 @@ def _importance(
 ):
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    products = tl.zeros((BLOCK,), tl.float32)
+    products = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, NUM_INPUTS, BLOCK):
         index = start + tl.arange(0, BLOCK)
         exists = index < NUM_INPUTS
         address = value_ptr + batch * value_batch_stride + (index // HEAD_DIM) * value_head_stride + index % HEAD_DIM
-        value = tl.load(address, mask=exists, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + head * NUM_INPUTS + index, mask=exists, other=0.0).to(tl.float32)
+        value = tl.load(address, mask=exists, other=0.0).to(tl.float64)
+        weight = tl.load(weight_ptr + head * NUM_INPUTS + index, mask=exists, other=0.0).to(tl.float64)
         products += value * weight
     dt = tl.sum(products, axis=0)
     if HAS_BIAS:
-        dt += tl.load(bias_ptr + head).to(tl.float32)
+        dt += tl.load(bias_ptr + head).to(tl.float64)
     # log(1 + x) that keeps a small x, because it decides ties; beyond 20 it is dt.
     x = tl.exp(tl.minimum(dt, 20.0))
     one_more = 1.0 + x
     softplus = tl.where(one_more == 1.0, x, tl.log(one_more) * (x / tl.where(one_more == 1.0, 1.0, one_more - 1.0)))
     softplus = tl.where(dt > 20.0, dt, softplus)
-    importance = tl.load(A_ptr + head).to(tl.float32) * softplus
+    importance = tl.load(A_ptr + head).to(tl.float64) * softplus
     if HAS_EXP:
         importance = tl.exp(tl.minimum(importance, max_exponent))
-    tl.store(out_ptr + batch * tl.num_programs(1) + head, importance)
+    tl.store(out_ptr + batch * tl.num_programs(1) + head, importance.to(tl.float32))

@@ -10,6 +10,7 @@ from flash_dmattn.backends.key_lists import KeyLists, is_listed
 from flash_dmattn.backends.triton.lists import build_key_lists
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import KEY_LISTS, find
+from flash_dmattn.dropout import drop_limit
 
 
 class Launch:
@@ -40,6 +41,7 @@ class Launch:
             lists.sections,
             lists.stretches,
             *((None, None, None) if call.soft is None else call.soft),
+            call.dropout_seed,
         )
         return (
             call.query,
@@ -48,6 +50,8 @@ class Launch:
             *(unused if tensor is None else tensor for tensor in tensors),
             call.softmax_scale,
             call.softcap,
+            drop_limit(call.dropout_p),
+            1 / (1 - call.dropout_p),
             *strides(call),
             call.query.shape[1],
             call.key.shape[1],
@@ -72,5 +76,6 @@ class Launch:
             "HAS_START": call.is_ordered,
             "HAS_POSITIONS": call.query_positions is not None,
             "HAS_SOFT": call.soft is not None,
+            "HAS_DROPOUT": call.dropout_seed is not None,
             "PRECISION": "ieee" if call.query.dtype == torch.float32 else "tf32",
         }

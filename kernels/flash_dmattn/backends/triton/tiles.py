@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from flash_dmattn.dropout import NUM_ROUNDS as _NUM_ROUNDS
+
 LOG2E = tl.constexpr(1.4426950408889634)
+NUM_ROUNDS = tl.constexpr(_NUM_ROUNDS)
 
 
 @triton.jit
@@ -150,3 +153,24 @@ def soft_gate(score, threshold, contested_from, row):
     factor = 1.0 / (1.0 + falling)
     slope = tl.where(distance >= 0, falling, 1.0) * factor
     return tl.minimum(distance, 0.0), factor, slope
+
+
+@triton.jit
+def load_seed(seed_ptr, batch, HAS_DROPOUT: tl.constexpr):
+    """Returns the dropout seed of a row of the batch."""
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr + batch)
+    else:
+        seed = batch.to(tl.int64)  # nobody reads it
+    return seed
+
+
+@triton.jit
+def keep_factors(seed, head, query, key, drop_limit, keep_scale):
+    """Returns what dropout multiplies weights with, as `flash_dmattn.dropout.keeps` says: 0 or keep_scale.
+
+    head, query, key: int32, of pairs, which broadcast against each other.
+    """
+    zero = (head + query + key) * 0
+    word, _, _, _ = tl.philox(seed, key + zero, query + zero, head + zero, zero, n_rounds=NUM_ROUNDS)
+    return tl.where((word >> 1).to(tl.int32) >= drop_limit, keep_scale, 0.0)

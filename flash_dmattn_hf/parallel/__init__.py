@@ -1,0 +1,1 @@
+"""One sequence on several devices: contiguous shards, and one exchange of what outlives them per layer."""

@@ -1,0 +1,81 @@
+"""`ParallelismConfig(cp_size=2)` in an unmodified Trainer, with FSDP2: the losses of one process."""
+
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from ..cli_models import tokenizer
+from ..tiny import tiny_model
+from .jobs import make_model
+from .processes import run_on_ranks
+from .trainer_jobs import CASE, losses_of, run_script, train, train_on_gpus, train_on_ranks
+
+pytest.importorskip("accelerate", minversion="1.10")
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    alone = losses_of(train(str(tmp_path / "alone")))
+    assert len(alone) == 3
+    for found in run_on_ranks(2, tmp_path, train_on_ranks, str(tmp_path / "ranks")):
+        assert found == pytest.approx(alone, abs=1e-6), found
+
+
+def test_the_training_script_shares_sequences(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(60)))
+    tiny_model("llama", initializer_range=0.3).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    given = str(tmp_path / "model"), str(tmp_path / "text.txt")
+    alone = run_on_ranks(1, tmp_path, run_script, *given, str(tmp_path / "alone"))[0]
+    assert isinstance(alone, list) and len(alone) == 2, alone
+    for found in run_on_ranks(2, tmp_path, run_script, *given, str(tmp_path / "ranks")):
+        assert found == pytest.approx(alone, abs=1e-5), found
+    weights = load_file(tmp_path / "ranks" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "alone" / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (alone,) = run_on_ranks(1, tmp_path / "one", train_on_gpus, str(tmp_path / "alone"), device="cuda")
+    assert isinstance(alone, list) and len(alone) == 3, alone
+    for found in run_on_ranks(2, tmp_path, train_on_gpus, str(tmp_path / "both"), device="cuda"):
+        assert found == pytest.approx(alone, abs=1e-3), found
+
+
+def prepare(inputs: dict, **sizes: int):
+    """Calls the Trainer's preparation of inputs as it does in a step."""
+    settings = types.SimpleNamespace(cp_size=1, sp_size=1, cp_backend="torch")
+    vars(settings).update(sizes, cp_enabled=sizes.get("cp_size", 1) > 1)
+    trainer = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(parallelism_config=settings, maybe_context_parallel=print)
+    )
+    return Trainer._prepare_context_parallel_inputs(trainer, make_model(CASE), inputs)[1]
+
+
+def batch(length: int = 8, **values) -> dict:
+    input_ids = torch.arange(3, 3 + length)[None]
+    return {"input_ids": input_ids, "labels": input_ids.clone(), **values}
+
+
+def test_a_mask_of_ones_is_left_out_and_labels_are_shifted():
+    found = prepare(batch(attention_mask=torch.ones(1, 8)), cp_size=2)
+    assert "attention_mask" not in found
+    assert found["shift_labels"].tolist() == [[*range(4, 11), -100]]
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes", "sentence"),
+    [
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])}, {"cp_size": 2}, "does not support padding"),
+        ({"length": 9}, {"cp_size": 2}, "must be a multiple of the 2 ranks, got 9"),
+        ({}, {"sp_size": 2}, "sp_size must be 1 with flash_dmattn, got 2"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(values, sizes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        prepare(batch(**values), **sizes)

@@ -1,0 +1,131 @@
+"""A Trainer with `ParallelismConfig(cp_size=2)` and FSDP2, on CPUs, and the same Trainer in one process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType, ParallelismConfig
+from accelerate.state import AcceleratorState
+from transformers import Trainer, TrainingArguments
+
+from flash_dmattn_hf import use_chunked_loss
+
+from .. import gpu_models
+from .jobs import Case, make_model
+
+ROOT = Path(__file__).resolve().parents[3]
+STEPS = 3
+CASE = Case((10, 1, 3), model={"tie_word_embeddings": True})
+
+
+class Rows(torch.utils.data.Dataset):
+    """Documents packed into rows of equal length, as position_ids say."""
+
+    def __init__(self, length: int = 48, vocabulary: int = 98) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randint(3, vocabulary, (STEPS * 2, length), generator=generator)
+        self.positions = torch.cat([torch.arange(length - 17), torch.arange(17)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index], "position_ids": self.positions}
+
+
+def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) -> Trainer:
+    """Trains a tiny float32 model, on the CPU unless options say otherwise, and returns its Trainer."""
+    if cp_size > 1:
+        options.update(
+            parallelism_config=ParallelismConfig(cp_size=cp_size),
+            fsdp=True,
+            fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        )
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=2,
+        max_steps=STEPS,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **{"use_cpu": True, **options},
+    )
+    if model is None:
+        model = make_model(CASE).float()
+        use_chunked_loss(model, chunk_size=7, engine="torch")
+    trainer = Trainer(model=model, args=arguments, train_dataset=data or Rows())
+    trainer.train()
+    return trainer
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def enter_environment(rank: int) -> None:
+    """Sets what `accelerate launch` would."""
+    world_size = dist.get_world_size()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29511",
+    )
+
+
+def let_fsdp_run_on_cpus() -> None:
+    """accelerate offers FSDP2 on accelerators only, though torch's runs on CPUs as well: this offers it there too."""
+    original = AcceleratorState.__init__
+
+    def initialize(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if vars(self).get("fsdp_plugin") is not None:  # whoever asks for the state again gets that of the process
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialize
+
+
+def train_on_ranks(rank: int, folder: str) -> list[float]:
+    enter_environment(rank)
+    let_fsdp_run_on_cpus()
+    return losses_of(train(folder, cp_size=2))
+
+
+def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
+    """Runs scripts/train.py with configs/context_parallel.yaml, made small; returns the losses of its log."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import train as script
+
+    if dist.get_world_size() > 1:
+        enter_environment(rank)
+        os.environ.update(ACCELERATE_USE_PARALLELISM_CONFIG="true", PARALLELISM_CONFIG_CP_SIZE="2")
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
+        os.environ.update(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+        let_fsdp_run_on_cpus()
+    config = ROOT / "configs" / "context_parallel.yaml"
+    small = ["sequence_length=64", "training.max_steps=2", "training.logging_steps=1", "training.warmup_steps=0"]
+    small += ["attention.keep_window_size=16", "importance_learning_rate=0.1"]
+    cpu = ["training.use_cpu=true", "training.bf16=false", "training.disable_tqdm=true"]
+    named = [f"model={model}", f"output_dir={output}", f"train_files=[{text}]"]
+    script.main([str(config), *small, *cpu, *named])
+    dist.barrier()  # rank 0 writes it
+    log = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def train_on_gpus(rank: int, folder: str) -> list[float]:
+    """Trains in bf16 on as many GPUs as there are ranks, which share every sequence."""
+    enter_environment(rank)
+    model = gpu_models.make_model(device="cpu").train()
+    data = Rows(512, gpu_models.VOCABULARY)
+    return losses_of(train(folder, dist.get_world_size(), model, data, use_cpu=False, bf16=True))
