@@ -51,6 +51,11 @@ class DynamicMaskCache(DynamicCache):
         self._last_updated = None
         self.padding = SeenPadding()
         self.is_static = static
+        if static and any(getattr(module, "is_kv_shared_layer", False) for module in model.modules()):
+            raise ValueError(
+                "a static cache needs layers with keys of their own, got one that shares those of an earlier layer: "
+                'use cache_implementation="dynamic"'
+            )
         if static and len(self.mask_layers) < len(self.layers):
             plain = next(index for index, layer in enumerate(self.layers) if layer not in self.mask_layers)
             raise ValueError(

@@ -3,7 +3,7 @@
 It knows no model and no gate: keys, values and importances come from whoever computed them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,24 @@ class CacheView(NamedTuple):
     importance: torch.Tensor
     visibility: Visibility
     query_positions: torch.Tensor
+
+    def attend(self, query: torch.Tensor, max_visible: int, **options: Any) -> Any:
+        """Attends to these keys. Returns out (B, T, H, Dv), or out and lse.
+
+        query: (B, T, H, D), of the last T of the new tokens. max_visible: keys that one of them sees at most.
+        options: of `interval_attention`.
+        """
+        return interval_attention(
+            query.to(self.value.dtype),
+            self.key.to(self.value.dtype).transpose(1, 2),
+            self.value.transpose(1, 2),
+            self.importance,
+            self.visibility,
+            query_positions=self.query_positions[:, -query.shape[1] :],
+            max_visible=max_visible,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **options,
+        )
 
 
 class EvictingLayer(SlotLayer):
@@ -109,18 +127,7 @@ class EvictingLayer(SlotLayer):
 
         query: (B, T, H, D). padding_mask: as in `view`. options: of `interval_attention`. Returns out (B, T, H, Dv).
         """
-        view = self.view(padding_mask)
-        out = interval_attention(
-            query.to(view.value.dtype),
-            view.key.to(view.value.dtype).transpose(1, 2),
-            view.value.transpose(1, 2),
-            view.importance,
-            view.visibility,
-            query_positions=view.query_positions,
-            max_visible=self.windows.keep_window_size,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **options,
-        )
+        out = self.view(padding_mask).attend(query, self.windows.keep_window_size, **options)
         self.evict()
         return out
 

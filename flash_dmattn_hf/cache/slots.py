@@ -111,11 +111,11 @@ class SlotLayer(DynamicLayer):
         self._new = (key, value, importance)
         self._num_new = key.shape[2]
 
-    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
+    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options):
         """Appends the new token, evicts and attends, in place.
 
         query: (B, 1, H, D). padding_mask: (B, 1) bool, True for real tokens, or None. options: of `decode_step`.
-        Returns out (B, 1, H, Dv).
+        Returns out (B, 1, H, Dv), and lse (B, H, 1) if `return_lse` is among the options.
         """
         padding_mask = self._checked(padding_mask)
         key, value, importance = self._new

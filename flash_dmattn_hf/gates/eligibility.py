@@ -17,7 +17,7 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _CACHE_UPDATE = re.compile(r"(?:past_key_values?|cache)\.update\(\s*([^()]*?),?\s*\)")
 _HARMLESS_ARGUMENTS = frozenset(
     "query key value attention_mask scaling dropout softcap sliding_window is_causal position_ids "
-    "output_attentions cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+    "output_attentions cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k s_aux".split()
 )
 
 
@@ -85,6 +85,10 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
         return Verdict("refuse", f"{name} is not causal: only causal self-attention has dynamic masks")
     if getattr(module, "layer_idx", None) is None:
         return Verdict("refuse", f"{name} has no layer_idx, so no cache can know its layer")
+    if getattr(module, "is_kv_shared_layer", False):
+        return Verdict("native", f"layer {module.layer_idx} shares the keys, values and importance of an earlier layer")
+    if (chunk_size := chunk_size_of(module)) is not None:
+        return Verdict("native", f"layer {module.layer_idx} attends within chunks of {chunk_size} tokens")
     if settings.layers is not None and module.layer_idx not in settings.layers:
         return Verdict("native", f"layer {module.layer_idx} is not among layers={list(settings.layers)}")
     shape = read_shape(module)
@@ -105,23 +109,24 @@ def _judge_without_interface(module: nn.Module, text_config: Any) -> Verdict:
     if "linear" in (_layer_type(module, text_config) or ""):
         return Verdict("native", f"{name} is linear attention")
     if getattr(module, "layer_idx", None) is None and getattr(module, "is_causal", None) is not True:
-        return Verdict("native", f"{name} is not causal self-attention")
+        reason = f"{name} never calls the attention interface, nor says that it is causal self-attention"
+        return Verdict("native", reason)
     return Verdict("refuse", f"{name} never calls the attention interface, so it would stay dense")
 
 
 def _unsupported_feature(module: nn.Module) -> str | None:
     """Returns what the module does that dynamic masks do not support, None if there is nothing."""
     config, source = module.config, _source(type(module))
-    if getattr(module, "sinks", None) is not None:
-        return "adds attention sinks (s_aux) to its softmax, which is not supported"
+    if getattr(module, "sinks", None) is not None and "s_aux=" not in source:
+        return "has attention sinks that it does not pass to its attention function, which is not supported"
+    if hasattr(module, "compressor"):
+        return "compresses older keys into keys of its own, which is not supported"
     if any("indexer" in name for name, _ in module.named_children()):
         return "chooses its keys with an indexer of its own, which is not supported"
     if not _is_latent(module) and any(hasattr(module, name) for name in ("kv_lora_rank", "kv_b_proj")):
         return "is multi-head latent attention (MLA) without expand_kv, which is not supported"
-    if getattr(module, "is_kv_shared_layer", False) or getattr(config, "num_kv_shared_layers", 0):
-        return "shares key and value between layers (num_kv_shared_layers), which is not supported"
-    if _layer_type(module, config) == "chunked_attention":
-        return "attends within chunks (attention_chunk_size), which is not supported"
+    if getattr(config, "num_kv_shared_layers", 0) and not hasattr(module, "store_full_length_kv"):
+        return "shares key and value between layers (num_kv_shared_layers) in a way that is not known"
     if "Cross" in type(module).__name__:
         return "is cross-attention, which is not supported"
     if len(calls := _interface_calls(source)) > 1:
@@ -188,6 +193,12 @@ def sliding_window_of(module: nn.Module) -> int | None:
         return window if window and "sliding" in layer_type else None
     mentioned = "sliding_window" in _source(cls) or "create_sliding_window_causal_mask" in _module_source(cls)
     return window if window and mentioned else None
+
+
+def chunk_size_of(module: nn.Module) -> int | None:
+    """Returns the chunk size in tokens of an attention module that attends within chunks, None for every other."""
+    config = module.config
+    return config.attention_chunk_size if _layer_type(module, config) == "chunked_attention" else None
 
 
 def _layer_type(module: nn.Module, config: Any) -> str | None:

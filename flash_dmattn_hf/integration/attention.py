@@ -9,20 +9,28 @@ from transformers.cache_utils import Cache
 from flash_dmattn import dynamic_mask_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.eligibility import sliding_window_of
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
+from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.documents import Documents, documents_of
+from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
-from flash_dmattn_hf.integration.shards import check_shard
+from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
+from flash_dmattn_hf.integration.shared_keys import (
+    SharedKeys,
+    share,
+    shared_with,
+    view_of_slots,
+)
+from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 from flash_dmattn_hf.parallel.attention import attend_shard
 from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.serving.live_requests import LiveRequests
 
 UNSUPPORTED = {
-    "s_aux": "attention sinks (s_aux)",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks that depend on the token",
     "position_bias": "a position bias",
     "indices": "an indexer's indices",
     "block_indices": "an indexer's blocks",
@@ -43,6 +51,7 @@ def dynamic_mask_attention_forward(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends with the module's gate, or exactly as the layer's own causal attention if it has none.
@@ -50,65 +59,85 @@ def dynamic_mask_attention_forward(
     query: (B, H, T, D). key: (B, Hkv, S, D), value: (B, Hkv, S, Dv), S >= T, the queries last.
     dropout: of the attention weights, in training mode alone.
     attention_mask: what `masks.dynamic_mask_mask` returned.
+    s_aux: (H,) logit of each head's attention sink, or None.
 
     Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
+    shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)
+    gate = shared.gate
     if gate is None:
         refuse_missing_gate(module)
-        windows = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module))
+        windows, chunk_size = Windows(max(key.shape[2], 1), 0, 0, sliding_window_of(module)), chunk_size_of(module)
     else:
-        windows = gate.windows
+        windows, chunk_size = gate.windows, None
     if requests is not None:
         del kwargs["cache"]
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
     _check_arguments(module, attention_mask, kwargs)
+    if s_aux is not None:
+        check_sinks(s_aux, query.shape[1], type(module).__name__)
     if requests is not None:
+        if s_aux is not None:
+            raise ValueError(f"continuous batching cannot add attention sinks, got those of {type(module).__name__}")
         if gate is not None:
             gate.was_called = True
         options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
         return _attend_served(gate, requests, module.layer_idx, query, key, value, options), None
     tag = tag_of(attention_mask)
-    is_step = cache_layer is not None and query.shape[2] == 1
+    is_cached = cache_layer is not None or shared.view is not None
+    is_step = is_cached and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
-        _check_sliding_window(module, windows.sliding_window, sliding_window, attention_mask, tag)
-    if tag is not None and tag.is_full and (cache_layer is not None or attention_mask.shape[1] <= key.shape[2]):
+        _check_limits(module, MaskLimits(windows.sliding_window, chunk_size), sliding_window, attention_mask, tag)
+    if tag is not None and tag.is_full and (is_cached or attention_mask.shape[1] <= key.shape[2]):
         attention_mask = None
-    options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "return_lse": s_aux is not None}
     if dropout and module.training:
         options["dropout_p"] = dropout
     shard = None if tag is None else tag.shard
     if shard is not None or active.slot.content is not None:
-        check_shard(shard, key, cache_layer, cu_seq_lens_q)
+        check_shard(shard, key, cache_layer, cu_seq_lens_q, chunk_size)
     documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    if chunk_size is not None:
+        attended = attend_chunks(query, key, value, attention_mask, documents, chunk_size, **options)
+        return _with_sinks(attended, s_aux), None
     if gate is not None:
         if not gate.was_called and not torch.compiler.is_compiling():
             gate.was_called = True
-        if cache_layer is not None:
-            _refuse_documents(documents)
-            if gate.is_latent:
-                cache_layer.receive(key, value)
-            return _attend_cached(gate, cache_layer, query, attention_mask, options), None
-        _refuse_missing_keys(gate, query, key, attention_mask)
-        importance = importance_of(gate, value)
         options["add_importance_bias"] = gate.config.add_importance_bias
+        if is_cached:
+            _refuse_documents(documents)
+            if shared.view is not None:
+                attended = shared.view.attend(query.transpose(1, 2), windows.keep_window_size, **options)
+            else:
+                if gate.is_latent:
+                    cache_layer.receive(key, value)
+                attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, options)
+            return _with_sinks(attended, s_aux), None
+        _refuse_missing_keys(gate, query, key, attention_mask)
+        importance = importance_of(gate, value) if shared.importance is None else shared.importance
+        shared = SharedKeys(gate, importance=importance)
         if gate.soft_selections:
             options.update(soft_options(gate))
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
         options["add_importance_bias"] = False
+    if getattr(module, "store_full_length_kv", False):
+        share(key, shared)
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if shard is not None:
         states = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return attend_shard(shard, *states, importance, _windows_of_shard(module, windows), **options), None
+        if gate is None:
+            windows = windows_of_shard(module.layer_idx, windows.sliding_window)
+        return _with_sinks(attend_shard(shard, *states, importance, windows, **options), s_aux), None
     options.update(windows._asdict())
     if documents is not None:
-        return _attend_packed(query, key, value, importance, documents, options), None
+        return _with_sinks(_attend_packed(query, key, value, importance, documents, options), s_aux), None
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
-    out = dynamic_mask_attention(
+    attended = dynamic_mask_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -116,16 +145,28 @@ def dynamic_mask_attention_forward(
         padding_mask=padding_mask,
         **options,
     )
-    return out, None
+    return _with_sinks(attended, s_aux), None
 
 
-def _attend_cached(gate, layer, query, attention_mask, options) -> torch.Tensor:
-    """Attends over the survivors and the new tokens of a cache layer, and lets it evict."""
+def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
+    """Returns out (B, T, H, Dv), with the sinks if there are any; attended is out and lse then."""
+    return attended if s_aux is None else with_sinks(*attended, s_aux)
+
+
+def _attend_cached(module, gate, layer, query, key, attention_mask, options):
+    """Attends over the survivors and the new tokens of a cache layer, and lets it evict. Returns out [, lse]."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    options["add_importance_bias"] = gate.config.add_importance_bias
+    is_shared = getattr(module, "store_full_length_kv", False)  # later layers use its keys
     if layer.takes_step and "dropout_p" not in options:
-        return layer.step(query.transpose(1, 2), padding_mask, **options)
-    return layer.attend(query.transpose(1, 2), padding_mask, **options)
+        attended = layer.step(query.transpose(1, 2), padding_mask, **options)
+        view = view_of_slots(layer, padding_mask) if is_shared else None
+    else:
+        view = layer.view(padding_mask)
+        attended = view.attend(query.transpose(1, 2), layer.windows.keep_window_size, **options)
+        layer.evict()
+    if is_shared:
+        share(key, SharedKeys(gate, view=view))
+    return attended
 
 
 def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, value, options) -> torch.Tensor:
@@ -141,27 +182,14 @@ def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, val
     return requests.attend(layer_idx, query.transpose(1, 2), key, value, importance, **options)
 
 
-def _windows_of_shard(module: nn.Module, windows: Windows) -> Windows:
-    """Returns the windows of a layer whose keys are on several ranks; without a gate, those of its sliding window."""
-    if get_gate(module) is not None:
-        return windows
-    length = windows.sliding_window
-    if length is None:
-        raise ValueError(
-            f"layer {module.layer_idx} attends to all keys, which context_parallel does not exchange: give it dynamic "
-            "masks or a sliding window"
-        )
-    return Windows(length, 0, length, length)
-
-
-def _attend_packed(query, key, value, importance, documents: Documents, options) -> torch.Tensor:
-    """Attends within documents: the whole batch becomes one row of documents."""
+def _attend_packed(query, key, value, importance, documents: Documents, options):
+    """Attends within documents: the whole batch becomes one row of documents. Returns out, or out and lse."""
     batch, _, seqlen, _ = query.shape
 
     def one_row(tensor):  # (B, H, S, D) -> (1, B * S, H, D)
         return tensor.transpose(1, 2).reshape(1, batch * seqlen, tensor.shape[1], tensor.shape[3])
 
-    out = dynamic_mask_attention(
+    attended = dynamic_mask_attention(
         one_row(query),
         one_row(key),
         one_row(value),
@@ -170,7 +198,9 @@ def _attend_packed(query, key, value, importance, documents: Documents, options)
         padding_mask=documents.padding_mask,
         **options,
     )
-    return out.reshape(batch, seqlen, *out.shape[2:])
+    out, lse = attended if options["return_lse"] else (attended, None)
+    out = out.reshape(batch, seqlen, *out.shape[2:])
+    return out if lse is None else (out, lse.view(-1, batch, seqlen).transpose(0, 1))
 
 
 def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Documents | None:
@@ -215,19 +245,20 @@ def _check_arguments(module, attention_mask, kwargs) -> None:
         )
 
 
-def _check_sliding_window(module, window, argument, attention_mask, tag) -> None:
-    """Raises ValueError if the layer's window, its argument and its mask do not say the same."""
-    given = [argument] if argument is not None else []
+def _check_limits(module, limits: MaskLimits, argument, attention_mask, tag) -> None:
+    """Raises ValueError if the layer's window or chunk size, its argument and its mask do not say the same."""
+    given = [limits._replace(sliding_window=argument)] if argument is not None else []
     if tag is not None:
-        given.append(tag.sliding_window)
+        given.append(tag.limits)
     elif attention_mask is None and not given and not torch.compiler.is_compiling():
-        given.append(None)
+        given.append(MaskLimits())
     for other in given:
-        if other != window:
-            raise ValueError(
-                f"sliding_window of layer {module.layer_idx} must be {window}, as its config says, got {other} from "
-                f"the forward of {type(module).__name__}"
-            )
+        for name, expected, found in zip(limits._fields, limits, other, strict=True):
+            if found != expected:
+                raise ValueError(
+                    f"{name} of layer {module.layer_idx} must be {expected}, as its config says, got {found} from "
+                    f"the forward of {type(module).__name__}"
+                )
 
 
 def _refuse_documents(documents: Documents | None) -> None:

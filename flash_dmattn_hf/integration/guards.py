@@ -36,6 +36,8 @@ def refuse_packed_positions(module: nn.Module, args: tuple, kwargs: dict[str, An
     if has_cached or not is_ours(module.config.get_text_config()._attn_implementation):
         return
     mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        return  # masks that generate() has made, where nothing is packed
     if mask is not None:
         if mask.shape[-1] != position_ids.shape[1] or mask.dim() != 2:
             return

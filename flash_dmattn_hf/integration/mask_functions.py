@@ -1,7 +1,7 @@
 """Recognises the mask functions of transformers, by what they are made of."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import masking_utils
@@ -10,28 +10,41 @@ from transformers.utils.import_utils import is_tracing
 _AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _OR_CODE = masking_utils.or_masks(masking_utils.causal_mask_function).__code__
 _SLIDING_CODE = masking_utils.sliding_window_overlay(1).__code__
+_CHUNKS_CODE = masking_utils.chunked_overlay(1, torch.empty(0)).__code__
 _BLOCKS_CODE = masking_utils.blockwise_overlay(torch.empty(0)).__code__
 
 
-def sliding_window_of_mask(mask_function: Callable, local_size: int | None, use_vmap: bool) -> int | None:
-    """Returns the window of a mask that slides, None for one that comes to a causal one. ValueError for every other.
+class MaskLimits(NamedTuple):
+    """How far a causal mask lets a query see: the tokens of a sliding window, of a chunk; None: no such limit."""
+
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+
+
+def limits_of_mask(mask_function: Callable, local_size: int | None, use_vmap: bool) -> MaskLimits:
+    """Returns the limits of a mask that slides, is chunked, or comes to a causal one. ValueError for every other.
 
     local_size, use_vmap: the window according to the caller, and whether a part of the mask is a caller's own. Only
     while compiling they are believed, because what a function holds cannot be read then.
     """
     compiling = torch.compiler.is_compiling()
     if compiling and local_size is not None and not use_vmap and _code_of(mask_function) is _AND_CODE:
-        return local_size
+        return MaskLimits(local_size)
     parts = [mask_function] if compiling else list(_conjuncts(mask_function))
     sliding = [part for part in parts if _code_of(part) is _SLIDING_CODE]
-    others = [part for part in parts if part not in sliding and part is not masking_utils.causal_mask_function]
-    if others or len(sliding) == len(parts):
+    chunked = [part for part in parts if _code_of(part) is _CHUNKS_CODE]
+    limits = [*sliding, *chunked]
+    others = [part for part in parts if part not in limits and part is not masking_utils.causal_mask_function]
+    if others or len(limits) == len(parts) or len(chunked) > 1 or (sliding and chunked):
         raise ValueError(
-            "flash_dmattn supports causal, sliding-window, padding and packed masks only, got another mask function "
+            "flash_dmattn supports causal, sliding-window, chunked, padding and packed masks only, got another one "
             f"({getattr(mask_function, '__qualname__', type(mask_function).__name__)}), such as a prefix, image-block, "
-            "chunked, bidirectional or custom mask"
+            "bidirectional or custom mask"
         )
-    return None if not sliding else min(_held_by(part, "sliding_window") for part in sliding)
+    return MaskLimits(
+        min((_held_by(part, "sliding_window") for part in sliding), default=None),
+        _held_by(chunked[0], "chunk_size") if chunked else None,
+    )
 
 
 def _conjuncts(mask_function: Callable) -> Iterator[Callable]:

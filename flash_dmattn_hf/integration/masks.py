@@ -15,7 +15,7 @@ from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
-from flash_dmattn_hf.integration.mask_functions import sliding_window_of_mask
+from flash_dmattn_hf.integration.mask_functions import MaskLimits, limits_of_mask
 from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
 from flash_dmattn_hf.names import NAMES
 from flash_dmattn_hf.parallel.context import Shard, active
@@ -41,15 +41,15 @@ def dynamic_mask_mask(
     attention_mask: (B, S) bool, True for real tokens; (B, S) int64 for the document number of every token of a
         packed batch (as `mark_documents` gives it); or None.
 
-    Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides, or if there are cached
-    tokens, so that the attention function sees whether keys are missing; or the document numbers as they came. A mask
-    carries a tag (`tag_of`), by which the attention function checks that the layer slides as its mask does.
+    Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides or is chunked, or if there are
+    cached tokens, so that the attention function sees whether keys are missing; or the document numbers as they came. A
+    mask carries a tag (`tag_of`), by which the attention function checks that the layer sees as far as its mask does.
 
-    Raises ValueError for any mask that is not causal, sliding, padding or packed, and for a static cache.
+    Raises ValueError for any mask that is not causal, sliding, chunked, padding or packed, and for a static cache.
     """
-    window = None
+    limits = MaskLimits()
     if mask_function is not masking_utils.causal_mask_function:
-        window = sliding_window_of_mask(mask_function, local_size, use_vmap)
+        limits = limits_of_mask(mask_function, local_size, use_vmap)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
             raise ValueError(
@@ -60,14 +60,14 @@ def dynamic_mask_mask(
         )
     shard = getattr(attention_mask, SHARD, None)
     if shard is not None:
-        return _tag(attention_mask, window, shard=shard)
+        return _tag(attention_mask, limits, shard=shard)
     length = kv_offset + kv_length
-    is_plain, is_full = window is None and not q_offset, False
+    is_plain, is_full = limits == MaskLimits() and not q_offset, False
     if attention_mask is None:
         if is_plain or (torch.compiler.is_compiling() and not kv_offset):
             return None
         all_real = torch.ones((1, 1), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, length)
-        return _tag(all_real, window, is_full=True)
+        return _tag(all_real, limits, is_full=True)
     if attention_mask.dtype == torch.bool:
         if attention_mask.shape[-1] != length:
             raise ValueError(
@@ -76,17 +76,17 @@ def dynamic_mask_mask(
         is_full = not is_tracing(attention_mask) and bool(attention_mask.all())
         if is_full and is_plain:
             return None
-    return _tag(attention_mask, window, is_full)
+    return _tag(attention_mask, limits, is_full)
 
 
 @dataclass(frozen=True)
 class MaskTag:
-    """What a mask says beyond its entries: the sliding window in tokens, and whether all tokens are real.
+    """What a mask says beyond its entries: how far a query sees, and whether all tokens are real.
 
     shard: the rows of the forward, where several ranks hold the sequence.
     """
 
-    sliding_window: int | None
+    limits: MaskLimits
     is_full: bool = False
     shard: Shard | None = None
 
@@ -96,11 +96,11 @@ def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
     return getattr(mask, _TAG, None)
 
 
-def _tag(mask: torch.Tensor, window: int | None, is_full: bool = False, shard: Shard | None = None) -> torch.Tensor:
+def _tag(mask: torch.Tensor, limits: MaskLimits, is_full: bool = False, shard: Shard | None = None) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return mask
     mask = mask.view(mask.shape)  # the caller's own tensor stays as it is
-    setattr(mask, _TAG, MaskTag(window, is_full, shard))
+    setattr(mask, _TAG, MaskTag(limits, is_full, shard))
     return mask
 
 

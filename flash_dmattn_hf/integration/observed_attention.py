@@ -18,7 +18,8 @@ def observed_attention(modules: Collection[nn.Module], compute: Callable[..., to
 
     compute(module, query, key, value, softmax_scale, softcap): query (B, H, T, D) and key, value
     (B, Hkv, T, D) as the attention interface is given them, that is after rotary embeddings, in value's dtype; returns
-    out (B, H, T, D). The model must be fed unpadded sequences: `compute` gets no mask.
+    out (B, H, T, D). The model must be fed unpadded sequences: `compute` gets no mask. ValueError at the first layer of
+    `modules` with attention sinks, which `compute` does not know of.
     """
     configs = {id(module.config): module.config for module in modules}.values()
     before = {config._attn_implementation for config in configs}
@@ -31,6 +32,10 @@ def observed_attention(modules: Collection[nn.Module], compute: Callable[..., to
             eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             original = ALL_ATTENTION_FUNCTIONS.get_interface(before, eager)
             return original(module, query, key, value, attention_mask, scaling=scaling, **options)
+        if options.get("s_aux") is not None:
+            raise ValueError(
+                f"{type(module).__name__} has attention sinks (s_aux), whose layers cannot be calibrated or probed"
+            )
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
         out = compute(module, query, key, value, scaling, options.get("softcap"))

@@ -13,6 +13,7 @@ from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.integration.guards import hides_positions, refuse_packed_positions
 from flash_dmattn_hf.integration.lost_settings import remember
+from flash_dmattn_hf.integration.shared_keys import keep_all_tokens, slices_before_sharing
 from flash_dmattn_hf.names import is_ours
 
 
@@ -115,6 +116,8 @@ def _watch_first_forward(model: nn.Module) -> None:
     for part in parts:
         if hides_positions(type(part)) and refuse_packed_positions not in part._forward_pre_hooks.values():
             part.register_forward_pre_hook(refuse_packed_positions, with_kwargs=True)
+        if slices_before_sharing(type(part)) and keep_all_tokens not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(keep_all_tokens, with_kwargs=True)
 
 
 def _hand_back(model: PreTrainedModel, text_config: Any, previous: dict[int, str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.parallel.context import PADDING, ContextParallel, Shard
 from flash_dmattn_hf.parallel.exchange import gather_from_ranks
@@ -68,10 +69,16 @@ def refuse_dense(config: Any) -> None:
     )
 
 
-def check_shard(shard: Shard | None, key: torch.Tensor, cache_layer: Any, cu_seqlens: torch.Tensor | None) -> None:
+def check_shard(
+    shard: Shard | None,
+    key: torch.Tensor,
+    cache_layer: Any,
+    cu_seqlens: torch.Tensor | None,
+    chunk_size: int | None,
+) -> None:
     """Raises ValueError or RuntimeError for an attention call on several ranks that would attend to its own rows.
 
-    shard: what the mask of the call carries. key: (B, Hkv, n, D).
+    shard: what the mask of the call carries. key: (B, Hkv, n, D). chunk_size: of a layer that attends within chunks.
     """
     if shard is None:
         raise RuntimeError(
@@ -80,10 +87,25 @@ def check_shard(shard: Shard | None, key: torch.Tensor, cache_layer: Any, cu_seq
         )
     if cache_layer is not None:
         raise ValueError(_PROBLEMS[2])
+    if chunk_size is not None:
+        raise ValueError("layers that attend within chunks are not supported inside context_parallel")
     if cu_seqlens is not None:
         raise ValueError("cu_seq_lens_q cannot be given inside context_parallel: its position_ids say what is packed")
     if key.shape[2] != shard.num_rows:
         raise ValueError(f"attention on several ranks must have {shard.num_rows} keys, got {key.shape[2]}")
+
+
+def windows_of_shard(layer_idx: int, sliding_window: int | None) -> Windows:
+    """Returns the windows of a layer without a gate whose keys are on several ranks: those of its sliding window.
+
+    Raises ValueError if it has none.
+    """
+    if sliding_window is None:
+        raise ValueError(
+            f"layer {layer_idx} attends to all keys, which context_parallel does not exchange: give it dynamic "
+            "masks or a sliding window"
+        )
+    return Windows(sliding_window, 0, sliding_window, sliding_window)
 
 
 def _refuse_own_positions(context: ContextParallel, pieces: torch.Tensor) -> None:

@@ -40,6 +40,11 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
     for name, module, owner in attention_modules(model):
         if getattr(module, "config", owner) is not config:
             continue
+        if getattr(module, "is_kv_shared_layer", False) or getattr(module, "sinks", None) is not None:
+            raise ValueError(
+                f"continuous batching needs layers with keys of their own and without attention sinks, got {name} of "
+                f"{type(model).__name__}"
+            )
         if (gate := get_gate(module)) is not None:
             if gate.is_latent or getattr(module, "head_dim", gate.head_dim) != gate.head_dim:
                 raise ValueError(

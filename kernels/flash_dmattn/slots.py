@@ -68,8 +68,9 @@ def decode_step(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     add_importance_bias: bool = True,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Appends one token, gives up the key that it pushes out, and attends; keep_window_size is the number of slots.
 
     Equals `select_visible` and `interval_attention` over the whole sequence, at this token. Has no gradient.
@@ -81,9 +82,11 @@ def decode_step(
     rows: (B,) int32, no number twice: which row of the slots each token belongs to, so that the slots may have other
         rows, in any order, which stay as they are; None: the slots have B rows, one per token.
     softmax_scale: None: D ** -0.5. softcap: 0 is off.
+    return_lse: also return the natural-log sum of exp of the logits.
     backend: "auto" or one of `get_available_backends()`.
 
-    Returns out (B, 1, H, Dv).
+    Returns out (B, 1, H, Dv) and, if asked, lse (B, H, 1) in float32 (float64 for float64). A row without a token gets
+    out 0, lse -inf.
 
     Raises ValueError for arguments that do not fit, RuntimeError when a backend asked for by name cannot serve.
     """
@@ -105,20 +108,22 @@ def decode_step(
         add_importance_bias=add_importance_bias,
     )
     if can_call_directly(query, key, value, importance, padding_mask, rows, *slots):
-        return _run(call, backend)
-    return decode_step_op(*call.flatten(), backend)
+        out, lse = _run(call, backend)
+    else:
+        out, lse = decode_step_op(*call.flatten(), backend)
+    return (out, lse) if return_lse else out
 
 
-def _run(call: DecodeCall, backend: str) -> torch.Tensor:
+def _run(call: DecodeCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(call.query):
         return choose(DECODING, call, backend).decode(call)
 
 
-def _decode_step(*arguments) -> torch.Tensor:
+def _decode_step(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     return _run(DecodeCall.unflatten(arguments), arguments[-1])
 
 
-_decode_step.__signature__ = signature(DecodeCall, torch.Tensor)
+_decode_step.__signature__ = signature(DecodeCall, tuple[torch.Tensor, torch.Tensor])
 
 decode_step_op = torch.library.custom_op(
     "flash_dmattn::decode_step", _decode_step, mutates_args=[f"slots_{name}" for name in Slots._fields]
@@ -128,7 +133,9 @@ decode_step_op = torch.library.custom_op(
 
 @decode_step_op.register_fake
 def _(query, key, value, *_):
-    return query.new_empty((*query.shape[:3], value.shape[3]))
+    precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty((query.shape[0], query.shape[2], 1), dtype=precision)
+    return query.new_empty((*query.shape[:3], value.shape[3])), lse
 
 
 def _check(query, key, value, importance, slots, padding_mask, rows, softcap) -> None:

@@ -34,7 +34,7 @@ class RecordedLayer(DynamicMaskCacheLayer):
         self.seen = torch.full((self.max_steps, batch, heads, slots), -1, dtype=torch.int32, device=device)
         self.num_steps = torch.zeros(1, dtype=torch.long, device=device)
 
-    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options) -> torch.Tensor:
+    def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options):
         self._record(self.lengths[:, :1])
         out = super().step(query, padding_mask, **options)
         self.seen.index_copy_(0, self.num_steps, self.positions.unsqueeze(0))

@@ -98,7 +98,7 @@ def draw(case, dtype):
     return query, key, value, importance, mask
 
 
-def expected_output(case, query, key, value, importance, mask):
+def expected_output(case, query, key, value, importance, mask, **options):
     visibility = select_visible(importance, keep_window_size=case.w, padding_mask=mask, **case.windows)
     rows = torch.where(mask, torch.arange(case.length, device=DEVICE), -1).int()
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -110,6 +110,7 @@ def expected_output(case, query, key, value, importance, mask):
         softcap=case.softcap,
         add_importance_bias=case.add_importance_bias,
         backend="reference",
+        **options,
     )
 
 
@@ -123,7 +124,7 @@ def small_programs(monkeypatch):
         monkeypatch.setattr(decode_kernel, "decode_config", lambda *_: DecodeConfig(16, 16, 2, 1))
 
 
-def steps(case, slots, query, key, value, importance, mask, backend, rows=None):
+def steps(case, slots, query, key, value, importance, mask, backend, **options):
     for t in range(case.length):
         row = slice(t, t + 1)
         yield decode_step(
@@ -133,11 +134,11 @@ def steps(case, slots, query, key, value, importance, mask, backend, rows=None):
             importance[:, :, row],
             slots,
             padding_mask=mask[:, row] if case.is_padded else None,
-            rows=rows,
             softcap=case.softcap,
             add_importance_bias=case.add_importance_bias,
             backend=backend,
             **case.windows,
+            **options,
         )
 
 
@@ -224,6 +225,18 @@ def test_rows_of_more_slots(name, backend, dtype, small_programs):
     for state, other in zip(own, pool, strict=True):
         assert torch.equal(state, other[rows.long()])
         assert (other[untouched] == 7).all()
+
+
+@pytest.mark.parametrize("backend", ["reference"] if NO_TRITON else ["reference", "triton"])
+@pytest.mark.parametrize("name", ["sinks-local", "several-blocks", "values-longer"])
+def test_lse_is_that_of_one_pass(name, backend, small_programs):
+    """-inf for a row without a token."""
+    case = CASES[name]
+    inputs = draw(case, torch.float32)
+    slots = make_slots(2, inputs[3].shape[1], case.w, case.head_dim, torch.float32, DEVICE, case.value_dim)
+    found = [lse for _, lse in steps(case, slots, *inputs, backend, return_lse=True)]
+    _, expected = expected_output(case, *inputs, return_lse=True)
+    torch.testing.assert_close(torch.cat(found, dim=2), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_strided_tokens():

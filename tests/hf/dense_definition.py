@@ -12,6 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "dense_definition"
+SHARED = {}
+"""Layer type -> importance and settings of the keys that later layers share."""
+
 HIDDEN_STATES = {}
 """Attention module -> what it was called with, while `by_definition` runs a model."""
 
@@ -41,7 +44,7 @@ def visible(importance, real, settings):
     return ((j < s) | (t - j < r) | chosen) & (j <= t) & real[:, None, None, :]
 
 
-def dense_definition(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+def dense_definition(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
     """out (B, T, H, D): softmax over everything the mask and the definition let through."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
@@ -50,16 +53,25 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
         logits = softcap * torch.tanh(logits / softcap)
     allowed = attention_mask
     gate = getattr(module, "dma", None)
+    importance = None
     if gate is not None:
         is_hidden = gate.config.importance_input == "hidden"
         importance = importance_of(gate, HIDDEN_STATES[module] if is_hidden else value.transpose(1, 2).flatten(2))
+    if getattr(module, "store_full_length_kv", False):
+        SHARED[module.layer_type] = importance, gate
+    if getattr(module, "is_kv_shared_layer", False):
+        importance, gate = SHARED[module.layer_type]
+    if importance is not None:
         real = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
         seen = visible(importance.detach(), real, gate.config)
         repeat = query.shape[1] // importance.shape[1]
         allowed = allowed & seen.repeat_interleave(repeat, 1)
         if gate.config.add_importance_bias:
             logits = logits + importance.repeat_interleave(repeat, 1)[:, :, None, :]
-    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    if s_aux is not None:  # a key with a value of 0
+        logits = torch.cat([logits, s_aux.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)], -1)
+    weights = logits.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
     out = weights @ value.repeat_interleave(groups, 1)
     return out.transpose(1, 2).contiguous(), None
 
@@ -89,6 +101,7 @@ def by_definition(model):
         yield
     finally:
         HIDDEN_STATES.clear()
+        SHARED.clear()
         for hook in hooks:
             hook.remove()
         config._attn_implementation_internal = before

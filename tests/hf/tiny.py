@@ -77,6 +77,16 @@ _QWEN3_VISION = {
     "deepstack_visual_indexes": [0],
 }
 
+_SHARED_KEYS = {
+    **_HEAD_DIM,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 10,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 8,
+}
+
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": 10},
@@ -114,6 +124,22 @@ FAMILIES: dict[str, dict] = {
     "persimmon": {"hidden_dropout": 0.0},
     "ernie4_5": {},
     "exaone4": _FULL_AND_SLIDING,
+    "gpt_oss": {**_HEAD_DIM, **_FULL_AND_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        **_SHARED_KEYS,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [32] * 4,
+    },
+    "gemma4_text": {**_SHARED_KEYS, "global_head_dim": 8},
+    "llama4_text": {
+        **_HEAD_DIM,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 7,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 32,
+    },
     "seed_oss": {**_HEAD_DIM, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "arcee": {},
     "helium": _HEAD_DIM,

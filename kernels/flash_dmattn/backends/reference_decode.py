@@ -8,8 +8,8 @@ from flash_dmattn.calls import DecodeCall, Slots
 from flash_dmattn.ranking import comparable, find_victim, priority
 
 
-def decode(call: DecodeCall) -> torch.Tensor:
-    """Changes the slots and returns out (B, 1, H, Dv), computed in float32 or float64, also under autocast."""
+def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes the slots. Returns out (B, 1, H, Dv) and lse (B, H, 1), in float32 or float64, also under autocast."""
     if call.rows is not None:
         return _decode_rows(call)
     slots = call.slots
@@ -31,14 +31,14 @@ def decode(call: DecodeCall) -> torch.Tensor:
         return _attend(call, now, is_real)
 
 
-def _decode_rows(call: DecodeCall) -> torch.Tensor:
+def _decode_rows(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     """The same over copies of some rows, which then go back to their places."""
     rows = call.rows.long()
     own = Slots(*(state[rows] for state in call.slots))
-    out = decode(replace(call, slots=own, rows=None))
+    attended = decode(replace(call, slots=own, rows=None))
     for state, new in zip(call.slots, own, strict=True):
         state.index_copy_(0, rows, new)
-    return out
+    return attended
 
 
 def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
         states.scatter_(2, rows, torch.where(takes.unsqueeze(-1), new, states.gather(2, rows)))
 
 
-def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     slots = call.slots
     batch, _, num_heads, head_dim = call.query.shape
     precision = slots.importance.dtype
@@ -74,4 +74,5 @@ def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> torch
     logits = (logits + bias.unsqueeze(2)).masked_fill(hidden.unsqueeze(2), -torch.inf)
     weights = logits.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)  # a row that sees nothing would be NaN
     out = weights @ slots.values.to(precision)
-    return out.reshape(batch, 1, num_heads, -1).to(call.query.dtype)
+    lse = logits.logsumexp(-1).view(batch, num_heads, 1)
+    return out.reshape(batch, 1, num_heads, -1).to(call.query.dtype), lse

@@ -8,6 +8,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask as crea
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
 from flash_dmattn_hf.arguments import parameter_names
+from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import MaskTag, dynamic_mask_mask, tag_of
 
 from ..converted import converted
@@ -44,7 +45,7 @@ def test_plain_causal_needs_no_mask():
 def test_sliding_masks_carry_their_window(padding):
     mask = create_sliding_mask(config_of(sliding_window=3), **arguments(padding))
     assert mask.dtype == torch.bool and mask.shape == (2, 6) and mask.all()
-    assert tag_of(mask) == MaskTag(sliding_window=3, is_full=True)
+    assert tag_of(mask) == MaskTag(MaskLimits(sliding_window=3), is_full=True)
 
 
 @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_mask], ids=["causal", "sliding"])
@@ -52,7 +53,7 @@ def test_padding_gives_a_two_dimensional_bool_mask(create):
     padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]])
     mask = create(config_of(sliding_window=3), **arguments(padding))
     assert mask.dtype == torch.bool and torch.equal(mask, padding.bool())
-    assert tag_of(mask) == MaskTag(3 if create is create_sliding_mask else None, is_full=False)
+    assert tag_of(mask) == MaskTag(MaskLimits(3 if create is create_sliding_mask else None), is_full=False)
 
 
 def test_packed_positions_give_document_numbers():
@@ -83,25 +84,24 @@ FOREIGN = {
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_foreign_masks_raise(case):
-    with pytest.raises(ValueError, match="causal, sliding-window, padding and packed masks only"):
+    with pytest.raises(ValueError, match="causal, sliding-window, chunked, padding and packed masks only"):
         FOREIGN[case]()
 
 
-def test_chunked_masks_raise():
-    with pytest.raises(ValueError, match="chunk|packed masks only"):
-        create_chunked_causal_mask(config_of(attention_chunk_size=4), **arguments())
-    with pytest.raises(ValueError, match="packed masks only"):
-        create_chunked_causal_mask(config_of(attention_chunk_size=64), **arguments())
+def test_a_chunked_mask_says_how_long_its_chunks_are():
+    mask = create_chunked_causal_mask(config_of(attention_chunk_size=4), **arguments())
+    assert tag_of(mask) == MaskTag(MaskLimits(chunk_size=4), is_full=True)
 
 
 def test_recognition_does_not_trust_the_flags():
     two = masking_utils.and_masks(masking_utils.causal_mask_function, _everything)
     chunked = masking_utils.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
-    for function in (two, chunked, _everything, masking_utils.sliding_window_overlay(3)):
+    two_kinds = masking_utils.and_masks(chunked, masking_utils.sliding_window_overlay(3))
+    for function in (two, two_kinds, _everything, masking_utils.sliding_window_overlay(3)):
         with pytest.raises(ValueError, match="packed masks only"):
             dynamic_mask_mask(2, 6, 6, mask_function=function, local_size=3, use_vmap=False)
     other = masking_utils.sliding_window_causal_mask_function(4)
-    assert tag_of(dynamic_mask_mask(2, 6, 6, mask_function=other, local_size=3)).sliding_window == 4
+    assert tag_of(dynamic_mask_mask(2, 6, 6, mask_function=other, local_size=3)).limits == MaskLimits(4)
 
 
 NO_BLOCKS = torch.full((2, 6), -1)
@@ -124,7 +124,7 @@ def test_blocks_of_images_that_are_not_there_change_nothing(case):
     window, overlays = WITHOUT_IMAGES[case]
     create = create_sliding_mask if case in ("sliding", "two_windows") else create_causal_mask
     mask = create(config_of(sliding_window=3), **arguments(**overlays))
-    assert (None if mask is None else tag_of(mask).sliding_window) == window
+    assert (None if mask is None else tag_of(mask).limits.sliding_window) == window
 
 
 def make_gemma3():

@@ -36,32 +36,7 @@ _NOT_DISPATCHED = "never calls the attention interface|has no class for flash_dm
 _BY_NAME = "it chooses its attention class by the name of the implementation"
 
 REFUSED = {
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "attention sinks"),
     "deepseek_v32": ({**_MLA, **_EXPERTS, "index_n_heads": 2, "index_head_dim": 8}, "indexer"),
-    "gemma3n_text": (
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "vocab_size_per_layer_input": 99,
-            "hidden_size_per_layer_input": 8,
-            "laurel_rank": 4,
-            "head_dim": 8,
-            "activation_sparsity_pattern": [0.0] * 4,
-            "intermediate_size": [32] * 4,
-        },
-        "num_kv_shared_layers",
-    ),
-    "llama4_text": (
-        {
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 32,
-            "head_dim": 8,
-            "layer_types": ["chunked_attention"] * 2,
-            "no_rope_layers": [1, 1],
-        },
-        "attention_chunk_size",
-    ),
     "falcon": ({}, _BY_NAME),
     **({} if "gptj" in FAMILIES else {"gptj": (_GPT, _BY_NAME)}),
     "gpt_neo": (
@@ -102,7 +77,7 @@ def test_encoder_decoders_are_refused_as_such(model_type):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v32"])
 def test_refused_families_are_refused_while_loading(model_type, tmp_path):
     values, sentence = REFUSED[model_type]
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**_SMALL, **values})).save_pretrained(tmp_path)
@@ -118,8 +93,8 @@ def test_a_model_without_causal_attention_is_refused_at_its_first_forward():
 
 
 def test_set_attn_implementation_on_a_refused_model():
-    values, sentence = REFUSED["gpt_oss"]
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt_oss"](**{**_SMALL, **values}))
+    values, sentence = REFUSED["deepseek_v32"]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v32"](**{**_SMALL, **values}))
     with pytest.raises(ValueError, match=sentence):
         model.set_attn_implementation("flash_dmattn")
 
@@ -167,7 +142,7 @@ def test_deterministic_algorithms_are_passed_on(monkeypatch):
 
 
 UNSUPPORTED = {
-    **dict.fromkeys(["s_aux", "sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
+    **dict.fromkeys(["sinks", "position_bias", "indices", "block_indices"], torch.zeros(4)),
     "cache": PagedAttentionCache.__new__(PagedAttentionCache),  # of pages, which are not ours
 }
 

@@ -58,6 +58,8 @@ CASES = {
     "soft, checkpointed": Case((20, 1, 16), is_checkpointed=True, soft={"temperature": 0.1, "band": 3.0}),
     "soft, importance not added": Case((10, 1, 3), settings={"add_importance_bias": False}, soft={"temperature": 0.3}),
     "whole logits": Case((10, 1, 3), has_chunked_loss=False),
+    "attention sinks": Case((8, 1, 3), "granite_swa", {"sliding_window": 10}),
+    "shared keys": Case((8, 1, 3), "gemma3n_text"),
 }
 
 
@@ -169,6 +171,7 @@ def refusals(rank: int) -> dict[str, str]:
             "constant cache": lambda: model(**cached),
             "dense model": lambda: dense(**own),
             "dense layer": lambda: make_model(Case((10, 1, 3), settings={"layers": [0]}))(**own),
+            "chunks": lambda: make_model(Case((10, 1, 3), "llama4_text"))(**own),
             "no shift_labels": lambda: _with_chunks(model, own),
             "band": lambda: train_step(case._replace(soft={"temperature": 1.0, "band": None}), model, own),
             "soft packed": lambda: train_step(

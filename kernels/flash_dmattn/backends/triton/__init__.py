@@ -87,8 +87,8 @@ def reject_decoding(call: DecodeCall) -> str | None:
     return None
 
 
-def decode(call: DecodeCall) -> torch.Tensor:
-    """Changes the slots and returns out (B, 1, H, Dv)."""
+def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes the slots. Returns out (B, 1, H, Dv) and lse (B, H, 1) float32."""
     from flash_dmattn.backends.triton.decode_kernel import run_decode
 
     return run_decode(call)

@@ -18,8 +18,8 @@ from flash_dmattn.calls import DecodeCall
 NO_WINDOW = 2**31 - 1
 
 
-def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Tensor:
-    """Changes the slots and returns out (B, 1, H, Dv)."""
+def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes the slots. Returns out (B, 1, H, Dv) and lse (B, H, 1) float32."""
     slots, rows = call.slots, call.rows
     batch = call.query.shape[0]
     _, heads, num_slots, head_dim = slots.keys.shape
@@ -31,12 +31,14 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
     )
     num_parts = batch * heads * num_splits
     out = call.query.new_empty(*call.query.shape[:3], value_dim)
+    lse = torch.empty(batch, call.query.shape[2], 1, dtype=torch.float32, device=out.device)
     parts = torch.empty(num_parts * group_size, value_dim, dtype=torch.float32, device=out.device)
     sums = torch.empty(num_parts * group_size, 2, dtype=torch.float32, device=out.device)
     worst = torch.empty(num_parts, 2, dtype=torch.int64, device=out.device)
     padding_mask = call.padding_mask
     _decode[(batch * heads, num_splits)](
         out,
+        lse,
         call.query,
         call.key,
         call.value,
@@ -80,7 +82,7 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> torch.Te
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out
+    return out, lse
 
 
 @functools.cache
@@ -97,6 +99,7 @@ def _sizes(
 @triton.jit
 def _decode(
     out_ptr,  # (B, 1, H, Dv)
+    lse_ptr,  # (B, H, 1)
     query_ptr,  # (B, 1, H, D)
     key_ptr,  # (B, 1, Hkv, D)
     value_ptr,  # (B, 1, Hkv, Dv)
@@ -266,7 +269,9 @@ def _decode(
         tl.store(victims_ptr + state, _worst_slot(worst_ptr, SPLITS, BLOCK_S))
         tl.store(lengths_ptr + state, after)
         tl.store(arrivals_ptr + state, 0)
-        _put_together(out_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, VALUE_DIM, BLOCK_V, SPLITS, BLOCK_S)
+        _put_together(
+            out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, VALUE_DIM, BLOCK_V, SPLITS, BLOCK_S
+        )
 
 
 @triton.jit
@@ -280,10 +285,10 @@ def _worst_slot(worst_ptr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _put_together(
-    out_ptr, parts_ptr, sums_ptr, head, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Weighs the parts of a head's programs and stores the output of its group."""
+    """Weighs the parts of a head's programs and stores the output and the lse of its group."""
     lane = tl.arange(0, GROUP_ROWS)
     dim = tl.arange(0, BLOCK_V)
     split = tl.arange(0, BLOCK_S)
@@ -306,6 +311,8 @@ def _put_together(
         total += part_total * weight
         acc += part * weight[:, None]
     out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    lse = tl.where(total == 0, float("-inf"), (tl.log2(tl.where(total == 0, 1.0, total)) + shift) / LOG2E)
+    tl.store(lse_ptr + head * GROUP + lane, lse, mask=is_lane)
     out_row = (head * GROUP + lane) * VALUE_DIM
     tl.store(out_ptr + out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=exists)
 

@@ -1,0 +1,74 @@
+"""Keys and values that a layer takes from an earlier one (num_kv_shared_layers), with their importance and visibility.
+
+The layer that makes them has the gate. What its attention function found is tied to the key tensor itself, which the
+model hands on to the layers that share it, so nothing is kept beyond the forward or between threads.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from flash_dmattn import NEVER, Visibility
+from flash_dmattn_hf.cache.eviction import CacheView
+from flash_dmattn_hf.names import is_ours
+
+_TIE = "_flash_dmattn_shared"
+
+
+class SharedKeys(NamedTuple):
+    """What the layers that share a key must know of it.
+
+    gate: of the layer that made it, None if that keeps its own attention. importance: (B, Hi, S) of all keys, where no
+    cache is used. view: survivors and new tokens of a cache.
+    """
+
+    gate: Any | None
+    importance: torch.Tensor | None = None
+    view: CacheView | None = None
+
+
+def share(key: torch.Tensor, shared: SharedKeys) -> None:
+    """Ties what later layers need to a key tensor (B, Hkv, S, D), as the model hands it on."""
+    setattr(key, _TIE, shared)
+
+
+def shared_with(module: nn.Module, key: torch.Tensor) -> SharedKeys:
+    """Returns what was tied to a key tensor. RuntimeError if it did not come here as it was."""
+    shared = getattr(key, _TIE, None)
+    if shared is None:
+        raise RuntimeError(
+            f"layer {module.layer_idx} must get the very key tensor that an earlier layer made, got another one: "
+            "compiling a model with shared keys, or moving them between devices, is not supported"
+        )
+    return shared
+
+
+def slices_before_sharing(cls: type) -> bool:
+    """Whether a model class goes on with its last tokens alone where its layers begin to share keys (Gemma4)."""
+    return hasattr(cls, "_maybe_slice_kv_shared_inputs")
+
+
+def keep_all_tokens(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of such a model: it would slice masks of T x T tokens, and ours have one row."""
+    if is_ours(module.config._attn_implementation):
+        return args, {**kwargs, "logits_to_keep": None}
+    return None
+
+
+def view_of_slots(layer: Any, padding_mask: torch.Tensor | None) -> CacheView:
+    """Returns what the token of the last step sees of a cache layer.
+
+    padding_mask: (B, 1) bool, True for real tokens, or None. The slots are shown as they are now: the next step changes
+    them, when every layer that shares them has attended.
+    """
+    slots = layer.slots
+    is_empty = slots.positions < 0
+    birth = torch.where(is_empty, NEVER, slots.positions)
+    death = torch.full_like(birth, NEVER)
+    if (window := layer.windows.sliding_window) is not None:
+        death = torch.where(slots.positions > NEVER - window, NEVER, slots.positions + window)
+    now = slots.lengths[:, :1] - 1
+    if padding_mask is not None:
+        now = torch.where(padding_mask, now, -1)
+    return CacheView(slots.keys, slots.values, slots.importance, Visibility(birth, death), now)
