@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     masks.add_argument("--num-sink-tokens", type=common.not_negative, metavar="S", help="(default: 4)")
     masks.add_argument("--local-window-size", type=common.not_negative, metavar="R", help="(default: 1/4 of W)")
     masks.add_argument(
-        "--importance-input", choices=IMPORTANCE_INPUTS, help="what the importance is computed from (default: value)"
+        "--importance-input", choices=IMPORTANCE_INPUTS, help="what the importance is computed from (default: hidden)"
     )
     masks.add_argument(
         "--add-importance-bias", action="store_true", default=None, help="add the importance to the logits, too"
@@ -50,11 +50,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="lora_rank",
         help="train an adapter instead of all weights and merge it (default rank: 16)",
     )
-    training.add_argument("--batch-size", type=common.positive, metavar="B", help="stretches of a forward (default: 8)")
+    training.add_argument("--batch-size", type=common.positive, metavar="B", help="stretches of a forward (default: 4)")
     training.add_argument(
         "--gradient-accumulation-steps", type=common.positive, metavar="N", help="forwards of a step (default: 1)"
     )
-    training.add_argument("--learning-rate", type=float, metavar="X", help="of the backbone (default: 1e-4)")
+    training.add_argument("--learning-rate", type=float, metavar="X", help="of the backbone (default: 5e-5)")
     training.add_argument(
         "--gradient-checkpointing", action="store_true", default=None, help="less memory, a third more time"
     )

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-GATE_LEARNING_RATES = {"importance": 1e-2, "all": 5e-3}
-TEMPERATURES = {"importance": (1.0, 0.05), "all": (0.3, 0.03)}
+GATE_LEARNING_RATES = {"importance": 1e-2, "all": 1e-2}
+TEMPERATURES = {"importance": (1.0, 0.05), "all": (0.5, 0.03)}
 """First and last temperature where a stage is given none: of the importance alone, and of all weights or an adapter."""
 
 
@@ -25,8 +25,8 @@ class DistillationArguments(TrainingArguments):
     Raises ValueError for values out of range.
     """
 
-    learning_rate: float = 1e-4
-    per_device_train_batch_size: int = 8
+    learning_rate: float = 5e-5
+    per_device_train_batch_size: int = 4
     adam_beta2: float = 0.95
     max_grad_norm: float = 0.0
     remove_unused_columns: bool = False

@@ -50,17 +50,17 @@ class Recipe:
     keep_window_size: int = 512
     num_sink_tokens: int = 4
     local_window_size: int | None = None
-    importance_input: str = "value"
+    importance_input: str = "hidden"
     add_importance_bias: bool = False
     length: int = 4096
-    batch_size: int = 8
+    batch_size: int = 4
     gradient_accumulation_steps: int = 1
     minutes: float | None = None
     steps: int | None = None
     stages: tuple[str, ...] = STAGES
-    importance_share: float = 0.25
+    importance_share: float = 0.1
     lora_rank: int | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     gate_learning_rates: dict[str, float] = field(default_factory=lambda: dict(GATE_LEARNING_RATES))
     temperatures: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(TEMPERATURES))
     selection_band: float | None = 1.5

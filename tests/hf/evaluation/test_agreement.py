@@ -65,7 +65,7 @@ def test_logits_of_all_rows_never_exist(model_type):
 def test_a_model_with_an_adapter():
     peft = pytest.importorskip("peft", reason="peft is an optional dependency")
     options = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(converted(), options).double()
+    model = peft.get_peft_model(converted(), options).double().eval()
     found = agreement(model, TEXT, context_length=100, first_row=16)
     expected, _ = brute_force(model, model, TEXT.view(2, 100), 16)
     assert found[:4] == pytest.approx(expected, abs=1e-10) and found.kld > 1e-3

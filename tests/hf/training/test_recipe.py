@@ -18,8 +18,8 @@ def test_the_file_of_the_whole_recipe_has_the_defaults():
     assert from_file("distill.yaml") == Recipe()
 
 
-def test_the_file_for_the_importance_alone_differs_in_stages_and_input():
-    assert from_file("distill_importance.yaml") == Recipe(stages=("importance",), importance_input="hidden")
+def test_the_file_for_the_importance_alone_differs_in_stages():
+    assert from_file("distill_importance.yaml") == Recipe(stages=("importance",))
 
 
 def test_a_quarter_of_the_window_is_local_and_dt_proj_has_a_bias():
@@ -29,10 +29,10 @@ def test_a_quarter_of_the_window_is_local_and_dt_proj_has_a_bias():
 
 
 def test_limits_are_shared_between_the_stages():
-    assert Recipe().limit_of("importance") == {"max_minutes": 5.0}
-    assert Recipe().limit_of("all") == {"max_minutes": 15.0}
-    assert Recipe(steps=50).limit_of("importance") == {"max_steps": 12}
-    assert Recipe(steps=50).limit_of("all") == {"max_steps": 38}
+    assert Recipe().limit_of("importance") == {"max_minutes": 2.0}
+    assert Recipe().limit_of("all") == {"max_minutes": 18.0}
+    assert Recipe(steps=50).limit_of("importance") == {"max_steps": 5}
+    assert Recipe(steps=50).limit_of("all") == {"max_steps": 45}
     assert Recipe(stages=("all",), minutes=3.0).limit_of("all") == {"max_minutes": 3.0}
     assert Recipe(stages=("importance",), steps=9).limit_of("importance") == {"max_steps": 9}
 
