@@ -44,7 +44,9 @@ def weights_of(path):
 
 def test_both_stages_end_in_an_ordinary_checkpoint_with_its_figures(folder, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    assert distill(folder, out, "--steps", "30") == 0
+    config = folder / "quarter.yaml"
+    config.write_text("importance_share: 0.25\ngate_learning_rates: {importance: 0.1}\n")
+    assert distill(folder, out, "--steps", "12", "--config", str(config)) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 attention layers converted" in printed and f"wrote {out}" in printed
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -66,8 +68,8 @@ def test_both_stages_end_in_an_ordinary_checkpoint_with_its_figures(folder, tmp_
     log = [json.loads(line) for line in (out / "distillation" / "log.jsonl").read_text().splitlines()]
     measured = [entry["stage"] for entry in log if "held_out/kld" in entry]
     assert measured == ["importance"] * 4 + ["all"] * 5  # three steps cross a quarter of the first stage
-    assert results["steps_of_stages"] == {"importance": 3, "all": 27}
-    assert results["recipe"]["steps"] == 30 and results["device"] == "cpu"
+    assert results["steps_of_stages"] == {"importance": 3, "all": 9}
+    assert results["recipe"]["steps"] == 12 and results["device"] == "cpu"
     assert results["data"] == [str(folder / "text.txt")]
     assert [entry["held_out/kld"] for entry in log if "held_out/kld" in entry][-1] == pytest.approx(
         rows["all weights trained"]["kld"], abs=1e-6
