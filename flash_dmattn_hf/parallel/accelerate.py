@@ -25,6 +25,10 @@ def wrap_prepare_cp(original: Callable) -> Callable:
     @functools.wraps(original)
     def prepare(self, *args):
         if not any(_uses_our_attention(arg) for arg in args):
+            # A Trainer prepares the loader of an evaluation by itself: the context of its model stays.
+            is_kept = getattr(getattr(self, "_cp_context", None), "func", None) is cut_buffers
+            if is_kept and not any(isinstance(arg, nn.Module) for arg in args):
+                return args
             return original(self, *args)
         self._cp_context = functools.partial(cut_buffers, self.torch_device_mesh["cp"].get_group())
         return args
