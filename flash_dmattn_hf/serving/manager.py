@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.initialization import update_cb
 
 from flash_dmattn_hf.serving.cache import SlotCache
 from flash_dmattn_hf.serving.layers import served_layers
-from flash_dmattn_hf.serving.scheduler import SCHEDULERS
+from flash_dmattn_hf.serving.scheduler import SCHEDULERS, child_ids
 
 _OFF = {
     "use_cuda_graph": "a forward of several requests is not captured",
@@ -63,9 +63,8 @@ class SlotBatchProcessor(ContinuousBatchProcessor):
         forking, self.scheduler._requests_to_fork = self.scheduler._requests_to_fork, []
         super().update_batch()
         for state in forking:
-            num_children, state.num_children = state.num_children, 0
-            for number in range(num_children):
-                child_id = f"{state.request_id}__child#{number}"
+            children, state.num_children = child_ids(state), 0
+            for child_id in children:
                 self.cache.fork(state.request_id, child_id)
                 self.scheduler.active_requests[child_id] = state.fork(child_id)
 

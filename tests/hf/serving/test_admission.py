@@ -92,6 +92,37 @@ def test_a_row_is_empty_for_the_next_request():
     assert engine.results["second"].generated_tokens == alone(model, second, 3)
 
 
+def test_an_id_that_is_in_use_is_refused():
+    """A second request of the same id would attend to the slots of the first, and free them under it."""
+    model, (first, second) = make_model("llama-topk"), make_prompts((30, 21))
+    config = greedy_config()
+    config.num_return_sequences = 2
+    engine = Engine(model, config, num_blocks=2)
+    engine.add("x", first, 4)
+    for _ in range(2):
+        engine.step()
+        with pytest.raises(ValueError, match="request_id must be new, got 'x', whose request has not ended"):
+            engine.processor.scheduler.add_waiting_request(request("x", second))
+        with pytest.raises(ValueError, match="request_id must be new, got 'x__child#0'"):
+            engine.processor.scheduler.add_waiting_request(request("x__child#0", second))
+    engine.add("y", second, 4)
+    engine.step()
+    assert list(engine.processor.scheduler.waiting_requests) == ["y"]
+    with pytest.raises(ValueError, match="request_id must be new, got 'y'"):
+        engine.processor.scheduler.add_waiting_request(request("y", first))
+    engine.run()
+    engine.add("x", second, 4)
+    engine.run()
+    for name in ("x", "x__child#0", "y", "y__child#0"):
+        assert engine.results[name].generated_tokens == alone(model, second, 4), name
+
+
+def request(name, prompt):
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    return RequestState(request_id=name, initial_tokens=prompt, max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
