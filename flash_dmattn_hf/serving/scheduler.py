@@ -7,7 +7,6 @@ which there is no row waits.
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, PrefillFirstScheduler
 
-
 _CHILD = "__child#"
 
 

@@ -169,7 +169,8 @@ def refusals(rank: int) -> dict[str, str]:
             "constant cache": lambda: model(**cached),
             "dense model": lambda: dense(**own),
             "dense layer": lambda: make_model(Case((10, 1, 3), settings={"layers": [0]}))(**own),
-            "no shift_labels": lambda: _with_chunks(model, own),
+            "no shift_labels": lambda: model(**_without_shift_labels(own)),
+            "no shift_labels, chunked": lambda: _with_chunks(model, own),
             "band": lambda: train_step(case._replace(soft={"temperature": 1.0, "band": None}), model, own),
             "soft packed": lambda: train_step(
                 case._replace(soft={"temperature": 1.0}), model, context.shard(make_batch(CASES["packed"]))
@@ -180,9 +181,13 @@ def refusals(rank: int) -> dict[str, str]:
     return said
 
 
+def _without_shift_labels(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in own.items() if name != "shift_labels"}
+
+
 def _with_chunks(model: torch.nn.Module, own: dict[str, Any]) -> None:
     with use_chunked_loss(model, engine="torch"):
-        model(**{name: value for name, value in own.items() if name != "shift_labels"})
+        model(**_without_shift_labels(own))
 
 
 def traffic(rank: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -59,6 +59,7 @@ REFUSALS = {
     "dense model": 'context_parallel needs models with attn_implementation="flash_dmattn", got "sdpa"',
     "dense layer": "layer 1 attends to all keys",
     "no shift_labels": "labels must come with shift_labels inside context_parallel",
+    "no shift_labels, chunked": "labels must come with shift_labels inside context_parallel",
     "band": "soft_selection needs a band inside context_parallel",
     "soft packed": "soft_selection of packed documents is not supported inside context_parallel",
 }
