@@ -20,6 +20,10 @@ class Prefixes:
 
     def __init__(self, page: int):
         self.page = page
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all prompts, those of requests that have not started included."""
         self._ends: dict[str, list[tuple[int, int]]] = {}  # of live requests: lengths and hashes, the longest first
         self._seen: OrderedDict[int, int] = OrderedDict()  # hash -> how many prompts began like this
         self._owners: dict[int, str] = {}  # hash -> request that is about to leave a snapshot there

@@ -1,6 +1,7 @@
 """Prompts that begin alike: the first leaves a snapshot of w slots, the others start from it, with the same results."""
 
 import pytest
+import torch
 
 from tests.hf.generation_models import make_model
 from tests.hf.serving.engine import Engine, alone, needs_serving
@@ -100,12 +101,33 @@ def test_without_sharing_everything_is_prefilled():
     assert not engine.cache.rows.snapshots
 
 
-def test_snapshots_survive_a_session_and_go_with_a_reset():
+def test_snapshots_go_with_their_session():
+    """The weights of the next one may be others."""
     engine = Engine(make_model("llama-topk"))
     for number in (0, 1):
         engine.add(str(number), PROMPTS[number], 5)
     engine.run()
-    engine.processor.reset()
     assert len(engine.cache.rows.snapshots) == 1
-    engine.cache.free_all_requests(clear_ledgers=True)
+    engine.processor.reset()
     assert engine.cache.rows.num_available == engine.cache.num_blocks and not engine.cache.rows.snapshots
+    with torch.no_grad():
+        for parameter in engine.model.model.layers.parameters():
+            parameter.mul_(-1.5)
+    engine.add("2", PROMPTS[2], 5)
+    engine.run()
+    check_results(engine, ["2"])
+
+
+def test_a_request_that_never_started_does_not_keep_the_next_session_waiting():
+    engine = Engine(make_model("llama-sinks-local"), num_blocks=1)
+    engine.add("long", QUESTIONS[1], 20)
+    engine.step()
+    for number in (0, 1):
+        engine.add(str(number), PROMPTS[number], 5)
+    engine.step()
+    assert list(engine.processor.scheduler.waiting_requests) == ["0", "1"]
+    engine.processor.fail_all_requests(RuntimeError("the session ends"))
+    engine.processor.reset()
+    engine.add("2", PROMPTS[2], 5)
+    engine.run()
+    check_results(engine, ["2"])
