@@ -150,6 +150,16 @@ def test_prefill_first():
         assert engine.results[str(number)].generated_tokens == alone(model, prompt, 6)
 
 
+def test_windows_cannot_change_under_live_requests():
+    model, (prompt,) = make_model("llama-topk"), make_prompts((9,))
+    engine = Engine(model, num_blocks=1)
+    engine.add("x", prompt, 4)
+    engine.step()
+    model.config.flash_dmattn = {**model.config.flash_dmattn, "keep_window_size": 4}
+    with pytest.raises(ValueError, match="windows of layer 0 must stay .*keep_window_size=4.* make a new one"):
+        engine.step()
+
+
 def test_layers_that_grow_with_the_text_are_refused():
     model = make_model("llama-topk", flash_dmattn=DynamicMaskConfig(keep_window_size=12, layers=[0]).to_dict())
     with pytest.raises(ValueError, match="gate or a sliding window in every layer, got model.layers.1.self_attn"):
