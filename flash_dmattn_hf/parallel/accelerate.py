@@ -55,6 +55,8 @@ def wrap_prepare_inputs(original: Callable) -> Callable:
         if not settings.cp_enabled:
             return original(self, model, inputs)
         check_whole(inputs, settings.cp_size)
+        if inputs.get("cu_seq_lens_q") is not None and inputs.get("position_ids") is None:
+            raise ValueError("cu_seq_lens_q must come with position_ids: with cp_size these say what is packed")
         inputs = {name: value for name, value in inputs.items() if name not in ("attention_mask", *_DOCUMENTS)}
         return original(self, _Nameless(), inputs)
 

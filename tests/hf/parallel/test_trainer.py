@@ -72,6 +72,7 @@ def test_a_mask_of_ones_is_left_out_and_labels_are_shifted():
     ("values", "sizes", "sentence"),
     [
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])}, {"cp_size": 2}, "does not support padding"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 8])}, {"cp_size": 2}, "cu_seq_lens_q must come with position_ids"),
         ({"length": 9}, {"cp_size": 2}, "must be a multiple of the 2 ranks, got 9"),
         ({}, {"sp_size": 2}, "sp_size must be 1 with flash_dmattn, got 2"),
     ],
