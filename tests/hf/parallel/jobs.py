@@ -87,6 +87,12 @@ def make_batch(case: Case) -> dict[str, Any]:
     return batch
 
 
+def positions_of_one_row(rank: int) -> list[list[int]]:
+    """Returns the rank's position_ids of two sequences that share them."""
+    positions = torch.arange(8)[None]
+    return context_parallel().shard({"input_ids": tokens(2, 8), "position_ids": positions})["position_ids"].tolist()
+
+
 def train_step(case: Case, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns loss and hidden states of the last layer, after the backward."""
     seen = []

@@ -4,7 +4,7 @@ import pytest
 
 from flash_dmattn_hf import context_parallel
 
-from .jobs import CASES, compare, fail_on_one_rank, half_precision, refusals, traffic
+from .jobs import CASES, compare, fail_on_one_rank, half_precision, positions_of_one_row, refusals, traffic
 from .processes import run_on_ranks
 
 
@@ -70,6 +70,10 @@ def test_what_ranks_cannot_do_is_refused_on_all_of_them(tmp_path):
         assert isinstance(found, dict), found
         for name, sentence in REFUSALS.items():
             assert found[name].startswith("ValueError") and sentence in found[name], (name, found[name])
+
+
+def test_one_row_of_positions_is_that_of_all_sequences(tmp_path):
+    assert run_on_ranks(2, tmp_path, positions_of_one_row) == [[[0, 1, 2, 3]] * 2, [[4, 5, 6, 7]] * 2]
 
 
 def test_it_needs_torch_distributed():
