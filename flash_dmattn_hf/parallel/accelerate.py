@@ -88,10 +88,11 @@ def cut_buffers(
     buffers, kept = list(buffers or ()), {id(buffer) for buffer in no_restore_buffers or ()}
     with context_parallel(group) as context:
         wholes = [buffer.detach().view(buffer.shape) for buffer in buffers]
-        for buffer, whole, dim in zip(buffers, wholes, buffer_seq_dims or (), strict=True):
-            length = whole.shape[dim]
-            if length % context.world_size:
-                raise ValueError(f"buffers must have lengths that {context.world_size} ranks divide, got {length}")
+        cuts = list(zip(buffers, wholes, buffer_seq_dims or (), strict=True))
+        lengths = [whole.shape[dim] for _, whole, dim in cuts]
+        if any(length % context.world_size for length in lengths):  # before any of them is cut
+            raise ValueError(f"buffers must have lengths that {context.world_size} ranks divide, got {lengths}")
+        for buffer, whole, dim in cuts:
             buffer.data = whole.chunk(context.world_size, dim)[context.rank].contiguous()
         try:
             yield

@@ -14,6 +14,7 @@ from flash_dmattn_hf import (
     soft_selection,
     use_chunked_loss,
 )
+from flash_dmattn_hf.parallel.accelerate import cut_buffers
 
 from ..tiny import build, tiny_config, tokens
 
@@ -171,6 +172,7 @@ def refusals(rank: int) -> dict[str, str]:
             "padding on one rank": lambda: model(**{**own, "attention_mask": mask}),
             "length": lambda: context.shard({"input_ids": batch["input_ids"][:, :-1]}),
             "unequal shards": lambda: model(**longer),
+            "uneven buffers": lambda: _cut_unevenly(batch["input_ids"]),
             "no positions": lambda: model(own["input_ids"]),
             "constant cache": lambda: model(**cached),
             "dense model": lambda: dense(**own),
@@ -189,6 +191,15 @@ def refusals(rank: int) -> dict[str, str]:
 
 def _without_shift_labels(own: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name != "shift_labels"}
+
+
+def _cut_unevenly(tensor: torch.Tensor) -> None:
+    buffers = [tensor, tensor[:, 1:].clone()]
+    try:
+        with cut_buffers(dist.group.WORLD, buffers=buffers, buffer_seq_dims=[1, 1]):
+            pass
+    finally:
+        assert tensor.shape[1] == LENGTH, tensor.shape  # it is not left as a shard
 
 
 def _with_chunks(model: torch.nn.Module, own: dict[str, Any]) -> None:

@@ -54,6 +54,7 @@ REFUSALS = {
     "padding on one rank": "does not support padding",
     "length": "the length of a sequence must be a multiple of the 2 ranks, got 47",
     "unequal shards": "must hold as many rows and tokens, got [(2, 24), (2, 23)]",
+    "uneven buffers": "buffers must have lengths that 2 ranks divide, got [48, 47]",
     "no positions": "position_ids must be those of the whole sequence, got 0 to 23 on every rank",
     "constant cache": "does not support cached tokens",
     "dense model": 'context_parallel needs models with attn_implementation="flash_dmattn", got "sdpa"',
