@@ -119,7 +119,7 @@ class SlotCache(PagedAttentionCache):
     def count_new_complete_blocks(self, state: RequestState, request_len: int) -> dict[str, int]:
         """Returns the length of the prefix of which the next forward makes a snapshot, if it does."""
         end = state.current_len() + request_len
-        return {_PREFIX: end} if end == self.prefixes.end_of(state.request_id) else {}
+        return {_PREFIX: end} if end == self.prefixes.end_of(state.request_id, state.current_len()) else {}
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         """Keeps the snapshot that `count_new_complete_blocks` foresaw, unless requests need all rows."""

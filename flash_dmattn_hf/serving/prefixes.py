@@ -60,9 +60,16 @@ class Prefixes:
             return True
         return self._owners.setdefault(shared, request_id) == request_id
 
-    def end_of(self, request_id: str) -> int | None:
-        """Returns the length at which a request leaves a snapshot, None if it leaves none."""
-        return next((n for n, name in self._ends.get(request_id, []) if self._owners.get(name) == request_id), None)
+    def end_of(self, request_id: str, current_length: int) -> int | None:
+        """Returns the next length at which a request of `current_length` tokens leaves a snapshot, None if it has none.
+
+        A length that it has passed is no longer its own: another request may leave that snapshot.
+        """
+        owned = [end for end in self._ends.get(request_id, []) if self._owners.get(end[1]) == request_id]
+        for length, name in owned:
+            if length <= current_length:
+                del self._owners[name]
+        return min((length for length, _ in owned if length > current_length), default=None)
 
     def arrive(self, request_id: str, length: int) -> int:
         """Returns the hash under which a request leaves its snapshot now; it leaves no other there."""

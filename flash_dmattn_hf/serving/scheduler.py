@@ -60,8 +60,8 @@ class RowScheduler:
         request_ids_to_remove_from_waiting: set[str],
     ) -> None:
         """A chunk ends where its request leaves a snapshot."""
-        end = self.cache.prefixes.end_of(state.request_id)
-        if end is not None and end > state.current_len():
+        end = self.cache.prefixes.end_of(state.request_id, state.current_len())
+        if end is not None:
             token_budget = min(token_budget, end - state.current_len())
         super()._schedule_request(state, request_tokens, token_budget, request_ids_to_remove_from_waiting)
 

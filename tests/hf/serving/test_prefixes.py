@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flash_dmattn_hf.serving.prefixes import Prefixes
 from tests.hf.generation_models import make_model
 from tests.hf.serving.engine import Engine, alone, needs_serving
 from tests.hf.serving.test_generate_batch import make_prompts
@@ -90,6 +91,21 @@ def test_a_cancelled_owner_does_not_keep_others_waiting():
     engine.run()
     check_results(engine, ["1"])
     assert set(engine.results) == {"1"}
+
+
+def test_a_request_leaves_all_snapshots_that_it_owns_and_gives_up_those_it_has_passed():
+    prefixes, prompt = Prefixes(4), list(range(13))
+    prefixes.add("owner", prompt)
+    prefixes.add("short", prompt[:9])
+    assert prefixes.may_start("owner", {})  # it is to leave a snapshot at 8
+    prefixes.add("long", prompt)
+    assert prefixes.may_start("owner", {})  # and now one at 12
+    assert not prefixes.may_start("short", {}) and not prefixes.may_start("long", {})
+    assert prefixes.end_of("owner", 5) == 8
+    prefixes.arrive("owner", 8)
+    assert prefixes.end_of("owner", 8) == 12
+    assert prefixes.end_of("owner", 12) is None
+    assert prefixes.may_start("long", {}) and prefixes.end_of("long", 0) == 12
 
 
 def test_without_sharing_everything_is_prefilled():
