@@ -108,6 +108,21 @@ def test_a_request_leaves_all_snapshots_that_it_owns_and_gives_up_those_it_has_p
     assert prefixes.may_start("long", {}) and prefixes.end_of("long", 0) == 12
 
 
+def test_a_prefix_is_named_by_a_wide_digest_of_all_its_tokens():
+    """A snapshot of another prompt must not be found, not even by one who looks for a collision."""
+    prefixes, names = Prefixes(4), set()
+    for number in range(9):
+        name = str(number)
+        prefixes.add(name, [*range(number), 100 + number, *range(number + 1, 9)])
+        names.add(prefixes.longest_of(name, Everything())[1])
+    assert len(names) == 9 and all(len(name) == 32 for name in names)
+
+
+class Everything:
+    def __contains__(self, name) -> bool:
+        return True
+
+
 def test_without_sharing_everything_is_prefilled():
     engine = Engine(make_model("llama-topk"), allow_block_sharing=False)
     for number in (0, 1):
