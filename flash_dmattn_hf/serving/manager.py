@@ -102,7 +102,8 @@ class SlotBatchingManager(ContinuousBatchingManager):
         if self.batch_processor is not None:
             self.batch_processor.reset()
             return self.batch_processor
-        settings, config = self.continuous_batching_config, self.model.config.get_text_config()
+        # What is found for this cache is for this cache: the next one, after a stop, may have other memory.
+        settings, config = copy.deepcopy(self.continuous_batching_config), self.model.config.get_text_config()
         cache = SlotCache(self.model, settings)
         self._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(
@@ -143,5 +144,7 @@ def make_manager(
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1
     if continuous_batching_config is None:
+        continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
+    if not isinstance(continuous_batching_config, ContinuousBatchingConfig):
         continuous_batching_config = ContinuousBatchingConfig()
     return SlotBatchingManager(model, generation_config, continuous_batching_config, workload_hints)

@@ -150,6 +150,19 @@ def test_prefill_first():
         assert engine.results[str(number)].generated_tokens == alone(model, prompt, 6)
 
 
+def test_settings_may_come_with_the_generation_config():
+    config = greedy_config()
+    config.continuous_batching_config = batching(num_blocks=3)
+    manager = make_model("llama-topk").init_continuous_batching(config)
+    assert (manager.continuous_batching_config.num_blocks, manager.continuous_batching_config.page_size) == (3, 4)
+
+
+def test_settings_stay_as_they_were_given():
+    """A manager that starts again counts again how many requests fit."""
+    engine = Engine(make_model("llama-topk"), num_blocks=None, max_requests_per_batch=2)
+    assert engine.cache.num_blocks > 2 and engine.manager.continuous_batching_config.num_blocks is None
+
+
 def test_windows_cannot_change_under_live_requests():
     model, (prompt,) = make_model("llama-topk"), make_prompts((9,))
     engine = Engine(model, num_blocks=1)
