@@ -174,6 +174,7 @@ def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, val
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:
+        requests.check_windows(layer_idx, gate.windows)
         importance = importance_of(gate, value)
     if importance.shape[1] == 1:  # one for all heads
         importance = importance.expand(-1, value.shape[1], -1)

@@ -23,6 +23,7 @@ from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
 from flash_dmattn_hf.integration.kept_cache import wrap_generate
 from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
+from flash_dmattn_hf.integration.shards import wrap_loss_function
 from flash_dmattn_hf.names import NAMES
 from flash_dmattn_hf.parallel import accelerate
 
@@ -120,6 +121,7 @@ def _patches() -> list[Patch]:
             (PreTrainedModel, "_from_config", loading.wrap_load_time),
             (PreTrainedModel, "set_attn_implementation", loading.wrap_set_implementation),
             (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),
+            (PreTrainedModel, "loss_function", wrap_loss_function),
             (masking_utils, "_preprocess_mask_arguments", wrap_preprocess_mask_arguments),
             (DogeAttention, "forward", doge.wrap_forward),
             (GenerationMixin, "generate", lambda original: wrap_generate(soft_selection.wrap_generate(original))),

@@ -3,13 +3,15 @@
 It travels with the mask, because checkpointed layers are computed again later, perhaps in another thread.
 """
 
+import functools
 from typing import Any
 
 import torch
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
-from flash_dmattn_hf.parallel.context import PADDING, ContextParallel, Shard
+from flash_dmattn_hf.parallel.context import PADDING, ContextParallel, Shard, active
 from flash_dmattn_hf.parallel.exchange import gather_from_ranks
 
 SHARD = "_flash_dmattn_shard"
@@ -106,6 +108,28 @@ def windows_of_shard(layer_idx: int, sliding_window: int | None) -> Windows:
             "masks or a sliding window"
         )
     return Windows(sliding_window, 0, sliding_window, sliding_window)
+
+
+def wrap_loss_function(original: property) -> property:
+    """Returns PreTrainedModel.loss_function; inside `context_parallel` one of next tokens needs shift_labels."""
+
+    @functools.wraps(original.fget)
+    def get(self):
+        loss = original.fget(self)
+        is_of_next_token = LOSS_MAPPING.get(getattr(self, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
+        if active.slot.content is None or not is_of_next_token:
+            return loss
+        return functools.wraps(loss)(functools.partial(_call_with_shift_labels, loss))
+
+    return property(get, original.fset)
+
+
+def _call_with_shift_labels(loss: Any, *args: Any, shift_labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    if shift_labels is None:
+        raise ValueError(
+            "labels must come with shift_labels inside context_parallel: the last target is on another rank"
+        )
+    return loss(*args, shift_labels=shift_labels, **kwargs)
 
 
 def _refuse_own_positions(context: ContextParallel, pieces: torch.Tensor) -> None:

@@ -25,6 +25,10 @@ def wrap_prepare_cp(original: Callable) -> Callable:
     @functools.wraps(original)
     def prepare(self, *args):
         if not any(_uses_our_attention(arg) for arg in args):
+            # A Trainer prepares the loader of an evaluation by itself: the context of its model stays.
+            is_kept = getattr(getattr(self, "_cp_context", None), "func", None) is cut_buffers
+            if is_kept and not any(isinstance(arg, nn.Module) for arg in args):
+                return args
             return original(self, *args)
         self._cp_context = functools.partial(cut_buffers, self.torch_device_mesh["cp"].get_group())
         return args
@@ -51,6 +55,8 @@ def wrap_prepare_inputs(original: Callable) -> Callable:
         if not settings.cp_enabled:
             return original(self, model, inputs)
         check_whole(inputs, settings.cp_size)
+        if inputs.get("cu_seq_lens_q") is not None and inputs.get("position_ids") is None:
+            raise ValueError("cu_seq_lens_q must come with position_ids: with cp_size these say what is packed")
         inputs = {name: value for name, value in inputs.items() if name not in ("attention_mask", *_DOCUMENTS)}
         return original(self, _Nameless(), inputs)
 
@@ -82,10 +88,11 @@ def cut_buffers(
     buffers, kept = list(buffers or ()), {id(buffer) for buffer in no_restore_buffers or ()}
     with context_parallel(group) as context:
         wholes = [buffer.detach().view(buffer.shape) for buffer in buffers]
-        for buffer, whole, dim in zip(buffers, wholes, buffer_seq_dims or (), strict=True):
-            length = whole.shape[dim]
-            if length % context.world_size:
-                raise ValueError(f"buffers must have lengths that {context.world_size} ranks divide, got {length}")
+        cuts = list(zip(buffers, wholes, buffer_seq_dims or (), strict=True))
+        lengths = [whole.shape[dim] for _, whole, dim in cuts]
+        if any(length % context.world_size for length in lengths):  # before any of them is cut
+            raise ValueError(f"buffers must have lengths that {context.world_size} ranks divide, got {lengths}")
+        for buffer, whole, dim in cuts:
             buffer.data = whole.chunk(context.world_size, dim)[context.rank].contiguous()
         try:
             yield

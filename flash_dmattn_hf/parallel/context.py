@@ -75,9 +75,9 @@ class ContextParallel:
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns this rank's rows of a batch that all ranks of the group have, for `model(**shard)`.
 
-        batch: input_ids (B, S), and tensors (B, S) like it, which are cut; everything else stays. position_ids are
-            added where they are missing; beside labels, shift_labels and num_items_in_batch. With these the losses of
-            the ranks add up to the loss of the whole batch.
+        batch: input_ids (B, S), and tensors (B, S) like it, which are cut; everything else stays. position_ids may
+            be (1, S), and are added where they are missing; beside labels, shift_labels and num_items_in_batch. With
+            these the losses of the ranks add up to the loss of the whole batch.
 
         Raises ValueError for padding, and if the number of ranks does not divide S.
         """
@@ -110,7 +110,7 @@ def _store() -> dist.Store:
 
 
 def complete(batch: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Returns what a whole batch lacks to be cut: position_ids, and beside labels shift_labels and their number.
+    """Returns what a whole batch lacks to be cut: position_ids (B, S), and beside labels shift_labels and their number.
 
     A mask of ones is taken away, as None. Raises ValueError as `ContextParallel.shard`.
     """
@@ -120,6 +120,8 @@ def complete(batch: dict[str, Any], world_size: int) -> dict[str, Any]:
     found = {} if batch.get("attention_mask") is None else {"attention_mask": None}
     if batch.get("position_ids") is None:
         found["position_ids"] = torch.arange(length, device=input_ids.device).expand(input_ids.shape)
+    elif batch["position_ids"].shape == (1, length):  # one row for all sequences
+        found["position_ids"] = batch["position_ids"].expand(input_ids.shape)
     if labels is not None and batch.get("shift_labels") is None:
         found["shift_labels"] = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     if labels is not None and batch.get("num_items_in_batch") is None:

@@ -119,7 +119,7 @@ class SlotCache(PagedAttentionCache):
     def count_new_complete_blocks(self, state: RequestState, request_len: int) -> dict[str, int]:
         """Returns the length of the prefix of which the next forward makes a snapshot, if it does."""
         end = state.current_len() + request_len
-        return {_PREFIX: end} if end == self.prefixes.end_of(state.request_id) else {}
+        return {_PREFIX: end} if end == self.prefixes.end_of(state.request_id, state.current_len()) else {}
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         """Keeps the snapshot that `count_new_complete_blocks` foresaw, unless requests need all rows."""
@@ -148,11 +148,14 @@ class SlotCache(PagedAttentionCache):
         self.prefixes.drop(request_id)
 
     def free_all_requests(self, clear_ledgers: bool = False) -> None:
-        """Ends all requests, and with `clear_ledgers` gives up all snapshots."""
+        """Ends all requests, and forgets all prompts and snapshots: the next session may have other weights.
+
+        clear_ledgers: of transformers; there is nothing that it could leave.
+        """
         for request_id in list(self.rows.held):
-            self.free_blocks(request_id)
-        if clear_ledgers:
-            self.rows.forget_snapshots()
+            self.rows.release(request_id)
+        self.rows.forget_snapshots()
+        self.prefixes.reset()
 
     def evict_cached_blocks(self) -> bool:
         """Never: a request that needs the row of a snapshot takes it."""

@@ -11,6 +11,7 @@ import torch
 
 from flash_dmattn.slots import decode_step
 from flash_dmattn_hf.cache.eviction import EvictingLayer
+from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.serving.layers import ServedLayer
 
 
@@ -104,6 +105,15 @@ class LiveRequests:
             rows=self._rows,
             **options,
         )
+
+    def check_windows(self, layer_idx: int, windows: Windows) -> None:
+        """Raises ValueError unless a layer still has the windows for which its slots were made."""
+        made_for = self.layers[layer_idx].windows
+        if windows != made_for:
+            raise ValueError(
+                f"the windows of layer {layer_idx} must stay as they were when continuous batching began, {made_for}, "
+                f"got {windows}: stop the manager and make a new one"
+            )
 
     def clear(self, row: int) -> None:
         """Empties a row, values included: what one request left must not reach another, not even a NaN."""

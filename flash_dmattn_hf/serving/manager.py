@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.initialization import update_cb
 
 from flash_dmattn_hf.serving.cache import SlotCache
 from flash_dmattn_hf.serving.layers import served_layers
-from flash_dmattn_hf.serving.scheduler import SCHEDULERS
+from flash_dmattn_hf.serving.scheduler import SCHEDULERS, child_ids
 
 _OFF = {
     "use_cuda_graph": "a forward of several requests is not captured",
@@ -63,9 +63,8 @@ class SlotBatchProcessor(ContinuousBatchProcessor):
         forking, self.scheduler._requests_to_fork = self.scheduler._requests_to_fork, []
         super().update_batch()
         for state in forking:
-            num_children, state.num_children = state.num_children, 0
-            for number in range(num_children):
-                child_id = f"{state.request_id}__child#{number}"
+            children, state.num_children = child_ids(state), 0
+            for child_id in children:
                 self.cache.fork(state.request_id, child_id)
                 self.scheduler.active_requests[child_id] = state.fork(child_id)
 
@@ -103,7 +102,8 @@ class SlotBatchingManager(ContinuousBatchingManager):
         if self.batch_processor is not None:
             self.batch_processor.reset()
             return self.batch_processor
-        settings, config = self.continuous_batching_config, self.model.config.get_text_config()
+        # What is found for this cache is for this cache: the next one, after a stop, may have other memory.
+        settings, config = copy.deepcopy(self.continuous_batching_config), self.model.config.get_text_config()
         cache = SlotCache(self.model, settings)
         self._use_prefix_sharing = cache.use_prefix_sharing
         update_cb_config_after_cache_creation(
@@ -144,5 +144,7 @@ def make_manager(
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1
     if continuous_batching_config is None:
+        continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
+    if not isinstance(continuous_batching_config, ContinuousBatchingConfig):
         continuous_batching_config = ContinuousBatchingConfig()
     return SlotBatchingManager(model, generation_config, continuous_batching_config, workload_hints)

@@ -4,31 +4,35 @@ A snapshot is a row of slots at the end of the prefix. It is exact and of consta
 Prefixes are compared at multiples of a page of tokens.
 """
 
+import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Container
-
-from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
 
 MOST_REMEMBERED = 1 << 16
 
 
 class Prefixes:
-    """What is known of the prompts so far, by the hashes of their prefixes.
+    """What is known of the prompts so far, by the digests of their prefixes.
 
     page: prefixes end at multiples of it.
     """
 
     def __init__(self, page: int):
         self.page = page
-        self._ends: dict[str, list[tuple[int, int]]] = {}  # of live requests: lengths and hashes, the longest first
-        self._seen: OrderedDict[int, int] = OrderedDict()  # hash -> how many prompts began like this
-        self._owners: dict[int, str] = {}  # hash -> request that is about to leave a snapshot there
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all prompts, those of requests that have not started included."""
+        self._ends: dict[str, list[tuple[int, bytes]]] = {}  # of live requests: lengths and digests, the longest first
+        self._seen: OrderedDict[bytes, int] = OrderedDict()  # digest -> how many prompts began like this
+        self._owners: dict[bytes, str] = {}  # digest -> request that is about to leave a snapshot there
 
     def add(self, request_id: str, prompt: list[int]) -> None:
         """Takes note of the prompt of a request that arrives. The last token is never part of a prefix."""
-        ends, last = [], None
+        ends, last = [], b""
         for start in range(0, len(prompt) - self.page, self.page):
-            last = compute_block_hash(last, prompt[start : start + self.page])
+            last = _digest(last, prompt[start : start + self.page])
             ends.append((start + self.page, last))
             self._seen[last] = self._seen.pop(last, 0) + 1
         while len(self._seen) > MOST_REMEMBERED:
@@ -41,11 +45,11 @@ class Prefixes:
             if self._owners.get(name) == request_id:
                 del self._owners[name]
 
-    def longest_of(self, request_id: str, names: Container[int]) -> tuple[int, int] | None:
-        """Returns length and hash of the request's longest prefix among `names`, None if there is none."""
+    def longest_of(self, request_id: str, names: Container[bytes]) -> tuple[int, bytes] | None:
+        """Returns length and digest of the request's longest prefix among `names`, None if there is none."""
         return next(((length, name) for length, name in self._ends.get(request_id, []) if name in names), None)
 
-    def may_start(self, request_id: str, names: Container[int]) -> bool:
+    def may_start(self, request_id: str, names: Container[bytes]) -> bool:
         """Returns False while another request is about to leave a snapshot that this one can start from.
 
         names: of the snapshots there are. A request with a prefix that others share, and that is not among them, is
@@ -56,12 +60,27 @@ class Prefixes:
             return True
         return self._owners.setdefault(shared, request_id) == request_id
 
-    def end_of(self, request_id: str) -> int | None:
-        """Returns the length at which a request leaves a snapshot, None if it leaves none."""
-        return next((n for n, name in self._ends.get(request_id, []) if self._owners.get(name) == request_id), None)
+    def end_of(self, request_id: str, current_length: int) -> int | None:
+        """Returns the next length at which a request of `current_length` tokens leaves a snapshot, None if it has none.
 
-    def arrive(self, request_id: str, length: int) -> int:
-        """Returns the hash under which a request leaves its snapshot now; it leaves no other there."""
+        A length that it has passed is no longer its own: another request may leave that snapshot.
+        """
+        owned = [end for end in self._ends.get(request_id, []) if self._owners.get(end[1]) == request_id]
+        for length, name in owned:
+            if length <= current_length:
+                del self._owners[name]
+        return min((length for length, _ in owned if length > current_length), default=None)
+
+    def arrive(self, request_id: str, length: int) -> bytes:
+        """Returns the digest under which a request leaves its snapshot now; it leaves no other there."""
         name = dict(self._ends[request_id])[length]
         del self._owners[name]
         return name
+
+
+def _digest(before: bytes, tokens: list[int]) -> bytes:
+    """Returns the digest of a prefix, from that of the page before its last.
+
+    It stands for the tokens themselves, so it is too wide for strangers to find two prompts that share one.
+    """
+    return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=32).digest()

@@ -7,14 +7,32 @@ which there is no row waits.
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, PrefillFirstScheduler
 
+_CHILD = "__child#"
+
+
+def child_ids(state: RequestState) -> list[str]:
+    """Returns the ids of the children that a request will fork into, as transformers names them."""
+    return [f"{state.request_id}{_CHILD}{number}" for number in range(state.num_children)]
+
 
 class RowScheduler:
     """What both schedulers do differently with a `SlotCache`."""
 
     def add_waiting_request(self, state: RequestState) -> None:
-        """Raises ValueError for a request that could never start."""
+        """Raises ValueError for a request that could never start, and for ids that others have or will have."""
+        for name in (state.request_id, *child_ids(state)):
+            if self._is_taken(name):
+                raise ValueError(f"request_id must be new, got {name!r}, whose request has not ended")
         self.cache.register(state)
         super().add_waiting_request(state)
+
+    def _is_taken(self, name: str) -> bool:
+        """Whether a request has this id, or one that has not forked yet will give it to a child."""
+        if name in self.active_requests or name in self.waiting_requests:
+            return True
+        parent = str(name).rpartition(_CHILD)[0]
+        state = self.active_requests.get(parent) or self.waiting_requests.get(parent)
+        return state is not None and name in child_ids(state)
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         return [state for state in super()._get_waiting_candidates() if self.cache.may_start(state)]
@@ -42,8 +60,8 @@ class RowScheduler:
         request_ids_to_remove_from_waiting: set[str],
     ) -> None:
         """A chunk ends where its request leaves a snapshot."""
-        end = self.cache.prefixes.end_of(state.request_id)
-        if end is not None and end > state.current_len():
+        end = self.cache.prefixes.end_of(state.request_id, state.current_len())
+        if end is not None:
             token_budget = min(token_budget, end - state.current_len())
         super()._schedule_request(state, request_tokens, token_budget, request_ids_to_remove_from_waiting)
 

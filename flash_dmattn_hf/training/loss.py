@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from flash_dmattn_hf.gates.wrapped import find_pretrained
-from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training import liger
 from flash_dmattn_hf.training.chunked_cross_entropy import chunked_cross_entropy
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, DeferringLinear, check_output_layer_of
@@ -109,17 +108,12 @@ def causal_lm_loss(
 
     logits: (B, S, vocabulary). labels: (B, S), the tokens themselves; shift_labels: (B, S), the tokens after them.
     num_items_in_batch: what the sum over tokens is divided by; None: how many tokens have a label.
-    Raises ValueError for another vocab_size or number of labels than the logits have, and for labels alone inside
-    `context_parallel`.
+    Raises ValueError for another vocab_size or number of labels than the logits have.
     """
     if not isinstance(logits, DeferredLogits):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if vocab_size != logits.shape[-1]:
         raise ValueError(f"vocab_size must be that of the output layer, {logits.shape[-1]}, got {vocab_size}")
-    if shift_labels is None and active.slot.content is not None:
-        raise ValueError(
-            "labels must come with shift_labels inside context_parallel: the last target is on another rank"
-        )
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
@@ -195,7 +189,10 @@ def _check_model(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if getattr(model, SETTINGS, None) is not None:
         raise ValueError(f"{name} has a chunked loss already: remove() it first")
-    if model.loss_function is not ForCausalLMLoss or "labels" not in inspect.signature(model.forward).parameters:
+    if (
+        inspect.unwrap(model.loss_function) is not ForCausalLMLoss
+        or "labels" not in inspect.signature(model.forward).parameters
+    ):
         raise ValueError(f"model must have transformers' causal language model loss, got {name}")
     if not isinstance(model.forward, MethodType):
         raise ValueError(f"the forward of {name} must be a method, got {type(model.forward).__name__}")

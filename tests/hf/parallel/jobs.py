@@ -14,6 +14,7 @@ from flash_dmattn_hf import (
     soft_selection,
     use_chunked_loss,
 )
+from flash_dmattn_hf.parallel.accelerate import cut_buffers
 
 from ..tiny import build, tiny_config, tokens
 
@@ -87,6 +88,12 @@ def make_batch(case: Case) -> dict[str, Any]:
         rows = [torch.cat([torch.arange(length) for length in lengths]) for lengths in case.documents]
         batch["position_ids"] = torch.stack(rows)
     return batch
+
+
+def positions_of_one_row(rank: int) -> list[list[int]]:
+    """Returns the rank's position_ids of two sequences that share them."""
+    positions = torch.arange(8)[None]
+    return context_parallel().shard({"input_ids": tokens(2, 8), "position_ids": positions})["position_ids"].tolist()
 
 
 def train_step(case: Case, model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,12 +174,14 @@ def refusals(rank: int) -> dict[str, str]:
             "padding on one rank": lambda: model(**{**own, "attention_mask": mask}),
             "length": lambda: context.shard({"input_ids": batch["input_ids"][:, :-1]}),
             "unequal shards": lambda: model(**longer),
+            "uneven buffers": lambda: _cut_unevenly(batch["input_ids"]),
             "no positions": lambda: model(own["input_ids"]),
             "constant cache": lambda: model(**cached),
             "dense model": lambda: dense(**own),
             "dense layer": lambda: make_model(Case((10, 1, 3), settings={"layers": [0]}))(**own),
             "chunks": lambda: make_model(Case((10, 1, 3), "llama4_text"))(**own),
-            "no shift_labels": lambda: _with_chunks(model, own),
+            "no shift_labels": lambda: model(**_without_shift_labels(own)),
+            "no shift_labels, chunked": lambda: _with_chunks(model, own),
             "band": lambda: train_step(case._replace(soft={"temperature": 1.0, "band": None}), model, own),
             "soft packed": lambda: train_step(
                 case._replace(soft={"temperature": 1.0}), model, context.shard(make_batch(CASES["packed"]))
@@ -183,9 +192,22 @@ def refusals(rank: int) -> dict[str, str]:
     return said
 
 
+def _without_shift_labels(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in own.items() if name != "shift_labels"}
+
+
+def _cut_unevenly(tensor: torch.Tensor) -> None:
+    buffers = [tensor, tensor[:, 1:].clone()]
+    try:
+        with cut_buffers(dist.group.WORLD, buffers=buffers, buffer_seq_dims=[1, 1]):
+            pass
+    finally:
+        assert tensor.shape[1] == LENGTH, tensor.shape  # it is not left as a shard
+
+
 def _with_chunks(model: torch.nn.Module, own: dict[str, Any]) -> None:
     with use_chunked_loss(model, engine="torch"):
-        model(**{name: value for name, value in own.items() if name != "shift_labels"})
+        model(**_without_shift_labels(own))
 
 
 def traffic(rank: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:

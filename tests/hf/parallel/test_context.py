@@ -4,7 +4,7 @@ import pytest
 
 from flash_dmattn_hf import context_parallel
 
-from .jobs import CASES, compare, fail_on_one_rank, half_precision, refusals, traffic
+from .jobs import CASES, compare, fail_on_one_rank, half_precision, positions_of_one_row, refusals, traffic
 from .processes import run_on_ranks
 
 
@@ -55,12 +55,14 @@ REFUSALS = {
     "padding on one rank": "does not support padding",
     "length": "the length of a sequence must be a multiple of the 2 ranks, got 47",
     "unequal shards": "must hold as many rows and tokens, got [(2, 24), (2, 23)]",
+    "uneven buffers": "buffers must have lengths that 2 ranks divide, got [48, 47]",
     "no positions": "position_ids must be those of the whole sequence, got 0 to 23 on every rank",
     "constant cache": "does not support cached tokens",
     "dense model": 'context_parallel needs models with attn_implementation="flash_dmattn", got "sdpa"',
     "dense layer": "layer 1 attends to all keys",
     "chunks": "layers that attend within chunks are not supported inside context_parallel",
     "no shift_labels": "labels must come with shift_labels inside context_parallel",
+    "no shift_labels, chunked": "labels must come with shift_labels inside context_parallel",
     "band": "soft_selection needs a band inside context_parallel",
     "soft packed": "soft_selection of packed documents is not supported inside context_parallel",
 }
@@ -71,6 +73,10 @@ def test_what_ranks_cannot_do_is_refused_on_all_of_them(tmp_path):
         assert isinstance(found, dict), found
         for name, sentence in REFUSALS.items():
             assert found[name].startswith("ValueError") and sentence in found[name], (name, found[name])
+
+
+def test_one_row_of_positions_is_that_of_all_sequences(tmp_path):
+    assert run_on_ranks(2, tmp_path, positions_of_one_row) == [[[0, 1, 2, 3]] * 2, [[4, 5, 6, 7]] * 2]
 
 
 def test_it_needs_torch_distributed():

@@ -16,9 +16,9 @@ from .trainer_jobs import CASE, losses_of, run_script, train, train_on_gpus, tra
 pytest.importorskip("accelerate", minversion="1.10")
 
 
-def test_two_ranks_train_as_one(tmp_path):
+def test_two_ranks_train_and_evaluate_as_one(tmp_path):
     alone = losses_of(train(str(tmp_path / "alone")))
-    assert len(alone) == 3
+    assert len(alone) == 6
     for found in run_on_ranks(2, tmp_path, train_on_ranks, str(tmp_path / "ranks")):
         assert found == pytest.approx(alone, abs=1e-6), found
 
@@ -42,7 +42,7 @@ def test_the_training_script_shares_sequences(tmp_path):
 def test_two_gpus_train_as_one(tmp_path):
     (tmp_path / "one").mkdir()
     (alone,) = run_on_ranks(1, tmp_path / "one", train_on_gpus, str(tmp_path / "alone"), device="cuda")
-    assert isinstance(alone, list) and len(alone) == 3, alone
+    assert isinstance(alone, list) and len(alone) == 6, alone
     for found in run_on_ranks(2, tmp_path, train_on_gpus, str(tmp_path / "both"), device="cuda"):
         assert found == pytest.approx(alone, abs=1e-3), found
 
@@ -72,6 +72,7 @@ def test_a_mask_of_ones_is_left_out_and_labels_are_shifted():
     ("values", "sizes", "sentence"),
     [
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])}, {"cp_size": 2}, "does not support padding"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 8])}, {"cp_size": 2}, "cu_seq_lens_q must come with position_ids"),
         ({"length": 9}, {"cp_size": 2}, "must be a multiple of the 2 ranks, got 9"),
         ({}, {"sp_size": 2}, "sp_size must be 1 with flash_dmattn, got 2"),
     ],

@@ -48,6 +48,9 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
     arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=1,
         max_steps=STEPS,
         learning_rate=1e-2,
         logging_steps=1,
@@ -59,13 +62,15 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
     if model is None:
         model = make_model(CASE).float()
         use_chunked_loss(model, chunk_size=7, engine="torch")
-    trainer = Trainer(model=model, args=arguments, train_dataset=data or Rows())
+    data = data or Rows()
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
     return trainer
 
 
 def losses_of(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    """Returns the losses of training, and those of the evaluations in between, in their order."""
+    return [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
 
 
 def enter_environment(rank: int) -> None:

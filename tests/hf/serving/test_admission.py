@@ -92,6 +92,37 @@ def test_a_row_is_empty_for_the_next_request():
     assert engine.results["second"].generated_tokens == alone(model, second, 3)
 
 
+def test_an_id_that_is_in_use_is_refused():
+    """A second request of the same id would attend to the slots of the first, and free them under it."""
+    model, (first, second) = make_model("llama-topk"), make_prompts((30, 21))
+    config = greedy_config()
+    config.num_return_sequences = 2
+    engine = Engine(model, config, num_blocks=2)
+    engine.add("x", first, 4)
+    for _ in range(2):
+        engine.step()
+        with pytest.raises(ValueError, match="request_id must be new, got 'x', whose request has not ended"):
+            engine.processor.scheduler.add_waiting_request(request("x", second))
+        with pytest.raises(ValueError, match="request_id must be new, got 'x__child#0'"):
+            engine.processor.scheduler.add_waiting_request(request("x__child#0", second))
+    engine.add("y", second, 4)
+    engine.step()
+    assert list(engine.processor.scheduler.waiting_requests) == ["y"]
+    with pytest.raises(ValueError, match="request_id must be new, got 'y'"):
+        engine.processor.scheduler.add_waiting_request(request("y", first))
+    engine.run()
+    engine.add("x", second, 4)
+    engine.run()
+    for name in ("x", "x__child#0", "y", "y__child#0"):
+        assert engine.results[name].generated_tokens == alone(model, second, 4), name
+
+
+def request(name, prompt):
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    return RequestState(request_id=name, initial_tokens=prompt, max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -117,6 +148,29 @@ def test_prefill_first():
     engine.run()
     for number, prompt in enumerate(prompts):
         assert engine.results[str(number)].generated_tokens == alone(model, prompt, 6)
+
+
+def test_settings_may_come_with_the_generation_config():
+    config = greedy_config()
+    config.continuous_batching_config = batching(num_blocks=3)
+    manager = make_model("llama-topk").init_continuous_batching(config)
+    assert (manager.continuous_batching_config.num_blocks, manager.continuous_batching_config.page_size) == (3, 4)
+
+
+def test_settings_stay_as_they_were_given():
+    """A manager that starts again counts again how many requests fit."""
+    engine = Engine(make_model("llama-topk"), num_blocks=None, max_requests_per_batch=2)
+    assert engine.cache.num_blocks > 2 and engine.manager.continuous_batching_config.num_blocks is None
+
+
+def test_windows_cannot_change_under_live_requests():
+    model, (prompt,) = make_model("llama-topk"), make_prompts((9,))
+    engine = Engine(model, num_blocks=1)
+    engine.add("x", prompt, 4)
+    engine.step()
+    model.config.flash_dmattn = {**model.config.flash_dmattn, "keep_window_size": 4}
+    with pytest.raises(ValueError, match="windows of layer 0 must stay .*keep_window_size=4.* make a new one"):
+        engine.step()
 
 
 def test_layers_that_grow_with_the_text_are_refused():

@@ -1,7 +1,9 @@
 """Prompts that begin alike: the first leaves a snapshot of w slots, the others start from it, with the same results."""
 
 import pytest
+import torch
 
+from flash_dmattn_hf.serving.prefixes import Prefixes
 from tests.hf.generation_models import make_model
 from tests.hf.serving.engine import Engine, alone, needs_serving
 from tests.hf.serving.test_generate_batch import make_prompts
@@ -91,6 +93,36 @@ def test_a_cancelled_owner_does_not_keep_others_waiting():
     assert set(engine.results) == {"1"}
 
 
+def test_a_request_leaves_all_snapshots_that_it_owns_and_gives_up_those_it_has_passed():
+    prefixes, prompt = Prefixes(4), list(range(13))
+    prefixes.add("owner", prompt)
+    prefixes.add("short", prompt[:9])
+    assert prefixes.may_start("owner", {})  # it is to leave a snapshot at 8
+    prefixes.add("long", prompt)
+    assert prefixes.may_start("owner", {})  # and now one at 12
+    assert not prefixes.may_start("short", {}) and not prefixes.may_start("long", {})
+    assert prefixes.end_of("owner", 5) == 8
+    prefixes.arrive("owner", 8)
+    assert prefixes.end_of("owner", 8) == 12
+    assert prefixes.end_of("owner", 12) is None
+    assert prefixes.may_start("long", {}) and prefixes.end_of("long", 0) == 12
+
+
+def test_a_prefix_is_named_by_a_wide_digest_of_all_its_tokens():
+    """A snapshot of another prompt must not be found, not even by one who looks for a collision."""
+    prefixes, names = Prefixes(4), set()
+    for number in range(9):
+        name = str(number)
+        prefixes.add(name, [*range(number), 100 + number, *range(number + 1, 9)])
+        names.add(prefixes.longest_of(name, Everything())[1])
+    assert len(names) == 9 and all(len(name) == 32 for name in names)
+
+
+class Everything:
+    def __contains__(self, name) -> bool:
+        return True
+
+
 def test_without_sharing_everything_is_prefilled():
     engine = Engine(make_model("llama-topk"), allow_block_sharing=False)
     for number in (0, 1):
@@ -100,12 +132,33 @@ def test_without_sharing_everything_is_prefilled():
     assert not engine.cache.rows.snapshots
 
 
-def test_snapshots_survive_a_session_and_go_with_a_reset():
+def test_snapshots_go_with_their_session():
+    """The weights of the next one may be others."""
     engine = Engine(make_model("llama-topk"))
     for number in (0, 1):
         engine.add(str(number), PROMPTS[number], 5)
     engine.run()
-    engine.processor.reset()
     assert len(engine.cache.rows.snapshots) == 1
-    engine.cache.free_all_requests(clear_ledgers=True)
+    engine.processor.reset()
     assert engine.cache.rows.num_available == engine.cache.num_blocks and not engine.cache.rows.snapshots
+    with torch.no_grad():
+        for parameter in engine.model.model.layers.parameters():
+            parameter.mul_(-1.5)
+    engine.add("2", PROMPTS[2], 5)
+    engine.run()
+    check_results(engine, ["2"])
+
+
+def test_a_request_that_never_started_does_not_keep_the_next_session_waiting():
+    engine = Engine(make_model("llama-sinks-local"), num_blocks=1)
+    engine.add("long", QUESTIONS[1], 20)
+    engine.step()
+    for number in (0, 1):
+        engine.add(str(number), PROMPTS[number], 5)
+    engine.step()
+    assert list(engine.processor.scheduler.waiting_requests) == ["0", "1"]
+    engine.processor.fail_all_requests(RuntimeError("the session ends"))
+    engine.processor.reset()
+    engine.add("2", PROMPTS[2], 5)
+    engine.run()
+    check_results(engine, ["2"])
