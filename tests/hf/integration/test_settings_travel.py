@@ -144,6 +144,45 @@ def test_an_adapter_of_a_dense_model_leaves_no_settings(dense, tmp_path):
     assert not any(iter_gates(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)))
 
 
+def test_an_adapter_is_saved_by_positional_arguments(dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(dense, **OURS, flash_dmattn=SMALL), config)
+    model.add_adapter("second", config)
+    model.save_pretrained(tmp_path, True, ["second"])
+    assert [path.name for path in tmp_path.rglob("*.json") if path.name == "flash_dmattn.json"] == ["flash_dmattn.json"]
+    assert (tmp_path / "second" / "flash_dmattn.json").exists()
+    model = load(dense, **OURS, flash_dmattn=SMALL)
+    model.add_adapter(config)
+    model.save_pretrained(tmp_path / "other", False)
+    assert not (tmp_path / "other" / "flash_dmattn.json").exists()
+
+
+def test_an_adapter_without_weights_of_the_importance_warns(dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(load(dense, **OURS, flash_dmattn=SMALL), config).save_pretrained(tmp_path)
+    for load_again in (peft.AutoPeftModelForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.warns(UserWarning, match=r'no weights of the importance.*modules_to_save=\["dma"\]'):
+            load_again(tmp_path)
+
+
+def test_a_place_without_an_adapter_fails_as_without_us(dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    for place in (tmp_path, tmp_path / "nothing", "not/a/repository"):
+        with pytest.raises((OSError, ValueError)) as plain:
+            peft.PeftModel.from_pretrained.__func__.__wrapped__(peft.PeftModel, load(dense), place)
+        with pytest.raises(plain.type) as ours:
+            peft.PeftModel.from_pretrained(load(dense), place)
+        assert str(ours.value) == str(plain.value)
+
+
+def test_a_folder_is_not_looked_up_elsewhere(dense, adapter, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("flash_dmattn_hf.integration.adapters.cached_file", None)
+    assert window_of(peft.PeftModel.from_pretrained(load(dense), adapter[0])) == 8
+
+
 def test_a_checkpoint_saved_from_load_time_settings_reloads_with_them(dense, tmp_path):
     model = load(dense, **OURS, flash_dmattn=SMALL)
     model.save_pretrained(tmp_path)
