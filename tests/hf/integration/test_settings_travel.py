@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from flash_dmattn_hf import DynamicMaskConfig, dynamic_mask_config, iter_gates
+from flash_dmattn_hf.integration.lost_settings import warn_if_lost
 
 from ..tiny import tiny_model, tokens
 
@@ -209,6 +211,36 @@ def test_a_path_loaded_otherwise_on_purpose_does_not_warn(dense, options):
         del policy
         AutoModelForCausalLM.from_pretrained(dense, **OURS)
     assert not said(record)
+
+
+def test_a_config_with_settings_gives_them(dense):
+    policy = load(dense, **OURS, flash_dmattn=SMALL)
+    config = AutoConfig.from_pretrained(dense)
+    config.flash_dmattn = DynamicMaskConfig(keep_window_size=12).to_dict()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        model = AutoModelForCausalLM.from_pretrained(dense, config=config, **OURS)
+    assert not said(record) and [window_of(model), window_of(policy)] == [12, 8]
+
+
+def test_a_converted_path_loaded_once_more_without_its_settings_warns(dense, tmp_path):
+    load(dense, **OURS, flash_dmattn=SMALL).save_pretrained(tmp_path)
+    policy = load(tmp_path, flash_dmattn={"keep_window_size": 12})
+    with pytest.warns(UserWarning, match="loaded once more with {'keep_window_size': 8}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert window_of(policy) == 12
+
+
+def test_a_section_with_some_of_the_settings_is_compared(dense):
+    policy, again = load(dense, **OURS, flash_dmattn=SMALL), load(dense, **OURS)
+    again.config.flash_dmattn = {"keep_window_size": 12}
+    with pytest.warns(UserWarning, match="loaded once more with {'keep_window_size': 12"):
+        warn_if_lost(again)
+    policy.config.flash_dmattn = dict(SMALL)
+    again.config.flash_dmattn = DynamicMaskConfig(**SMALL).to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_lost(again)
 
 
 @pytest.mark.parametrize("separator", [",", ";"])
