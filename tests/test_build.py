@@ -151,8 +151,18 @@ def test_without_a_choice_the_gpus_here_decide(smi, lines, architectures):
     assert settings.why.startswith("for the GPUs here" if architectures != ARCHITECTURES else "because nvidia-smi")
 
 
-def test_an_nvidia_smi_that_fails_lists_no_gpus(smi):
-    assert read_settings(smi("9.0\\n", code=9)).architectures == ARCHITECTURES
+@pytest.mark.parametrize(
+    ("lines", "words"), [("Driver mismatch\\nNVML 1\\n", "Driver mismatch"), ("", "exit status 9")]
+)
+def test_an_nvidia_smi_that_fails_could_not_be_asked(smi, lines, words):
+    settings = read_settings(smi(lines, code=9))
+    assert settings.architectures == ARCHITECTURES
+    assert settings.why == f"because nvidia-smi could not be asked: {words}"
+
+
+def test_nobody_is_asked_for_a_build_that_is_skipped(monkeypatch):
+    monkeypatch.setattr("cuda_build.settings.list_capabilities", None)
+    assert read_settings({"FLASH_DMATTN_SKIP_CUDA_BUILD": "1"}).skip
 
 
 def test_a_choice_counts_more_than_the_gpus_here(smi):
@@ -184,6 +194,16 @@ def test_a_build_of_pip_shows_its_progress_on_the_terminal(tmp_path, monkeypatch
     shown = ["", "flash_dmattn: 3 compilations\n", "[1/3] nvcc a.o", "[2/3] nvcc b.o", ""]
     assert screen.read_bytes().decode().split("\r\033[K") == shown
     assert capsys.readouterr().err == "flash_dmattn: 3 compilations\n[1/3] nvcc a.o\n[2/3] nvcc b.o\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that cannot be written to")
+def test_a_lost_terminal_does_not_stop_the_build(monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(terminal, "open_terminal", lambda: opened.append(open("/dev/full", "w")) or opened[-1])
+    terminal.say("3 compilations")
+    terminal.show_progress(["[1/3] nvcc a.o\n", "[2/3] nvcc b.o\n"])
+    assert capsys.readouterr().err == "flash_dmattn: 3 compilations\n[1/3] nvcc a.o\n[2/3] nvcc b.o\n"
+    assert [stream.closed for stream in opened] == [True, True]
 
 
 def test_the_terminal_is_written_to_inside_pip_alone(tmp_path):

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import platform
 import shlex
+import shutil
 from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,10 +40,13 @@ def run(args: argparse.Namespace) -> None:
     for device in facts["devices"]:
         print(f"{'device':14} {device}")
     print(f"{'start-up hook':14} {'enabled' if facts['hook'] else 'not enabled'}")
-    built, missing, command = facts["cuda_library"].values()
-    print(f"{'CUDA library':14} {'built for ' + name_gpus(built) if built else 'not built'}")
-    if missing:
-        print(f"{'':14} not for {name_gpus(missing)}; this builds the rest:\n{'':14} {command}")
+    library_facts = facts["cuda_library"]
+    print(f"{'CUDA library':14} {library_facts['state']}")
+    if library_facts["built"] and library_facts["missing"]:
+        print(f"{'':14} not for {name_gpus(library_facts['missing'])}")
+    if library_facts["command"]:
+        print(f"{'':14} this builds {'the rest' if library_facts['built'] else 'it'}:")
+        print(f"{'':14} {library_facts['command']}")
     print()
     for name, reason in facts["engines"].items():
         print(f"{name:14} {'available' if reason is None else f'unavailable: {reason}'}")
@@ -54,10 +59,20 @@ def versions() -> dict[str, str | None]:
 
 
 def cuda_library() -> dict[str, Any]:
-    """Returns for which architectures the CUDA library was built, for which not, and the command that builds all."""
-    built = [] if library.why_unavailable() else list(library.architectures())
+    """Returns what the CUDA library is, in words, for which architectures it was built, and for which not.
+
+    With them comes the command that builds all: None where nothing is missing, where the library is there but cannot be
+    used, or where the command cannot work.
+    """
+    reason = library.why_unavailable()
+    if reason and (os.environ.get(library.DISABLING_VARIABLE) == "1" or library.PATH.is_file()):
+        return {"state": f"unavailable: {reason}", "built": [], "missing": [], "command": None}
+    built = [] if reason else list(library.architectures())
     missing = [name for name in library.GPUS if name not in built]
-    return {"built": built, "missing": missing, "command": f"FLASH_DMATTN_CUDA_ARCHS=all {_install_again()}"}
+    install = _install_again() if missing and _has_compiler() else None
+    command = install and f"FLASH_DMATTN_CUDA_ARCHS=all {install}"
+    state = f"built for {name_gpus(built)}" if built else "not built"
+    return {"state": state, "built": built, "missing": missing, "command": command}
 
 
 def name_gpus(architectures: list[str]) -> str:
@@ -65,12 +80,27 @@ def name_gpus(architectures: list[str]) -> str:
     return ", ".join(f"sm_{name} ({library.GPUS[name]})" for name in architectures)
 
 
-def _install_again() -> str:
-    """Returns the command that builds this package once more, from where it was installed from."""
-    record = metadata.distribution("flash-dmattn-hf").read_text("direct_url.json")
+def _has_compiler() -> bool:
+    """Whether nvcc is where the build looks for it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) is not None
+
+
+def _install_again() -> str | None:
+    """Returns the command that builds this package once more, from where it was installed; None if it never was."""
+    try:
+        record = metadata.distribution("flash-dmattn-hf").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return None
     source = json.loads(record) if record else {}
-    place = source.get("url", "--no-binary flash-dmattn-hf flash-dmattn-hf")
-    place = shlex.quote(url2pathname(urlsplit(place).path)) if place.startswith("file://") else place
+    place = source.get("url")
+    if place is None:
+        place = "--no-binary flash-dmattn-hf flash-dmattn-hf"
+    elif version_control := source.get("vcs_info"):
+        folder = f"#subdirectory={source['subdirectory']}" if "subdirectory" in source else ""
+        place = shlex.quote(f"{version_control['vcs']}+{place}@{version_control['commit_id']}{folder}")
+    else:
+        place = shlex.quote(url2pathname(urlsplit(place).path) if place.startswith("file://") else place)
     option = "--editable " if source.get("dir_info", {}).get("editable") else ""
     return f"python -m pip install --force-reinstall --no-deps {option}{place}"
 

@@ -18,74 +18,113 @@ class Watch:
     def __init__(self):
         self.pending = None
         self.replaced = {}
+        self.done = False
 
     def find_spec(self, name, path=None, target=None):
-        """Part of Python's import; finds `MODULE` alone."""
-        if name == MODULE and self.pending is None:
-            from importlib.machinery import PathFinder
+        """Part of Python's import; finds `MODULE` alone.
 
-            spec = PathFinder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = Loader(spec.loader, self)
-            return spec
-        if self.pending is not None and not any(spec._initializing for spec in self.pending):
-            self.activate()
+        The watch stays in sys.meta_path when it is done: Python walks through that list, and would skip a finder.
+        """
+        if self.done:
+            return None
+        try:
+            if name == MODULE and self.pending is None:
+                return self.find_module(name, path, target)
+            if self.pending is not None and not any(spec._initializing for spec in self.pending):
+                self.activate()
+        except Exception as error:
+            self.give_up(error)
+        return None
+
+    def find_module(self, name, path, target):
+        """Returns what the finders behind the watch find, with a loader that tells the watch."""
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 :]:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = Loader(spec.loader, self)
+                return spec
         return None
 
     def notice(self, module):
         """Activates the package, or waits while modules that it needs are being imported."""
-        if PACKAGE in sys.modules:
-            return self.stop()
-        specs = [
-            getattr(other, "__spec__", None)
-            for name, other in list(sys.modules.items())
-            if name.partition(".")[0] in NEEDED and name != MODULE
-        ]
-        self.pending = [spec for spec in specs if getattr(spec, "_initializing", False)]
-        if not self.pending:
-            return self.activate()
-        self.replace_methods(module.PreTrainedModel)
+        try:
+            if PACKAGE in sys.modules:
+                return self.stop()
+            specs = [
+                getattr(other, "__spec__", None)
+                for name, other in list(sys.modules.items())
+                if name.partition(".")[0] in NEEDED and name != MODULE
+            ]
+            self.pending = [spec for spec in specs if getattr(spec, "_initializing", False)]
+            if not self.pending:
+                return self.activate()
+            self.replace_methods(module.PreTrainedModel)
+        except Exception as error:
+            self.give_up(error)
 
     def replace_methods(self, model_class):
         """Lets the first model that is made or loaded activate the package, if no import has done so before."""
-        make, load = model_class.__init__, vars(model_class)["from_pretrained"]
-        self.replaced = {(model_class, "__init__"): make, (model_class, "from_pretrained"): load}
+        make, load = vars(model_class)["__init__"], vars(model_class)["from_pretrained"]
 
         def __init__(model, *args, **kwargs):
-            self.activate()
-            model_class.__init__(model, *args, **kwargs)
+            self.latest(model_class, "__init__", make).__get__(model)(*args, **kwargs)
 
         def from_pretrained(cls, *args, **kwargs):
-            self.activate()
-            return model_class.from_pretrained.__func__(cls, *args, **kwargs)
+            return self.latest(model_class, "from_pretrained", load).__get__(None, cls)(*args, **kwargs)
 
         __init__.__wrapped__, from_pretrained.__wrapped__ = make, load.__func__
-        model_class.__init__, model_class.from_pretrained = __init__, classmethod(from_pretrained)
+        for name, ours, original in (
+            ("__init__", __init__, make),
+            ("from_pretrained", classmethod(from_pretrained), load),
+        ):
+            self.replaced[model_class, name] = ours, original
+            setattr(model_class, name, ours)
+
+    def latest(self, owner, name, original):
+        """Activates the package; returns the method that a call of ours stands for.
+
+        That is what the class has now, unless this is our own method or wraps it, because a patch put it back.
+        """
+        if self.done or vars(owner).get(name) is not self.replaced[owner, name][0]:
+            self.activate()
+            return original
+        self.activate()
+        return vars(owner)[name]
 
     def stop(self):
-        """Puts back everything that was changed."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        for (owner, name), original in self.replaced.items():
-            setattr(owner, name, original)
-        self.replaced = {}
+        """Puts back what is still as it was changed."""
+        self.done = True
+        for (owner, name), (ours, original) in self.replaced.items():
+            if vars(owner).get(name) is ours:
+                setattr(owner, name, original)
 
     def activate(self):
         """Imports the package; a failure is a warning, and transformers then works as without it."""
-        self.stop()
-        if PACKAGE in sys.modules:
+        if self.done:
             return
+        self.stop()
         try:
             __import__(PACKAGE)
         except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error):
+        """Says why the package is not imported, as a warning; on stderr where warnings are errors."""
+        self.stop()
+        message = (
+            f"the start-up hook of flash_dmattn could not import {PACKAGE}: {type(error).__name__}: {error}. "
+            f"FLASH_DMATTN_DISABLE_HOOK=1 turns the hook off; without the package, delete {__file__} and "
+            "flash_dmattn_hook.pth beside it"
+        )
+        try:
             import warnings
 
-            warnings.warn(
-                f"the start-up hook of flash_dmattn could not import {PACKAGE}: {type(error).__name__}: {error}. "
-                f"FLASH_DMATTN_DISABLE_HOOK=1 turns the hook off; without the package, delete {__file__} and "
-                "flash_dmattn_hook.pth beside it",
-                stacklevel=2,
-            )
+            warnings.warn(message, stacklevel=2)
+        except Exception:
+            if sys.stderr is not None:
+                print(message, file=sys.stderr)
 
 
 class Loader:

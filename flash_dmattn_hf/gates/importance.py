@@ -16,6 +16,8 @@ from flash_dmattn_hf.names import GATE_NAME
 
 _WITHOUT_FLOAT64 = ("mps", "xpu")
 """Types of devices, some of which have no float64."""
+_BLOCK = 8192
+"""Tokens that are projected at once in float64."""
 
 
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
@@ -62,16 +64,21 @@ def compute_importance(
 
     source: (B, heads, S, dim), as `source_of` returns it. A: (Hi,). form: its name.
     exact: computes in float64 and rounds to what float32 can hold. A product ends in other bits for other batch shapes,
-        and equal keys would not tie; so they do. While training it costs memory, and nothing is cached.
+        and equal keys would not tie; so they do. Training goes without, because float64 takes memory: for prompts and for
+        single tokens alike.
     Returns (B, Hi, S) in float32, float64 for a float64 source: in bfloat16 distinct keys would tie.
     """
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     inner = torch.float64 if exact and source.device.type not in _WITHOUT_FLOAT64 else dtype
-    batch, _, seqlen, _ = source.shape
+    batch = source.shape[0]
     with torch.autocast(source.device.type, enabled=False):
-        tokens = source.transpose(1, 2).reshape(batch, seqlen, -1).to(inner)
+        tokens = source.transpose(1, 2)
+        # In blocks, because a copy of all tokens in float64 takes much memory. With gradients it would be kept anyway.
+        in_blocks = exact and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        blocks = tokens.split(_BLOCK, 1) if in_blocks else (tokens,)
+        rows = [dt_proj(block.reshape(batch, block.shape[1], -1).to(inner)) for block in blocks]
         # Contiguous, because the compiler mistakes the layout of softplus's backward for tensors that are not.
-        dt = dt_proj(tokens).transpose(1, 2).contiguous()
+        dt = (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).transpose(1, 2).contiguous()
         importance = FORMS[form](A.to(inner).unsqueeze(-1), dt)
         return importance.float().to(dtype) if exact else importance
 
@@ -204,7 +211,8 @@ class ImportanceGate(Gate, nn.Module):
             )
         form, projection = FORMS[self.config.importance], self.dt_proj
         parameters = (projection.weight, projection.bias, self.A)
-        if form.is_fused and source.shape[2] == 1 and _is_plain(projection) and can_fuse(source, *parameters):
+        is_step = source.shape[2] == 1 and not self.training  # the fused kernel computes in float64, training does not
+        if is_step and form.is_fused and _is_plain(projection) and can_fuse(source, *parameters):
             return token_importance(source, *parameters, form.max_exponent)
         return compute_importance(source, projection, self.A, self.config.importance, exact=not self.training)
 

@@ -103,7 +103,7 @@ def wrap_from_pretrained(original: Callable) -> Callable:
             )
         _check_loaded(model, info)
         if flash_dmattn is None and not load_time_values() and uses_dynamic_masks(model):
-            warn_if_lost(model)
+            warn_if_lost(model, kwargs.get("config"))
         return (model, info) if output_loading_info else model
 
     return from_pretrained

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cuda_build.gpus import architecture_for, list_capabilities
+from cuda_build.gpus import CannotAsk, architecture_for, list_capabilities
 
 ARCHITECTURES = ("80", "90", "100", "120")
 HEAD_DIMS = ("64", "96", "128", "192", "256")
@@ -37,21 +37,22 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Reads the settings; raises ValueError, naming the variable, for a value that makes no sense.
 
     FLASH_DMATTN_CUDA_ARCHS        architectures, such as "80;90", or "all"; by default those of the GPUs that
-                                   nvidia-smi lists, and all where it lists none
+                                   nvidia-smi lists, and all where it lists none or fails
     FLASH_DMATTN_HEAD_DIMS         head dims, such as "64;128", to look at some kernels alone; all by default
     FLASH_DMATTN_DTYPES            "bf16", "fp16" or "bf16;fp16" (the default), likewise
     FLASH_DMATTN_SKIP_CUDA_BUILD   1: build no CUDA library
     FLASH_DMATTN_FORCE_BUILD       1: fail when nvcc or ninja is missing
     MAX_JOBS, NVCC_THREADS         compilers at once (all cores by default), threads of each (1 by default)
     """
-    architectures, why = _architectures(environment)
+    skip = _flag(environment, "FLASH_DMATTN_SKIP_CUDA_BUILD")
+    architectures, why = _architectures(environment, may_ask=not skip)
     settings = Settings(
         architectures=architectures,
         why=why,
         is_asked=bool(environment.get("FLASH_DMATTN_CUDA_ARCHS", "").strip()),
         head_dims=_choices(environment, "FLASH_DMATTN_HEAD_DIMS", HEAD_DIMS),
         dtypes=_choices(environment, "FLASH_DMATTN_DTYPES", DTYPES),
-        skip=_flag(environment, "FLASH_DMATTN_SKIP_CUDA_BUILD"),
+        skip=skip,
         force=_flag(environment, "FLASH_DMATTN_FORCE_BUILD"),
         max_jobs=_count(environment, "MAX_JOBS", _num_cores()),
         nvcc_threads=_count(environment, "NVCC_THREADS", 1),
@@ -61,14 +62,19 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     return settings
 
 
-def _architectures(environment: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+def _architectures(environment: Mapping[str, str], *, may_ask: bool) -> tuple[tuple[str, ...], str]:
     name = "FLASH_DMATTN_CUDA_ARCHS"
     text = environment.get(name, "").strip()
     if text == "all":
         return ARCHITECTURES, f"as asked by {name}=all"
     if text:
         return _choices(environment, name, ARCHITECTURES), f"as asked by {name}"
-    capabilities = list_capabilities(environment)
+    if not may_ask:
+        return ARCHITECTURES, "because nothing is built"
+    try:
+        capabilities = list_capabilities(environment)
+    except CannotAsk as error:
+        return ARCHITECTURES, f"because nvidia-smi could not be asked: {error}"
     if not capabilities:
         return ARCHITECTURES, "because nvidia-smi lists no GPU here"
     present = {architecture_for(capability) for capability in capabilities}

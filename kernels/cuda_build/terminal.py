@@ -1,5 +1,6 @@
 """Shows what a build does although pip keeps its output to itself: on the terminal, where there is one."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,7 @@ def say(message: str) -> None:
     """Prints a sentence of the build to stderr, and to the terminal where a tool keeps stderr to itself."""
     print(f"flash_dmattn: {message}", file=sys.stderr, flush=True)
     if terminal := open_terminal():
-        with terminal:
-            print(f"\r\033[Kflash_dmattn: {message}", file=terminal)
+        _close(_show(terminal, f"\r\033[Kflash_dmattn: {message}\n"))
 
 
 def show_progress(lines: Iterable[str]) -> None:
@@ -23,12 +23,8 @@ def show_progress(lines: Iterable[str]) -> None:
     for line in lines:
         sys.stderr.write(line)
         sys.stderr.flush()
-        if terminal:
-            terminal.write(f"\r\033[K{line.rstrip()[:100]}")
-            terminal.flush()
-    if terminal:
-        terminal.write("\r\033[K")
-        terminal.close()
+        terminal = _show(terminal, f"\r\033[K{line.rstrip()[:100]}")
+    _close(_show(terminal, "\r\033[K"))
 
 
 def open_terminal(environment: Mapping[str, str] = os.environ, path: str = "/dev/tty") -> TextIO | None:
@@ -39,3 +35,22 @@ def open_terminal(environment: Mapping[str, str] = os.environ, path: str = "/dev
         return open(path, "w")
     except OSError:
         return None
+
+
+def _show(terminal: TextIO | None, text: str) -> TextIO | None:
+    """Writes to the terminal, if there is one; returns it, None when it is lost: the build goes on without it."""
+    if terminal is None:
+        return None
+    try:
+        terminal.write(text)
+        terminal.flush()
+    except OSError:
+        _close(terminal)
+        return None
+    return terminal
+
+
+def _close(terminal: TextIO | None) -> None:
+    with contextlib.suppress(OSError):  # what a lost terminal has not taken is written once more
+        if terminal is not None:
+            terminal.close()

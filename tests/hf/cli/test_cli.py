@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from flash_dmattn.backends.cuda import library
 from flash_dmattn_hf import iter_gates
-from flash_dmattn_hf.cli import main
+from flash_dmattn_hf.cli import info, main
 from flash_dmattn_hf.cli.info import cuda_library
 
 from ..cli_models import save_dense, save_gguf, tokenizer
@@ -283,7 +283,6 @@ TERMINATED = """
 import sys, time
 from transformers import PreTrainedModel
 from flash_dmattn_hf.cli import main
-from flash_dmattn_hf.cli.info import cuda_library
 save = PreTrainedModel.save_pretrained
 def slow(self, *args, **kwargs):
     save(self, *args, **kwargs)
@@ -402,10 +401,12 @@ def test_tables_of_position_embeddings_are_not_exceeded(text, tmp_path, capsys):
 def test_info_says_what_was_built_and_what_builds_the_rest(capsys, monkeypatch):
     monkeypatch.setattr(library, "why_unavailable", lambda: None)
     monkeypatch.setattr(library, "architectures", lambda: ("90",))
+    monkeypatch.setattr(info, "_has_compiler", lambda: True)
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "CUDA library   built for sm_90 (H100, H200)\n" in printed
-    assert "not for sm_80 (A100, RTX 30, RTX 40), sm_100 (B200), sm_120 (RTX 50); this builds the rest:" in printed
+    assert "not for sm_80 (A100, RTX 30, RTX 40), sm_100 (B200), sm_120 (RTX 50)\n" in printed
+    assert "this builds the rest:" in printed
     assert "FLASH_DMATTN_CUDA_ARCHS=all python -m pip install --force-reinstall --no-deps " in printed
     monkeypatch.setattr(library, "architectures", lambda: tuple(library.GPUS))
     assert main(["info"]) == 0
@@ -417,13 +418,43 @@ def test_info_says_what_was_built_and_what_builds_the_rest(capsys, monkeypatch):
     [
         ({"url": "file:///a%20b/c", "dir_info": {"editable": True}}, "--editable '/a b/c'"),
         ({"url": "file:///a/c", "dir_info": {}}, "/a/c"),
+        (
+            {"url": "https://host/a.git", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "git+https://host/a.git@0a1b",
+        ),
         (None, "--no-binary flash-dmattn-hf flash-dmattn-hf"),
     ],
 )
 def test_the_command_installs_from_where_the_package_came(monkeypatch, record, place):
     installed = SimpleNamespace(read_text=lambda name: record and json.dumps(record))
     monkeypatch.setattr(metadata, "distribution", lambda name: installed)
+    monkeypatch.setattr(library, "why_unavailable", lambda: None)
+    monkeypatch.setattr(library, "architectures", lambda: ("90",))
+    monkeypatch.setattr(info, "_has_compiler", lambda: True)
     assert cuda_library()["command"].endswith(f"--no-deps {place}")
+
+
+def test_no_command_is_given_where_it_cannot_work(monkeypatch, tmp_path, capsys):
+    def find(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(library, "why_unavailable", lambda: None)
+    monkeypatch.setattr(library, "architectures", lambda: ("90",))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert cuda_library()["command"] is None and "90" not in cuda_library()["missing"]
+    assert main(["info"]) == 0 and "this builds" not in capsys.readouterr().out
+    monkeypatch.setattr(info, "_has_compiler", lambda: True)
+    assert cuda_library()["command"]
+    monkeypatch.setattr(metadata, "distribution", find)
+    assert cuda_library()["command"] is None
+
+
+def test_a_library_that_is_turned_off_is_not_called_unbuilt(monkeypatch, capsys):
+    monkeypatch.setenv(library.DISABLING_VARIABLE, "1")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"CUDA library   unavailable: {library.DISABLING_VARIABLE}=1 turns it off\n" in printed
+    assert "not built" not in printed and "this builds" not in printed
 
 
 def test_info_names_every_engine_and_why_it_is_not_there(capsys):

@@ -137,19 +137,19 @@ def python(tmp_path, monkeypatch, capsys):
     return run
 
 
-CHECK = "; print('flash_dmattn_hf' in sys.modules, [f for f in sys.meta_path if type(f).__name__ == 'Watch'])"
+CHECK = "; print('flash_dmattn_hf' in sys.modules, [f.done for f in sys.meta_path if type(f).__name__ == 'Watch'])"
 
 
 def test_the_hook_imports_us_with_the_models(python):
-    assert python("import transformers.modeling_utils" + CHECK) == "early\nimported\nTrue []\n"
+    assert python("import transformers.modeling_utils" + CHECK) == "early\nimported\nTrue [True]\n"
 
 
 def test_the_hook_imports_nothing_without_the_models(python):
-    assert python("import transformers" + CHECK).startswith("False [<")
+    assert python("import transformers" + CHECK) == "False [False]\n"
 
 
 def test_the_hook_waits_while_a_model_is_half_imported_until_the_next_import(python):
-    assert python("import transformers.model; import other" + CHECK) == "waits\nimported\nTrue []\n"
+    assert python("import transformers.model; import other" + CHECK) == "waits\nimported\nTrue [True]\n"
 
 
 @pytest.mark.parametrize(("make", "x"), [("Model(3)", 3), ("Model.from_pretrained(3)", 4)])
@@ -159,8 +159,56 @@ def test_the_hook_waits_until_a_model_is_made(python, make, x):
     assert python(program) == f"waits\nFalse\nimported\n{x}\nTrue\n"
 
 
+@pytest.mark.parametrize("first", ["from transformers.model import Model", "import transformers.modeling_utils"])
+def test_the_hook_hides_no_finder(python, first):
+    finder = "class Finder:\n    def find_spec(*args): names.append(args[1])\n"
+    program = f"names = []\n{finder}sys.meta_path.insert(1, Finder())\n{first}\nimport other\n"
+    program += "print({'transformers.modeling_utils', 'other'} <= set(names))"
+    assert python(program).endswith("True\n")
+
+
+FINDER = """
+from importlib.machinery import PathFinder
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "transformers.modeling_utils":
+            print("asked")
+            return PathFinder.find_spec(name, path)
+sys.meta_path.insert(1, Finder())
+"""
+
+
+def test_the_hook_asks_other_finders_for_the_models(python):
+    assert python(FINDER + "import transformers.modeling_utils" + CHECK) == "asked\nearly\nimported\nTrue [True]\n"
+
+
+PATCHES = ["patched = Class.__init__", "patched = wrap(Class.__init__); Class.__init__ = patched"]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=["of nothing", "around ours"])
+def test_the_hook_survives_patches_that_are_put_back(python, patch):
+    program = "from transformers.model import Model, PreTrainedModel as Class\n"
+    program += "def wrap(f): return lambda self, x: f(self, x + 10)\n"
+    program += f"{patch}\nimport other\nprint(Class.__init__ is patched)\nClass.__init__ = patched\nprint(Model(3).x)"
+    expected = "True\n13\n" if "wrap" in patch else "False\n3\n"
+    assert python(program) == "waits\nimported\n" + expected
+
+
+def test_a_model_made_through_a_wrap_of_the_hook_activates(python):
+    program = "from transformers.model import Model, PreTrainedModel as Class\nours = Class.__init__\n"
+    program += "Class.__init__ = lambda self, x: ours(self, x + 10)\nprint(Model(3).x, Model(4).x)"
+    assert python(program) == "waits\nimported\n13 14\n"
+
+
+def test_an_error_of_the_hook_stays_inside(python):
+    (python.site / "transformers/modeling_utils.py").write_text("x = 1")
+    (python.site / "transformers/model.py").write_text("from transformers.modeling_utils import x; print(x)")
+    said = python("import warnings; warnings.simplefilter('error'); import transformers.model, other")
+    assert said.startswith("1\nthe start-up hook of flash_dmattn could not import flash_dmattn_hf: AttributeError")
+
+
 def test_the_hook_leaves_an_import_of_ours_alone(python):
-    assert python("import flash_dmattn_hf" + CHECK) == "early\nimported\nTrue []\n"
+    assert python("import flash_dmattn_hf" + CHECK) == "early\nimported\nTrue [True]\n"
 
 
 def test_the_hook_is_off_when_told(python):

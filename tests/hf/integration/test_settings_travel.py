@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from flash_dmattn_hf import DynamicMaskConfig, dynamic_mask_config, iter_gates
+from flash_dmattn_hf.integration.lost_settings import warn_if_lost
 
 from ..tiny import tiny_model, tokens
 
@@ -144,6 +146,45 @@ def test_an_adapter_of_a_dense_model_leaves_no_settings(dense, tmp_path):
     assert not any(iter_gates(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)))
 
 
+def test_an_adapter_is_saved_by_positional_arguments(dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(dense, **OURS, flash_dmattn=SMALL), config)
+    model.add_adapter("second", config)
+    model.save_pretrained(tmp_path, True, ["second"])
+    assert [path.name for path in tmp_path.rglob("*.json") if path.name == "flash_dmattn.json"] == ["flash_dmattn.json"]
+    assert (tmp_path / "second" / "flash_dmattn.json").exists()
+    model = load(dense, **OURS, flash_dmattn=SMALL)
+    model.add_adapter(config)
+    model.save_pretrained(tmp_path / "other", False)
+    assert not (tmp_path / "other" / "flash_dmattn.json").exists()
+
+
+def test_an_adapter_without_weights_of_the_importance_warns(dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(load(dense, **OURS, flash_dmattn=SMALL), config).save_pretrained(tmp_path)
+    for load_again in (peft.AutoPeftModelForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.warns(UserWarning, match=r'no weights of the importance.*modules_to_save=\["dma"\]'):
+            load_again(tmp_path)
+
+
+def test_a_place_without_an_adapter_fails_as_without_us(dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    for place in (tmp_path, tmp_path / "nothing", "not/a/repository"):
+        with pytest.raises((OSError, ValueError)) as plain:
+            peft.PeftModel.from_pretrained.__func__.__wrapped__(peft.PeftModel, load(dense), place)
+        with pytest.raises(plain.type) as ours:
+            peft.PeftModel.from_pretrained(load(dense), place)
+        assert str(ours.value) == str(plain.value)
+
+
+def test_a_folder_is_not_looked_up_elsewhere(dense, adapter, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("flash_dmattn_hf.integration.adapters.cached_file", None)
+    assert window_of(peft.PeftModel.from_pretrained(load(dense), adapter[0])) == 8
+
+
 def test_a_checkpoint_saved_from_load_time_settings_reloads_with_them(dense, tmp_path):
     model = load(dense, **OURS, flash_dmattn=SMALL)
     model.save_pretrained(tmp_path)
@@ -170,6 +211,36 @@ def test_a_path_loaded_otherwise_on_purpose_does_not_warn(dense, options):
         del policy
         AutoModelForCausalLM.from_pretrained(dense, **OURS)
     assert not said(record)
+
+
+def test_a_config_with_settings_gives_them(dense):
+    policy = load(dense, **OURS, flash_dmattn=SMALL)
+    config = AutoConfig.from_pretrained(dense)
+    config.flash_dmattn = DynamicMaskConfig(keep_window_size=12).to_dict()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        model = AutoModelForCausalLM.from_pretrained(dense, config=config, **OURS)
+    assert not said(record) and [window_of(model), window_of(policy)] == [12, 8]
+
+
+def test_a_converted_path_loaded_once_more_without_its_settings_warns(dense, tmp_path):
+    load(dense, **OURS, flash_dmattn=SMALL).save_pretrained(tmp_path)
+    policy = load(tmp_path, flash_dmattn={"keep_window_size": 12})
+    with pytest.warns(UserWarning, match="loaded once more with {'keep_window_size': 8}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert window_of(policy) == 12
+
+
+def test_a_section_with_some_of_the_settings_is_compared(dense):
+    policy, again = load(dense, **OURS, flash_dmattn=SMALL), load(dense, **OURS)
+    again.config.flash_dmattn = {"keep_window_size": 12}
+    with pytest.warns(UserWarning, match="loaded once more with {'keep_window_size': 12"):
+        warn_if_lost(again)
+    policy.config.flash_dmattn = dict(SMALL)
+    again.config.flash_dmattn = DynamicMaskConfig(**SMALL).to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_lost(again)
 
 
 @pytest.mark.parametrize("separator", [",", ";"])
