@@ -8,8 +8,8 @@
 configs/context_parallel.yaml is for several GPUs that share a sequence: docs/scaling.md has the command.
 
 A configuration file holds the fields of `TrainConfig`; arguments of the form key=value replace them, with dots for
-nested ones. Loss on eval_files is measured before and after. The trained model, its metrics and the log history
-end in output_dir.
+nested ones. Loss on eval_files is measured before and after, with FSDP2 only after. The trained model, its
+metrics and the log history end in output_dir.
 """
 
 import argparse
@@ -243,7 +243,10 @@ def make_trainer(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> dict[str, float]:
-    """Trains, saves and returns the metrics: eval_loss_before and eval_loss_after where there is an eval text."""
+    """Trains, saves and returns the metrics: eval_loss_before and eval_loss_after where there is an eval text.
+
+    With FSDP2 there is no eval_loss_before.
+    """
     output = Path(config.output_dir)
     if not resume and output.exists() and any(output.iterdir()):
         raise ValueError(f"output_dir must be empty or new, got {output}; --resume goes on with a run in it")
@@ -254,7 +257,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, float]:
     trainer = make_trainer(config, model, tokenizer)
     metrics = {}
     with use_chunked_loss(model) if config.chunked_loss else nullcontext():
-        if trainer.eval_dataset is not None and not resume:
+        if trainer.eval_dataset is not None and not resume and trainer.accelerator.is_fsdp2:
+            print("the loss before training is not measured with FSDP2, which shards a model only with its optimizer")
+        elif trainer.eval_dataset is not None and not resume:
             metrics["eval_loss_before"] = trainer.evaluate()["eval_loss"]
         metrics |= trainer.train(resume_from_checkpoint=resume or None).metrics
         if trainer.eval_dataset is not None:

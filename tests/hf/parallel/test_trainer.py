@@ -29,7 +29,7 @@ def test_the_training_script_shares_sequences(tmp_path):
     tokenizer().save_pretrained(tmp_path / "model")
     given = str(tmp_path / "model"), str(tmp_path / "text.txt")
     alone = run_on_ranks(1, tmp_path, run_script, *given, str(tmp_path / "alone"))[0]
-    assert isinstance(alone, list) and len(alone) == 2, alone
+    assert isinstance(alone, list) and len(alone) == 3, alone
     for found in run_on_ranks(2, tmp_path, run_script, *given, str(tmp_path / "ranks")):
         assert found == pytest.approx(alone, abs=1e-5), found
     weights = load_file(tmp_path / "ranks" / "model.safetensors")

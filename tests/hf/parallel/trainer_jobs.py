@@ -107,7 +107,10 @@ def train_on_ranks(rank: int, folder: str) -> list[float]:
 
 
 def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
-    """Runs scripts/train.py with configs/context_parallel.yaml, made small; returns the losses of its log."""
+    """Runs scripts/train.py with configs/context_parallel.yaml, made small.
+
+    Returns the losses of its log and that of the evaluation after it.
+    """
     sys.path.insert(0, str(ROOT / "scripts"))
     import train as script
 
@@ -121,11 +124,12 @@ def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
     small = ["sequence_length=64", "training.max_steps=2", "training.logging_steps=1", "training.warmup_steps=0"]
     small += ["attention.keep_window_size=16", "importance_learning_rate=0.1"]
     cpu = ["training.use_cpu=true", "training.bf16=false", "training.disable_tqdm=true"]
-    named = [f"model={model}", f"output_dir={output}", f"train_files=[{text}]"]
-    script.main([str(config), *small, *cpu, *named])
+    named = [f"model={model}", f"output_dir={output}", f"train_files=[{text}]", f"eval_files=[{text}]"]
+    metrics = script.main([str(config), *small, *cpu, *named])
     dist.barrier()  # rank 0 writes it
     log = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in log if "loss" in entry]
+    assert ("eval_loss_before" in metrics) == (dist.get_world_size() == 1)  # FSDP2 has none
+    return [entry["loss"] for entry in log if "loss" in entry] + [metrics["eval_loss_after"]]
 
 
 def train_on_gpus(rank: int, folder: str) -> list[float]:
