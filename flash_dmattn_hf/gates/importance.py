@@ -64,8 +64,8 @@ def compute_importance(
 
     source: (B, heads, S, dim), as `source_of` returns it. A: (Hi,). form: its name.
     exact: computes in float64 and rounds to what float32 can hold. A product ends in other bits for other batch shapes,
-        and equal keys would not tie. In float64 they do. Training goes without, because float64 takes memory: for prompts
-        and for single tokens alike.
+        and equal keys would not tie. In float64 they do. Training goes without, because float64 takes memory: for
+        prompts and for single tokens alike.
     Returns (B, Hi, S) in float32, float64 for a float64 source: in bfloat16 distinct keys would tie.
     """
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
