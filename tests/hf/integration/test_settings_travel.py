@@ -1,10 +1,13 @@
 """Settings given at load time: saved with adapters, missed when a path is loaded once more, given as strings."""
 
+import gc
 import json
 import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -94,6 +97,10 @@ def test_an_adapter_brings_its_settings_to_a_plain_model(adapter):
 
 def test_transformers_itself_loads_the_adapter_with_its_settings(adapter):
     path, expected = adapter
+    if Version(transformers.__version__) < Version("5.23"):  # it takes the names of PEFT's modules_to_save for others
+        with pytest.raises(ValueError, match="importance weights must fit .* but it has unused model.layers.0.self_attn.dma"):
+            load(path)
+        return
     model = load(path)
     assert window_of(model) == 8 and torch.equal(logits_of(model), expected)
 
@@ -209,6 +216,7 @@ def test_a_path_loaded_otherwise_on_purpose_does_not_warn(dense, options):
         warnings.simplefilter("always")
         AutoModelForCausalLM.from_pretrained(dense, **options)
         del policy
+        gc.collect()  # a model has cycles
         AutoModelForCausalLM.from_pretrained(dense, **OURS)
     assert not said(record)
 
