@@ -30,7 +30,7 @@ NAMES = {
     "flash_dmattn_hf.training": """
         DistillationArguments DistillationTrainer FarReuse HeldOut Recipe chunked_distillation_loss train_stage
         ImportanceCallback TemperatureCallback freeze_all_but_importance geometric_schedule importance_parameters
-        parameter_groups probe use_chunked_loss
+        parameter_groups probe random_values use_chunked_loss
     """,
     "flash_dmattn_hf.chunked_loss": "chunked_cross_entropy",
     "flash_dmattn_hf.cli": "main",

@@ -56,7 +56,8 @@ def agreement(
     reference: a model with the same vocabulary, run with dense attention; None is `model` itself.
     reference_mode: a context manager inside which the reference is run instead, such as one that turns an adapter off.
     leading: special token ids in front of every stretch, as from `leading_tokens`.
-    max_stretches: use only so many; None is all that fit. progress: label of a progress bar; None draws none.
+    max_stretches: use only so many, spread evenly over the text; None is all that fit.
+    progress: label of a progress bar; None draws none.
     Logarithms are taken in float32, in float64 for float64 logits.
     Raises ValueError for arguments out of these ranges, a text shorter than one stretch or another vocabulary.
     """

@@ -41,7 +41,7 @@ def perplexity(
     context_length: tokens given to the model per stretch, at least 2.
     score_last: scored tokens per stretch, 1 to context_length - 1; None is context_length // 2.
     stretch_length: tokens per stretch, at least context_length; None is context_length.
-    max_stretches: use only so many; None is all that fit.
+    max_stretches: use only so many, spread evenly over the text; None is all that fit.
     progress: label of a progress bar on a terminal; None draws none.
     Raises ValueError for arguments out of these ranges or a text shorter than one stretch.
     """

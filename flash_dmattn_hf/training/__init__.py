@@ -14,6 +14,7 @@ from flash_dmattn_hf.training.importance import (
     probe,
 )
 from flash_dmattn_hf.training.loss import use_chunked_loss
+from flash_dmattn_hf.training.planted_facts import random_values
 from flash_dmattn_hf.training.recipe import Recipe
 from flash_dmattn_hf.training.stages import train_stage
 from flash_dmattn_hf.training.temperature import TemperatureCallback, geometric_schedule
@@ -34,6 +35,7 @@ __all__ = [
     "importance_parameters",
     "parameter_groups",
     "probe",
+    "random_values",
     "train_stage",
     "use_chunked_loss",
 ]

@@ -55,7 +55,7 @@ def dense(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
-        hidden_size=32,
+        hidden_size=64,  # one block of bitsandbytes
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flash_dmattn_hf import DynamicMaskConfig
+from flash_dmattn_hf.serving.layers import served_layers
 from flash_dmattn_hf.serving.rows import Rows
 from tests.hf.generation_models import make_model
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
@@ -115,6 +116,14 @@ def test_an_id_that_is_in_use_is_refused():
     engine.run()
     for name in ("x", "x__child#0", "y", "y__child#0"):
         assert engine.results[name].generated_tokens == alone(model, second, 4), name
+
+
+@pytest.mark.parametrize("attribute", [{"sinks": torch.zeros(4)}, {"is_kv_shared_layer": True}], ids=str)
+def test_layers_with_sinks_or_the_keys_of_others_are_refused(attribute):
+    model = make_model("llama-topk")
+    vars(model.model.layers[1].self_attn).update(attribute)
+    with pytest.raises(ValueError, match="keys of their own and without attention sinks, got model.layers.1.self_attn"):
+        served_layers(model)
 
 
 def request(name, prompt):
