@@ -42,8 +42,7 @@ class Times:
 
 
 def make_load(count: int, length: int, new_tokens: int, vocabulary: int, rate: float | None, seed: int) -> Load:
-    """Random prompts of one length, which differ from their first token on. rate: Poisson arrivals a second, None: all
-    at once."""
+    """Random prompts of one length. rate: Poisson arrivals a second, None: all at once."""
     choose, moment, arrivals = random.Random(seed), 0.0, []
     for _ in range(count):
         arrivals.append(moment)

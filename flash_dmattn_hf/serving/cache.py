@@ -144,24 +144,25 @@ class SlotCache(PagedAttentionCache):
     def fill_block_table(
         self, request_id: str, past_length: int, query_length: int, block_table: torch.Tensor
     ) -> None:
-        """Writes the row of a request that brings one token to where a step reads it, (1, 1) int32."""
-        block_table.fill_(self.rows.held[request_id][0])
+        """Leaves the table to `begin`, which writes the rows of all requests at once."""
 
     def begin(self, requests: list[Any], block_table: torch.Tensor | None) -> None:
         """Says which requests the next forward is about.
 
-        requests: FutureRequestStates in the order of their tokens. block_table: when each brings one token, their rows,
-        (1, B, 1) int32, -1 for padding. Raises ValueError when the windows of a layer have changed.
+        requests: FutureRequestStates in the order of their tokens. block_table: where a step reads the rows of requests
+        that bring one token each, (1, B, 1) int32, filled with -1; None when some bring more. Raises ValueError when
+        the windows of a layer have changed.
         """
         for gate in self._gates:
             self.live_requests.check_windows(gate.layer_idx, gate.windows)
+        rows = [self.rows.held[request.state.request_id][0] for request in requests]
         if block_table is not None:
+            block_table[0, : len(rows), 0] = torch.tensor(rows, dtype=torch.int32, device=self.device)
             self.live_requests.begin_step(block_table[0, :, 0])
             return
         batch = []
-        for request in requests:
+        for row, request in zip(rows, requests, strict=True):
             num_before = request.state.position_offset - request.query_length  # it was counted beforehand
-            row = self.rows.held[request.state.request_id][0]
             batch.append(RowTokens(row, num_before, request.query_length))
         self.live_requests.begin(batch)
 

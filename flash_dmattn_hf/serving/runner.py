@@ -52,10 +52,8 @@ class SlotModelRunner(ModelRunner):
     @torch.no_grad()
     def warmup(self, model: nn.Module) -> None:
         """Captures a step for every padded number of requests, the largest first: the others share its memory."""
-        if not self.use_cuda_graph_decode:
-            return
         num_requests = self.cb_config.max_requests_per_batch
-        while num_requests:
+        while num_requests and self.use_cuda_graph_decode:
             self.run_one_warmup(model=model, num_q_tokens=num_requests, max_kv_read=None)
             self.inputs_and_outputs.retrieve_device_outputs()
             num_requests = 1 << (num_requests - 1).bit_length() >> 1
