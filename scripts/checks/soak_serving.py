@@ -37,7 +37,8 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 TOLERANCE_MIB = {"cpu": 16, "cuda": 64}
-SAMPLE_EVERY, MOST_SAMPLES = 37, 40
+SECONDS_A_SAMPLE = 5.0
+COMPARED_EVERY, MOST_COMPARED = 37, 40
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Ledger:
         prompt, new_tokens = request
         if len(result.generated_tokens) != new_tokens:
             raise RuntimeError(f"request {name} asked for {new_tokens} tokens, got {len(result.generated_tokens)}")
-        if int(name) % SAMPLE_EVERY == 0 and len(self.samples) < MOST_SAMPLES:
+        if int(name) % COMPARED_EVERY == 0 and len(self.samples) < MOST_COMPARED:
             self.samples[name] = prompt, result.generated_tokens
         self.finished += 1
         self.tokens += new_tokens
@@ -131,15 +132,15 @@ def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def soak(session: Session, args: argparse.Namespace, vocabulary: int) -> tuple[Ledger, list[float]]:
-    """Sends requests until the time is over, waits for the last one; returns what came of them and memory by second."""
+    """Sends requests until the time is over, waits for the last one; returns what came of them, and samples of memory."""
     choose, ledger, memory, number = random.Random(args.seed), Ledger(), [], 0
     shared = [[choose.randrange(vocabulary) for _ in range(args.longest // 2)] for _ in range(3)]
     start = next_arrival = next_sample = time.monotonic()
     end = start + 60 * args.minutes
     while (now := time.monotonic()) < end or (ledger.asked and now < end + 120):
         if now >= next_sample:
-            memory.append(held_mib())
-            next_sample = now + 1.0
+            memory.append(round(held_mib(), 1))
+            next_sample = now + SECONDS_A_SAMPLE
         if now >= next_arrival and now < end and len(ledger.asked) < args.most_waiting:
             name, number = str(number), number + 1
             prompt = make_prompt(choose, args.longest, vocabulary, shared)
