@@ -82,7 +82,7 @@ def main() -> None:
         lost=len(ledger.asked),
         tokens=ledger.tokens,
         memory_mib=memory,
-        growth_mib=growth(memory),
+        growth_mib=round(growth(memory), 1),
         tolerance_mib=TOLERANCE_MIB[DEVICE],
         left=left,
         samples=len(ledger.samples) if DEVICE == "cpu" else None,
