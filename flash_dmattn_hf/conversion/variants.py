@@ -9,7 +9,8 @@ from torch import nn
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.gates.attach import iter_gates, text_config_of
-from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES, is_ours
+from flash_dmattn_hf.parallel.context import active
 
 
 @contextmanager
@@ -64,12 +65,19 @@ def without_importance(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model attends to every key, through transformers' own default implementation."""
+    """Inside the block the model attends to every key, through transformers' own default implementation.
+
+    Where a `context_parallel` block is active already, to those of all ranks, through ours: without gradients.
+    """
     text_config = text_config_of(model)
     before = text_config._attn_implementation
     # some versions of transformers would choose sdpa here, which drops the softcap
     has_softcap = getattr(text_config, "attn_logit_softcapping", None) is not None
-    model.set_attn_implementation("eager" if has_softcap else model.get_correct_attn_implementation(None))
+    if active.slot.content is not None:
+        name = DENSE_ON_RANKS
+    else:
+        name = "eager" if has_softcap else model.get_correct_attn_implementation(None)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

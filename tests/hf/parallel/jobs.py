@@ -14,6 +14,7 @@ from flash_dmattn_hf import (
     soft_selection,
     use_chunked_loss,
 )
+from flash_dmattn_hf.conversion.variants import dense as make_dense
 from flash_dmattn_hf.parallel.accelerate import cut_buffers
 
 from ..tiny import build, tiny_config, tokens
@@ -178,6 +179,8 @@ def refusals(rank: int) -> dict[str, str]:
             "no positions": lambda: model(own["input_ids"]),
             "constant cache": lambda: model(**cached),
             "dense model": lambda: dense(**own),
+            "dense with gradient": lambda: _run_densely(model, own),
+            "dense and packed": lambda: _run_densely(model, context.shard(make_batch(CASES["packed"])), grad=False),
             "dense layer": lambda: make_model(Case((10, 1, 3), settings={"layers": [0]}))(**own),
             "chunks": lambda: make_model(Case((10, 1, 3), "llama4_text"))(**own),
             "no shift_labels": lambda: model(**_without_shift_labels(own)),
@@ -190,6 +193,11 @@ def refusals(rank: int) -> dict[str, str]:
         for name, call in calls.items():
             said[name] = message_of(call)
     return said
+
+
+def _run_densely(model: torch.nn.Module, own: dict[str, Any], grad: bool = True) -> None:
+    with make_dense(model), torch.set_grad_enabled(grad):
+        model(**own)
 
 
 def _without_shift_labels(own: dict[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,8 @@ REFUSALS = {
     "no positions": "position_ids must be those of the whole sequence, got 0 to 23 on every rank",
     "constant cache": "does not support cached tokens",
     "dense model": 'context_parallel needs models with attn_implementation="flash_dmattn", got "sdpa"',
+    "dense with gradient": "dense attention inside context_parallel has no gradient",
+    "dense and packed": "dense attention to packed documents is not supported inside context_parallel",
     "dense layer": "layer 1 attends to all keys",
     "chunks": "layers that attend within chunks are not supported inside context_parallel",
     "no shift_labels": "labels must come with shift_labels inside context_parallel",
