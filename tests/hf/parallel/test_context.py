@@ -4,7 +4,16 @@ import pytest
 
 from flash_dmattn_hf import context_parallel
 
-from .jobs import CASES, compare, fail_on_one_rank, half_precision, positions_of_one_row, refusals, traffic
+from .jobs import (
+    CASES,
+    compare,
+    fail_on_one_rank,
+    half_precision,
+    order_of_events,
+    positions_of_one_row,
+    refusals,
+    traffic,
+)
 from .processes import run_on_ranks
 
 
@@ -38,6 +47,11 @@ def test_an_exchange_has_the_same_bytes_for_every_length(tmp_path):
     for rank, found in enumerate(run_on_ranks(2, tmp_path, traffic, (32, 64, 128))):
         returned = layers * window * kv_heads * (2 * head_dim * 4 + 4) * rank  # the gradient of the first rank's keys
         assert found == [(layers, layers * one, returned)] * 3
+
+
+def test_keys_and_values_travel_while_the_rank_selects(tmp_path):
+    for found in run_on_ranks(2, tmp_path, order_of_events):
+        assert found == ["gather", "gather in the background", "select", "wait"] * 2
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_reason(tmp_path):
