@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.gates.attach import iter_gates, text_config_of
-from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES, is_ours
+from flash_dmattn_hf.parallel.context import active
 
 
 @contextmanager
@@ -65,12 +66,19 @@ def without_importance(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model attends to every key, through transformers' own default implementation."""
+    """Inside the block the model attends to every key, through transformers' own default implementation.
+
+    Where a `context_parallel` block is active already, to those of all ranks, through ours: without gradients.
+    """
     text_config = text_config_of(model)
     before = _implementations_of(model)
     # some versions of transformers would choose sdpa here, which drops the softcap
     has_softcap = getattr(text_config, "attn_logit_softcapping", None) is not None
-    model.set_attn_implementation("eager" if has_softcap else model.get_correct_attn_implementation(None))
+    if active.slot.content is not None:
+        name = DENSE_ON_RANKS
+    else:
+        name = "eager" if has_softcap else model.get_correct_attn_implementation(None)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -79,13 +87,16 @@ def dense(model: nn.Module) -> Iterator[None]:
 
 def dense_switch(model: nn.Module) -> Callable[[], AbstractContextManager]:
     """Returns `dense` of this model for blocks that are entered often: what has to change is found out once."""
-    with dense(model):
-        after = _implementations_of(model)
+    found: dict[bool, list[tuple[PreTrainedConfig, str]]] = {}
 
     @contextmanager
     def switched() -> Iterator[None]:
-        before = [(config, config._attn_implementation) for config, _ in after]
-        _set_implementations(after)
+        is_split = active.slot.content is not None
+        if is_split not in found:
+            with dense(model):
+                found[is_split] = _implementations_of(model)
+        before = [(config, config._attn_implementation) for config, _ in found[is_split]]
+        _set_implementations(found[is_split])
         try:
             yield
         finally:

@@ -76,7 +76,7 @@ def dynamic_mask_attention_forward(
     if requests is not None:
         del kwargs["cache"]
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
-    _check_arguments(module, attention_mask, kwargs)
+    check_arguments(module, attention_mask, kwargs)
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
     if requests is not None:
@@ -227,7 +227,8 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Document
     return documents_of(numbers)
 
 
-def _check_arguments(module, attention_mask, kwargs) -> None:
+def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of an attention function that would be ignored, or that no layer of ours has."""
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
         given = kwargs.get(argument)

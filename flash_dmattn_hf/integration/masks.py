@@ -17,7 +17,7 @@ from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, limits_of_mask
 from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
-from flash_dmattn_hf.names import NAMES
+from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES
 from flash_dmattn_hf.parallel.context import Shard, active
 
 _TAG = "_flash_dmattn_tag"
@@ -117,7 +117,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - a call may leave parameters out
         # By their places: the fourth is `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
         config, inputs_embeds, attention_mask, cache, position_ids = [given.get(name) for name in names[:5]]
-        if getattr(config, "_attn_implementation", None) not in NAMES:
+        if getattr(config, "_attn_implementation", None) not in (*NAMES, DENSE_ON_RANKS):
             if active.slot.content is not None:
                 refuse_dense(config)
             return original(*args, **kwargs)

@@ -13,6 +13,7 @@ from flash_dmattn_hf.conversion.variants import dense_switch
 from flash_dmattn_hf.evaluation.final_states import evaluating
 from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.names import is_ours
+from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, check_output_layer_of, deferred_logits
 
 
@@ -32,19 +33,26 @@ class Teacher:
 
 
 def make_teacher(
-    student: nn.Module, given: nn.Module | None, *, trains_backbone: bool, dtype: torch.dtype | None
+    student: nn.Module,
+    given: nn.Module | None,
+    *,
+    trains_backbone: bool,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
 ) -> Teacher:
     """Returns the teacher of a converted model.
 
     given: a model with the student's vocabulary; None: the student itself with its adapter off if it is a PeftModel, or
         if its backbone is frozen; a frozen copy of it otherwise.
-    dtype: of the copy's weights; None: the student's. Raises ValueError for another vocabulary.
+    dtype, device: of the copy; None: the student's. Nothing shards the copy: every process has all of it.
+    Raises ValueError for another vocabulary.
     """
     if given is not None:
         _check_vocabulary(student, given)
         given.requires_grad_(False)
         uses_masks = is_ours(text_config_of(given)._attn_implementation)
-        return Teacher(given, dense_switch(given) if uses_masks else nullcontext)
+        densely = dense_switch(given)
+        return Teacher(given, lambda: densely() if uses_masks or active.slot.content else nullcontext())
     if hasattr(student, "disable_adapter"):
         return Teacher(student, partial(_without_adapter, student, dense_switch(student.get_base_model())))
     if not trains_backbone:
@@ -52,6 +60,8 @@ def make_teacher(
     frozen = copy.deepcopy(student).requires_grad_(False)
     if dtype is not None:
         cast_parameters(frozen, dtype)
+    if device is not None:
+        frozen.to(device)
     return Teacher(frozen, dense_switch(frozen))
 
 
