@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization
 
 from flash_dmattn.token_importance import can_fuse, token_importance
@@ -40,6 +41,11 @@ def importance_of(gate: "Gate", value: torch.Tensor) -> torch.Tensor:
     return gate(source_of(gate, value))
 
 
+def local_part(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns what this rank holds of a parameter that ranks share (a DTensor), any other as it is; differentiable."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 class ImportanceProjection(nn.Module):
     """The projection of a token, its values or its hidden state, to one number per importance head.
 
@@ -53,8 +59,8 @@ class ImportanceProjection(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (..., in_features) float32 or float64. Returns (..., out_features), computed in that dtype."""
-        bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        return F.linear(tokens, self.weight.to(tokens.dtype), bias)
+        bias = None if self.bias is None else local_part(self.bias).to(tokens.dtype)
+        return F.linear(tokens, local_part(self.weight).to(tokens.dtype), bias)
 
 
 def compute_importance(
@@ -100,6 +106,8 @@ class Gate:
     is_latent: whether a cache is given latents, of which the layer makes keys and values afterwards (MLA).
     was_called: whether the attention function has ever been called for this layer.
     soft_selections: those active, the innermost last (`gates.soft_selection`); copies and pickles have none.
+    is_on_ranks: whether several ranks load the layer's model together. Where they split the layer by head, the numbers
+        of heads are those of this rank.
     """
 
     model_config: Any = None
@@ -111,6 +119,7 @@ class Gate:
     sliding_window: int | None
     is_latent = False
     was_called = False
+    is_on_ranks = False
     soft_selections: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -207,14 +216,19 @@ class ImportanceGate(Gate, nn.Module):
         if source.dim() != 4 or (source.shape[1], source.shape[3]) != expected:
             raise ValueError(
                 f"{self.config.importance_input} of layer {self.layer_idx} must have shape "
-                f"(B, {expected[0]}, S, {expected[1]}), got {tuple(source.shape)}; tensor parallelism is not supported"
+                f"(B, {expected[0]}, S, {expected[1]}), got {tuple(source.shape)}"
             )
         form, projection = FORMS[self.config.importance], self.dt_proj
-        parameters = (projection.weight, projection.bias, self.A)
+        parameters = tuple(map(local_part, (projection.weight, projection.bias, self.A)))
+        if len(parameters[2]) != self.num_importance_heads:
+            raise ValueError(
+                f"the importance of layer {self.layer_idx} must be on this rank for its {self.num_importance_heads} "
+                f"heads, got {len(parameters[2])} of A: FSDP gathers it in the forward of the model, not of its parts"
+            )
         is_step = source.shape[2] == 1 and not self.training  # the fused kernel computes in float64, training does not
         if is_step and form.is_fused and _is_plain(projection) and can_fuse(source, *parameters):
             return token_importance(source, *parameters, form.max_exponent)
-        return compute_importance(source, projection, self.A, self.config.importance, exact=not self.training)
+        return compute_importance(source, projection, parameters[2], self.config.importance, exact=not self.training)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.
