@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import initialization
 
 from flash_dmattn.token_importance import can_fuse, token_importance
@@ -41,11 +40,6 @@ def importance_of(gate: "Gate", value: torch.Tensor) -> torch.Tensor:
     return gate(source_of(gate, value))
 
 
-def local_part(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns what this rank holds of a parameter that ranks share (a DTensor), any other as it is; differentiable."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 class ImportanceProjection(nn.Module):
     """The projection of a token, its values or its hidden state, to one number per importance head.
 
@@ -59,8 +53,8 @@ class ImportanceProjection(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (..., in_features) float32 or float64. Returns (..., out_features), computed in that dtype."""
-        bias = None if self.bias is None else local_part(self.bias).to(tokens.dtype)
-        return F.linear(tokens, local_part(self.weight).to(tokens.dtype), bias)
+        bias = None if self.bias is None else self.bias.to(tokens.dtype)
+        return F.linear(tokens, self.weight.to(tokens.dtype), bias)
 
 
 def compute_importance(
@@ -212,23 +206,22 @@ class ImportanceGate(Gate, nn.Module):
 
         source: values (B, Hkv, S, D), or for importance_input="hidden" the hidden states (B, 1, S, hidden size).
         """
+        self.check_source(source)
+        form, projection = FORMS[self.config.importance], self.dt_proj
+        parameters = (projection.weight, projection.bias, self.A)
+        is_step = source.shape[2] == 1 and not self.training  # the fused kernel computes in float64, training does not
+        if is_step and form.is_fused and _is_plain(projection) and can_fuse(source, *parameters):
+            return token_importance(source, *parameters, form.max_exponent)
+        return compute_importance(source, projection, self.A, self.config.importance, exact=not self.training)
+
+    def check_source(self, source: torch.Tensor) -> None:
+        """Raises ValueError unless a source has the shape that `forward` says."""
         expected = self.source_shape
         if source.dim() != 4 or (source.shape[1], source.shape[3]) != expected:
             raise ValueError(
                 f"{self.config.importance_input} of layer {self.layer_idx} must have shape "
                 f"(B, {expected[0]}, S, {expected[1]}), got {tuple(source.shape)}"
             )
-        form, projection = FORMS[self.config.importance], self.dt_proj
-        parameters = tuple(map(local_part, (projection.weight, projection.bias, self.A)))
-        if len(parameters[2]) != self.num_importance_heads:
-            raise ValueError(
-                f"the importance of layer {self.layer_idx} must be on this rank for its {self.num_importance_heads} "
-                f"heads, got {len(parameters[2])} of A: FSDP gathers it in the forward of the model, not of its parts"
-            )
-        is_step = source.shape[2] == 1 and not self.training  # the fused kernel computes in float64, training does not
-        if is_step and form.is_fused and _is_plain(projection) and can_fuse(source, *parameters):
-            return token_importance(source, *parameters, form.max_exponent)
-        return compute_importance(source, projection, parameters[2], self.config.importance, exact=not self.training)
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -37,7 +38,7 @@ def wrap_distribute(original: Callable) -> Callable:
             distributed_config = _with_gates(model, distributed_config)
         model = original(cls, model, distributed_config, mesh)
         if distributed_config.tp_size > 1:
-            model.forward = _watched(model.forward, Failures("tensor parallelism", model._device_mesh["tp"].get_group()))
+            model.forward = _watched(model.forward, Failures("tensor parallelism", dist.group.WORLD))
         return model
 
     return maybe_distribute_model

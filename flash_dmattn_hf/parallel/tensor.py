@@ -6,6 +6,7 @@ that of its own heads.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.integrations.tensor_parallel import TensorParallelLayer, replace_layer_number_by_wildcard
 
 from flash_dmattn_hf.gates.attach import iter_gates
-from flash_dmattn_hf.gates.importance import ImportanceGate, local_part
+from flash_dmattn_hf.gates.importance import ImportanceGate, compute_importance
 from flash_dmattn_hf.names import GATE_NAME
 from flash_dmattn_hf.parallel.collectives import all_gather, reduce_scatter
 
@@ -29,50 +30,62 @@ _VALUE_PROJECTIONS = ("v_proj", "kv_b_proj", "qkv_proj", "query_key_value", "k_p
 
 
 class GateParallel(TensorParallelLayer):
-    """The style of a gate whose attention module is split by head; its parameters become DTensors.
+    """The style of a gate whose attention module is split by head.
 
-    A and the bias are split by head, dt_proj.weight by the values of the heads; with importance_input="hidden" it is
-    split by head too. With importance_heads="shared" every rank computes the one importance, and all of A and the bias.
+    Only the columns of dt_proj.weight are split, as a DTensor, and only where they belong to values. The rest is small:
+    every rank keeps all of it, uses what belongs to its heads, and sums the gradients over the ranks.
     """
 
     def install_forward(self, module: ImportanceGate, mesh: DeviceMesh) -> ImportanceGate:
-        group, config = mesh.get_group(), module.config
-        is_shared, reads_values = config.importance_heads == "shared", config.importance_input == "value"
+        config = module.config
+        ranks = _Ranks(mesh.get_group(), config.importance_heads == "shared", config.importance_input == "value")
         module.num_kv_heads //= mesh.size()
-        if reads_values:
-            module.source_shape = (module.num_kv_heads, module.head_dim)
-            _split(module.dt_proj, "weight", 1, mesh)
-            module.dt_proj.forward = functools.partial(_project, module.dt_proj, group, is_shared)
-        elif not is_shared:
-            _split(module.dt_proj, "weight", 0, mesh)
-        if not is_shared:
+        if not ranks.is_shared:
             module.num_importance_heads //= mesh.size()
-            _split(module.dt_proj, "bias", 0, mesh)
-            _split(module, "A", 0, mesh)
-        if is_shared or not reads_values:
-            module.forward = functools.partial(_compute, module, group, is_shared)
+        if ranks.reads_values:
+            module.source_shape = (module.num_kv_heads, module.head_dim)
+            whole = module.dt_proj.weight
+            columns = distribute_tensor(whole, mesh, [Shard(1)], src_data_rank=None)  # it has no values yet
+            module.dt_proj.weight = nn.Parameter(columns, requires_grad=whole.requires_grad)
+        module.dt_proj.forward = functools.partial(_project, module.dt_proj, ranks)
+        module.forward = functools.partial(_compute, module, ranks)
         return module
 
 
-def _split(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
-    """Makes a parameter, which has no values yet, a DTensor of which each rank has an equal part of a dimension."""
-    if (whole := getattr(module, name)) is not None:
-        split = distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None)
-        module._parameters[name] = nn.Parameter(split, requires_grad=whole.requires_grad)
+class _Ranks(NamedTuple):
+    """The group that shares a gate. is_shared: whether the gate has one importance for all heads. reads_values: whether
+    it reads values, of which every rank has those of its heads, or hidden states, which all have."""
+
+    group: dist.ProcessGroup
+    is_shared: bool
+    reads_values: bool
+
+    def own(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns what belongs to the heads of this rank of a parameter (importance heads, ...) that all ranks have."""
+        if self.is_shared:
+            return parameter
+        return _SumOfGradients.apply(parameter, self.group).chunk(self.group.size())[self.group.rank()]
 
 
-def _project(projection: nn.Module, group: dist.ProcessGroup, is_shared: bool, tokens: torch.Tensor) -> torch.Tensor:
-    """tokens: (..., in_features / ranks), the values of this rank. Returns dt (..., heads) of its heads, or the shared."""
-    part = F.linear(tokens, local_part(projection.weight).to(tokens.dtype))
-    dt = (_Sum if is_shared else _SumOfOwnHeads).apply(part, group)
-    return dt if projection.bias is None else dt + local_part(projection.bias).to(dt.dtype)
+def _project(projection: nn.Module, ranks: _Ranks, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens: (..., features), of this rank's values or of hidden states. Returns dt (..., heads) of its heads."""
+    dtype = tokens.dtype
+    bias = None if projection.bias is None else ranks.own(projection.bias).to(dtype)
+    if not ranks.reads_values:
+        return F.linear(tokens, ranks.own(projection.weight).to(dtype), bias)
+    part = F.linear(tokens, projection.weight.to_local().to(dtype))
+    dt = (_Sum if ranks.is_shared else _SumOfOwnHeads).apply(part, ranks.group)
+    return dt if bias is None else dt + bias
 
 
-def _compute(gate: ImportanceGate, group: dist.ProcessGroup, is_shared: bool, source: torch.Tensor) -> torch.Tensor:
-    """Calls a gate whose ranks read the same (hidden states), or whose result they all use (a shared importance)."""
-    if is_shared:
-        return _SumOfGradients.apply(ImportanceGate.forward(gate, source), group)
-    return ImportanceGate.forward(gate, _SumOfGradients.apply(source, group))
+def _compute(gate: ImportanceGate, ranks: _Ranks, source: torch.Tensor) -> torch.Tensor:
+    """Returns the importance of this rank's heads, as the forward of the gate does that of all."""
+    gate.check_source(source)
+    if not (ranks.is_shared or ranks.reads_values):
+        source = _SumOfGradients.apply(source, ranks.group)
+    A, form = ranks.own(gate.A), gate.config.importance
+    importance = compute_importance(source, gate.dt_proj, A, form, exact=not gate.training)
+    return _SumOfGradients.apply(importance, ranks.group) if ranks.is_shared else importance
 
 
 class _SumOfOwnHeads(torch.autograd.Function):
@@ -165,11 +178,14 @@ def initialize_on_ranks(gate: ImportanceGate) -> None:
         if not getattr(part, "_is_hf_initialized", False)
     ]
     for owner, name, part in missing:
-        owner._parameters[name] = nn.Parameter(local_part(part).new_empty(part.shape))
+        setattr(owner, name, nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device=part.device)))
     gate.initialize()
     with torch.no_grad():
         for owner, name, part in missing:
-            whole, owner._parameters[name] = owner._parameters[name].data, part
+            whole = getattr(owner, name).data
             dist.broadcast(whole, 0)
-            own = DtensorShardOperation(part).shard_tensor(whole) if isinstance(part, DTensor) else whole
-            local_part(part).copy_(own)
+            setattr(owner, name, part)
+            if isinstance(part, DTensor):
+                part.to_local().copy_(DtensorShardOperation(part).shard_tensor(whole))
+            else:
+                part.copy_(whole)
