@@ -91,12 +91,22 @@ def check_blocks(
     check_like("blocks.start", blocks.start, shape, importance.device)
     if blocks.start.dtype != torch.int32:
         raise ValueError(f"blocks.start must be int32, got {blocks.start.dtype}")
-    limits = {} if seqlen_k <= keep_window_size else {"local_window_size": local_window_size}
+    check_size(blocks.size, seqlen_k, keep_window_size, local_window_size, sliding_window)
+
+
+def check_size(
+    size: int, num_keys: int, keep_window_size: int, local_window_size: int, sliding_window: int | None
+) -> None:
+    """Raises ValueError if some of the keys of a block of `size` tokens may die before the block is over.
+
+    num_keys: how many keys there are; keep_window_size of them stay.
+    """
+    limits = {} if num_keys <= keep_window_size else {"local_window_size": local_window_size}
     if sliding_window is not None:
         limits["sliding_window"] = sliding_window
     for name, limit in limits.items():
-        if blocks.size > max(limit, 1):
+        if size > max(limit, 1):
             raise ValueError(
-                f"{name} must hold the longest bidirectional block, which has {blocks.size} tokens, got {limit}: its "
-                "first keys would be evicted before its last queries"
+                f"{name} must hold the longest bidirectional block, which has {size} tokens, got {limit}: its first "
+                "keys would be evicted before its last queries"
             )
