@@ -86,12 +86,11 @@ def dynamic_mask_attention_forward(
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
     if requests is not None:
-        if s_aux is not None:
-            raise ValueError(f"continuous batching cannot add attention sinks, got those of {type(module).__name__}")
         if gate is not None:
             gate.was_called = True
         options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-        return _attend_served(gate, requests, module.layer_idx, query, key, value, options), None
+        out, lse = _attend_served(gate, requests, module.layer_idx, query, key, value, options)
+        return out if s_aux is None else with_sinks(out, lse, s_aux), None
     is_cached = cache_layer is not None or shared.view is not None
     is_step = is_cached and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
@@ -176,12 +175,11 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, opti
     return attended
 
 
-def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, value, options) -> torch.Tensor:
-    """Attends to the slots of the requests whose tokens these are, and lets those evict."""
+def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, value, options):
+    """Attends to the slots of the requests whose tokens these are, and lets those evict. Returns out and lse."""
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:
-        requests.check_windows(layer_idx, gate.windows)
         importance = importance_of(gate, value)
     if importance.shape[1] == 1:  # one for all heads
         importance = importance.expand(-1, value.shape[1], -1)
