@@ -80,16 +80,18 @@ def select_visible(
         )
     birth, death = _select_visible_op(
         importance.detach(),
-        min(keep_window_size, NEVER),
-        min(num_sink_tokens, NEVER),
-        min(local_window_size, NEVER),
-        None if sliding_window is None else min(sliding_window, NEVER),
+        *clamp_windows(keep_window_size, num_sink_tokens, local_window_size, sliding_window),
         is_causal,
         padding_mask,
         cu_seqlens,
         positions,
     )
     return Visibility(birth if blocks is None else blocks.births(birth, death), death)
+
+
+def clamp_windows(*sizes: int | None) -> tuple[int | None, ...]:
+    """Returns sizes of windows that fit into 32 bits; a longer window holds no more keys."""
+    return tuple([None if size is None else min(size, NEVER) for size in sizes])
 
 
 @torch.library.custom_op("flash_dmattn::select_visible", mutates_args=())
