@@ -171,6 +171,10 @@ class AttentionCall(OperatorCall):
             return replace(self, value=pad(self.value, (0, missing)))
         return replace(self, query=pad(self.query, (0, -missing)), key=pad(self.key, (0, -missing)))
 
+    def finish_dimportance(self, dimportance: torch.Tensor) -> torch.Tensor | None:
+        """Returns the gradient of the importance, 0 where that counts as another number (NaN, +inf), or None."""
+        return None if self.importance is None else torch.where(self.importance < torch.inf, dimportance, 0)
+
     def with_comparable_importance(self) -> "AttentionCall":
         """Returns the call without NaN and +inf in the importance, differentiably."""
         return self if self.importance is None else replace(self, importance=comparable(self.importance))
