@@ -29,8 +29,8 @@ def wrap_distribute(original: Callable) -> Callable:
             return original(cls, model, distributed_config, mesh)
         if distributed_config.pp_size > 1:
             raise ValueError(
-                f"pp_size must be 1 with flash_dmattn, got {distributed_config.pp_size}: a stage of a pipeline lacks the "
-                "layers that a DynamicMaskCache counts on"
+                f"pp_size must be 1 with flash_dmattn, got {distributed_config.pp_size}: a stage of a pipeline lacks "
+                "the layers that a DynamicMaskCache counts on"
             )
         for gate in gates:
             gate.is_on_ranks = True
