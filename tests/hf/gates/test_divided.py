@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 from transformers.integrations import deepspeed as loading
 
 from flash_dmattn_hf import convert_model, iter_gates, load_importance, save_importance, soft_selection
@@ -98,6 +99,18 @@ def test_a_soft_selection_does_not_watch_what_it_cannot_see():
         with soft_selection(model, temperature=1.0):
             with gathered([p for _, _, gate in iter_gates(model) for p in gate.parameters()]):
                 model(input_ids=tokens(1, 24), labels=tokens(1, 24)).loss.backward()
+
+
+def test_a_soft_selection_refuses_an_engine_that_was_made_while_the_importance_was_frozen():
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    engine = DeepSpeedEngine(converted(add_importance_bias=False))
+    with pytest.raises(ValueError, match="DeepSpeedEngine has a frozen importance"):
+        with soft_selection(engine, temperature=1.0):
+            pass
 
 
 WRONG = {
