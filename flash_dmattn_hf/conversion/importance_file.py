@@ -71,7 +71,7 @@ def save_importance(model: nn.Module, directory: str | Path, *, base_model: str 
     tensors = {}
     for _, _, gate in gates:
         for name, parameter in _parameters_of(gate).items():
-            if parameter.is_meta or isinstance(parameter, DTensor):
+            if not _is_whole(parameter):
                 raise ValueError(f"{name} of layer {gate.layer_idx} must be in memory as a whole to be saved")
             tensors[f"layers.{gate.layer_idx}.{name}"] = parameter.detach().cpu().contiguous()
     architecture = _architecture_of(model)
@@ -102,8 +102,11 @@ def load_importance(model: nn.Module, directory: str | Path) -> nn.Module:
     saved, model_given = read_importance(directory), model
     model = _base_of(model)
     _refuse_native(model)
-    if absent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
-        raise ValueError(f"model must be in memory to take an importance, but {absent} is not: load it without offload")
+    if absent := next((name for name, parameter in model.named_parameters() if not _is_whole(parameter)), None):
+        raise ValueError(
+            f"model must be in memory to take an importance, but {absent} is not as a whole: load it without offload, "
+            "on one rank"
+        )
     _check_architecture(model, saved, directory)
     planned = plan(model, saved.settings)
     if planned.refused or not planned.shapes:
@@ -171,6 +174,10 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
     if found is None:
         raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
     return found
+
+
+def _is_whole(parameter: nn.Parameter) -> bool:
+    return not (parameter.is_meta or isinstance(parameter, DTensor))
 
 
 def _refuse_native(model: PreTrainedModel) -> None:
