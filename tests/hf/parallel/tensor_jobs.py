@@ -191,12 +191,11 @@ def share_sequence(rank: int, folder: str) -> dict[str, float] | str:
     with context_parallel(split._device_mesh["fsdp"].get_group()) as context:
         own = context.shard({"input_ids": input_ids, "labels": input_ids})
         out = split(**own, use_cache=False)
-        out.loss.backward()
+        (2 * out.loss).backward()  # FSDP takes the mean over its two ranks
     expected = one(input_ids, labels=input_ids, use_cache=False)
     expected.loss.backward()
     rows = expected.logits.chunk(2, 1)[context.rank]
-    # FSDP takes the mean over its ranks, and context_parallel needs the sum.
-    gradients = {name: whole(parameter.grad) * 2 for name, parameter in split.named_parameters()}
+    gradients = {name: whole(parameter.grad) for name, parameter in split.named_parameters()}
     found = {name: distance(gradients[name], parameter.grad) for name, parameter in one.named_parameters()}
     return {"logits": distance(out.logits, rows), "generated": float(generate(split) != generate(one)), **found}
 
