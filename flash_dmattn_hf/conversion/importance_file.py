@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
@@ -105,8 +106,11 @@ def load_importance(model: nn.Module, directory: str | Path) -> nn.Module:
     saved, model_given = read_importance(directory), model
     model = _base_of(model)
     _refuse_native(model)
-    if absent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
-        raise ValueError(f"model must be in memory to take an importance, but {absent} is not: load it without offload")
+    if absent := next((n for n, p in model.named_parameters() if p.is_meta or isinstance(p, DTensor)), None):
+        raise ValueError(
+            f"model must be in memory to take an importance, but {absent} is not as a whole: load it without offload, "
+            "on one rank"
+        )
     _check_architecture(model, saved, directory)
     planned = plan(model, saved.settings)
     if planned.refused or not planned.shapes:

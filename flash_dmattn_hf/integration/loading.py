@@ -26,7 +26,7 @@ from flash_dmattn_hf.integration.preparation import (
     submodels,
     uses_dynamic_masks,
 )
-from flash_dmattn_hf.integration.ranks import initialize, is_split
+from flash_dmattn_hf.integration.ranks import initialize
 from flash_dmattn_hf.names import NAMES, is_ours
 
 
@@ -169,11 +169,6 @@ def _attach_to_existing(model: PreTrainedModel, before: dict[int, str]) -> list[
         raise ValueError(
             "this checkpoint was converted to dynamic masks and loaded before flash_dmattn_hf was imported, which left "
             "its importance out: import flash_dmattn_hf first and load it again"
-        )
-    if is_split(model) and not known:
-        raise ValueError(
-            "a model that is split by tensor parallelism cannot get an importance: load it with "
-            f'attn_implementation="{NAMES[0]}"'
         )
     prepare(model, previous=before)
     if not any(True for _ in attach.iter_gates(model)):
