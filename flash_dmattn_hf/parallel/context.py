@@ -69,8 +69,11 @@ class ContextParallel:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         active.slot.content = self._before.pop()
-        if error is not None and not isinstance(error, PeerFailure):
-            _store().set(self._failure, f"rank {self.rank}: {type(error).__name__}: {error}")
+        if error is None or isinstance(error, PeerFailure):
+            return
+        if isinstance(error, RuntimeError) and (reason := self._reason()):
+            raise PeerFailure(reason) from error  # another exchange has failed, such as one of FSDP2
+        _store().set(self._failure, f"rank {self.rank}: {type(error).__name__}: {error}")
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns this rank's rows of a batch that all ranks of the group have, for `model(**shard)`.
@@ -96,9 +99,18 @@ class ContextParallel:
         try:
             yield
         except RuntimeError as error:
+            if reason := self._reason():
+                raise PeerFailure(reason) from error
+            raise
+
+    def _reason(self) -> str:
+        """Returns why another rank has left the block with an error, "" if none has or nobody can be asked."""
+        try:
             if not _store().check([self._failure]):
-                raise
-            raise PeerFailure(f"context_parallel ends because {_store().get(self._failure).decode()}") from error
+                return ""
+            return f"context_parallel ends because {_store().get(self._failure).decode()}"
+        except RuntimeError:  # the process that kept the reasons has ended
+            return ""
 
 
 class PeerFailure(RuntimeError):
