@@ -16,7 +16,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def logits_of_rows(model: nn.Module, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

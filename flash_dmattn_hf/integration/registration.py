@@ -14,11 +14,12 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
+from transformers.distributed.mixin import DistributedMixin
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import generic, is_peft_available
 
 from flash_dmattn_hf.gates import doge, soft_selection
-from flash_dmattn_hf.integration import adapters, generation, loading
+from flash_dmattn_hf.integration import adapters, generation, loading, ranks
 from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 from flash_dmattn_hf.integration.dense_shards import dense_attention_on_ranks
 from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
@@ -94,6 +95,7 @@ def register() -> None:
     for name, function in functions.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, dynamic_mask_mask)
+    ranks.register_style()
     for patch in _patches():
         patch.apply()
 
@@ -106,6 +108,7 @@ def unregister() -> None:
     for name in (*NAMES, DENSE_ON_RANKS):
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
+    ranks.unregister_style()
 
 
 _PATCHES: list[Patch] = []
@@ -120,6 +123,7 @@ def _patches() -> list[Patch]:
             (PreTrainedModel, "post_init", loading.wrap_post_init),
             (PreTrainedModel, "_initialize_weights", loading.wrap_initialize_weights),
             (PreTrainedModel, "from_pretrained", loading.wrap_from_pretrained),
+            (DistributedMixin, "maybe_distribute_model", ranks.wrap_distribute),
             (PreTrainedModel, "_from_config", loading.wrap_load_time),
             (PreTrainedModel, "set_attn_implementation", loading.wrap_set_implementation),
             (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its name since torch 2.13, where the other one warns.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from flash_dmattn_hf.parallel.collectives import all_gather
 
 
 @dataclass
@@ -27,7 +26,7 @@ def gather_from_ranks(context: Any, tensor: torch.Tensor) -> torch.Tensor:
     """Returns the tensors of all ranks, (world_size, *shape); every rank gives one of the same shape and dtype."""
     gathered = tensor.new_empty((context.world_size, *tensor.shape))
     with context.watching():
-        _all_gather(gathered.view(-1), tensor.contiguous().view(-1), group=context.group)
+        all_gather(gathered.view(-1), tensor.contiguous().view(-1), group=context.group)
     return gathered
 
 
@@ -82,7 +81,7 @@ class Exchange:
         self.context.traffic.num_bytes += message.numel()
         messages = message.new_empty((self.context.world_size, *message.shape))
         with self.context.watching():
-            work = _all_gather(messages.view(-1), message, group=self.context.group, async_op=is_async)
+            work = all_gather(messages.view(-1), message, group=self.context.group, async_op=is_async)
         return messages, work
 
     @staticmethod

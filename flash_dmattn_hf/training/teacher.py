@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from flash_dmattn_hf.conversion.variants import dense
+from flash_dmattn_hf.conversion.variants import dense_switch
 from flash_dmattn_hf.evaluation.final_states import evaluating
 from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.names import is_ours
@@ -50,17 +51,18 @@ def make_teacher(
         _check_vocabulary(student, given)
         given.requires_grad_(False)
         uses_masks = is_ours(text_config_of(given)._attn_implementation)
-        return Teacher(given, lambda: dense(given) if uses_masks or active.slot.content else nullcontext())
+        densely = dense_switch(given)
+        return Teacher(given, lambda: densely() if uses_masks or active.slot.content else nullcontext())
     if hasattr(student, "disable_adapter"):
-        return Teacher(student, lambda: _without_adapter(student))
+        return Teacher(student, partial(_without_adapter, student, dense_switch(student.get_base_model())))
     if not trains_backbone:
-        return Teacher(student, lambda: dense(student))
+        return Teacher(student, dense_switch(student))
     frozen = copy.deepcopy(student).requires_grad_(False)
     if dtype is not None:
         cast_parameters(frozen, dtype)
     if device is not None:
         frozen.to(device)
-    return Teacher(frozen, lambda: dense(frozen))
+    return Teacher(frozen, dense_switch(frozen))
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
@@ -71,8 +73,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _without_adapter(model: nn.Module) -> Iterator[None]:
-    with dense(model.get_base_model()), model.disable_adapter():
+def _without_adapter(model: nn.Module, densely: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    with densely(), model.disable_adapter():
         yield
 
 

@@ -17,8 +17,6 @@ from flash_dmattn.operators import (
     spread_gradients,
 )
 
-_IMPORTANCE = AttentionCall.DIFFERENTIABLE.index("importance")
-
 
 def run_attention(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends on the backend of that name, differentiably. Returns out (B, Sq, H, D) and lse (B, H, Sq)."""
@@ -46,16 +44,11 @@ def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of what is differentiable, an empty tensor for that of None.
-
-    An importance that is not finite has gradient 0.
-    """
+    """Returns the gradients of what is differentiable, an empty tensor for that of None."""
     call, backend = AttentionCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):
         gradients = list(choose_backward(call, backend).backward(call, out, stats, dout, dlse))
         gradients += [None] * (len(AttentionCall.DIFFERENTIABLE) - len(gradients))  # the last may be left out
-        if call.importance is not None:
-            gradients[_IMPORTANCE] = torch.where(call.importance < torch.inf, gradients[_IMPORTANCE], 0)
         return tuple([stats.new_empty(0) if gradient is None else gradient for gradient in gradients])
 
 

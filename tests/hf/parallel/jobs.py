@@ -257,7 +257,7 @@ def order_of_events(rank: int) -> list[str]:
     """Returns what the layers of a forward do about their exchange, in its order."""
     case, events = Case((10, 1, 3)), []
     model = make_model(case)
-    all_gather, visible = exchange._all_gather, attention.visible_in_shard
+    all_gather, visible = exchange.all_gather, attention.visible_in_shard
 
     def record_gather(*arguments, async_op=False, **options):
         work = all_gather(*arguments, async_op=async_op, **options)
@@ -270,7 +270,7 @@ def order_of_events(rank: int) -> list[str]:
 
     with context_parallel() as context:
         own = context.shard(make_batch(case))
-        with mock.patch.object(exchange, "_all_gather", record_gather):
+        with mock.patch.object(exchange, "all_gather", record_gather):
             with mock.patch.object(attention, "visible_in_shard", record_selection):
                 model(**own)
     return events[2:]  # without those of the mask
