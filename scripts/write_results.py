@@ -4,7 +4,7 @@
     python scripts/write_results.py --suite FOLDER      takes over what benchmark_suite.py left in FOLDER, first
     python scripts/write_results.py --check             only says whether the pages are up to date
 
-A page holds blocks between "<!-- figures: NAME GPU -->" and "<!-- end of figures -->". NAME is one of results_tables.py,
+A page holds blocks between "<!-- figures: NAME GPU -->" and "<!-- end of figures -->". results_tables.py has the NAMEs,
 and docs/benchmarks/PART_GPU.json are the files that it is written from. With --suite a block changes to the suite's GPU
 once all its parts were measured there. "none" stands for a block that was not measured yet.
 """
