@@ -55,11 +55,14 @@ class SavedImportance:
     architecture_sha256: str
 
 
-def save_importance(model: nn.Module, directory: str | Path, *, base_model: str | None = None) -> None:
+def save_importance(
+    model: nn.Module, directory: str | Path, *, base_model: str | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Writes the importance of a converted model, and its settings, into `directory`.
 
     model: a converted model, or anything around one, such as PEFT, whose active copy of the gates is taken.
     base_model: what to call the model that the importance belongs to; None: where it was loaded from.
+    dtype: of the file, such as torch.bfloat16 for half the size; None: that of the parameters.
 
     Raises ValueError for a model without gates, native Doge, and parameters that are sharded or not in memory.
     """
@@ -73,7 +76,7 @@ def save_importance(model: nn.Module, directory: str | Path, *, base_model: str 
         for name, parameter in _parameters_of(gate).items():
             if parameter.is_meta or isinstance(parameter, DTensor):
                 raise ValueError(f"{name} of layer {gate.layer_idx} must be in memory as a whole to be saved")
-            tensors[f"layers.{gate.layer_idx}.{name}"] = parameter.detach().cpu().contiguous()
+            tensors[f"layers.{gate.layer_idx}.{name}"] = parameter.detach().to("cpu", dtype).contiguous()
     architecture = _architecture_of(model)
     header = {
         "format": FORMAT,

@@ -14,15 +14,17 @@ from flash_dmattn_hf.gates.importance import get_gate
 
 
 class ServedLayer(NamedTuple):
-    """One attention layer: its windows, the heads of its slots and their head dim."""
+    """One attention layer: its windows, the heads of its slots, and the head dims of keys and values."""
 
     windows: Windows
     num_heads: int
     head_dim: int
+    value_dim: int
 
     def make_slots(self, num_rows: int, dtype: torch.dtype, device: torch.device | str) -> Slots:
         """Returns empty slots for so many requests."""
-        return make_slots(num_rows, self.num_heads, self.windows.keep_window_size, self.head_dim, dtype, device)
+        num_slots = self.windows.keep_window_size
+        return make_slots(num_rows, self.num_heads, num_slots, self.head_dim, dtype, device, self.value_dim)
 
     def bytes_per_request(self, dtype: torch.dtype) -> int:
         """Returns the bytes of one request's slots, exactly."""
@@ -40,19 +42,13 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
     for name, module, owner in attention_modules(model):
         if getattr(module, "config", owner) is not config:
             continue
-        if getattr(module, "is_kv_shared_layer", False) or getattr(module, "sinks", None) is not None:
+        if getattr(module, "is_kv_shared_layer", False):
             raise ValueError(
-                f"continuous batching needs layers with keys of their own and without attention sinks, got {name} of "
-                f"{type(model).__name__}"
+                f"continuous batching needs layers with keys of their own, got {name} of {type(model).__name__}"
             )
         if (gate := get_gate(module)) is not None:
-            if gate.is_latent or getattr(module, "head_dim", gate.head_dim) != gate.head_dim:
-                raise ValueError(
-                    f"continuous batching needs values of the head dim of their keys, got {name} of "
-                    f"{type(model).__name__}, whose head dims differ or whose cache holds latents"
-                )
             num_heads = max(gate.num_kv_heads, gate.num_importance_heads)
-            layers[module.layer_idx] = ServedLayer(gate.windows, num_heads, gate.head_dim)
+            layers[module.layer_idx] = ServedLayer(gate.windows, num_heads, _key_dim(module, gate), gate.head_dim)
         else:
             layers[module.layer_idx] = _native_layer(name, module)
     missing = sorted(set(range(config.num_hidden_layers)) - set(layers))
@@ -72,4 +68,10 @@ def _native_layer(name: str, module: Any) -> ServedLayer:
             f"continuous batching needs an importance gate or a sliding window in every layer, got {name} without "
             "either: its keys grow with the text"
         )
-    return ServedLayer(Windows(window, 0, window, None), shape.num_kv_heads, shape.head_dim)
+    windows = Windows(window, 0, window, None)
+    return ServedLayer(windows, shape.num_kv_heads, _key_dim(module, shape), shape.head_dim)
+
+
+def _key_dim(module: Any, shape: Any) -> int:
+    """Returns the head dim of the keys; shape: what knows that of the values, and whether the layer makes latents."""
+    return module.qk_head_dim if shape.is_latent else getattr(module, "head_dim", shape.head_dim)

@@ -53,6 +53,14 @@ class LiveRequests:
         self._rows = torch.tensor(rows, dtype=torch.int32, device=self.device) if rows else None
         self._places = torch.tensor(places, device=self.device) if rows and self._chunks else None
 
+    def begin_step(self, rows: torch.Tensor) -> None:
+        """Says that the next forward brings one token for each of these rows, none for those that are -1.
+
+        rows: (B,) int32. It is read when the layers attend, in replays of a CUDA graph, too.
+        """
+        self._chunks, self._places = [], None
+        self._num_tokens, self._rows = len(rows), rows
+
     def attend(
         self,
         layer_idx: int,
@@ -61,11 +69,12 @@ class LiveRequests:
         value: torch.Tensor,
         importance: torch.Tensor,
         **options: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends, each token to what its request holds in this layer, and evicts.
 
-        query: (1, T, H, D). key, value: (1, Hkv, T, D). importance: (1, Hi, T). options: `softmax_scale`, `softcap` and
-        `add_importance_bias` of `flash_dmattn.interval_attention`. Returns out (1, T, H, D).
+        query: (1, T, H, D). key: (1, Hkv, T, D), value: (1, Hkv, T, Dv). importance: (1, Hi, T).
+        options: `softmax_scale`, `softcap` and `add_importance_bias` of `flash_dmattn.interval_attention`.
+        Returns out (1, T, H, Dv) and lse (1, H, T).
         Raises ValueError when T is not the number of tokens that `begin` was told.
         """
         if query.shape[:2] != (1, self._num_tokens):
@@ -73,20 +82,22 @@ class LiveRequests:
         layer, slots = self.layers[layer_idx], self.slots[layer_idx]
         single = None if self._rows is None else self._step(layer, slots, query, key, value, importance, options)
         if not self._chunks:
-            return single.transpose(0, 1)
-        out = torch.empty_like(query)
+            return single[0].transpose(0, 1), single[1].permute(2, 1, 0)
+        out = query.new_empty(*query.shape[:3], value.shape[3])
+        lse = torch.empty(1, *query.shape[2:0:-1], dtype=slots.importance.dtype, device=query.device)
         if single is not None:
-            out[0, self._places] = single.squeeze(1)
+            out[0, self._places] = single[0].squeeze(1)
+            lse[0][:, self._places] = single[1].squeeze(2).transpose(0, 1)
         for start, tokens in self._chunks:
             here = slice(start, start + tokens.num_new)
             chunk = EvictingLayer(layer.windows)
             chunk.borrow(type(slots)(*(state[tokens.row : tokens.row + 1] for state in slots)), tokens.num_before)
             chunk.take(key[:, :, here], value[:, :, here], importance[:, :, here])
-            out[:, here] = chunk.attend(query[:, here], **options)
-        return out
+            out[:, here], lse[:, :, here] = chunk.attend(query[:, here], return_lse=True, **options)
+        return out, lse
 
-    def _step(self, layer, slots, query, key, value, importance, options) -> torch.Tensor:
-        """One more token for each of the rows; returns (B, 1, H, D)."""
+    def _step(self, layer, slots, query, key, value, importance, options) -> tuple[torch.Tensor, torch.Tensor]:
+        """One more token for each of the rows; returns out (B, 1, H, Dv) and lse (B, H, 1)."""
         tokens = [query[0], key[0].transpose(0, 1), value[0].transpose(0, 1)]  # (T, heads, D)
         importance = importance[0].transpose(0, 1)
         if self._places is not None:
@@ -103,6 +114,7 @@ class LiveRequests:
             local_window_size=local_window,
             sliding_window=sliding_window,
             rows=self._rows,
+            return_lse=True,
             **options,
         )
 

@@ -24,8 +24,8 @@ def workspace_bytes(
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     num_heads = config.num_attention_heads
     most = max(
-        num_tokens * (num_heads + 4 * layer.num_heads) * layer.head_dim
-        + 2 * (layer.windows.keep_window_size + num_tokens) * layer.num_heads * layer.head_dim
+        num_tokens * (num_heads + 4 * layer.num_heads) * max(layer.head_dim, layer.value_dim)
+        + (layer.windows.keep_window_size + num_tokens) * layer.num_heads * (layer.head_dim + layer.value_dim)
         for layer in layers.values()
     )
     activations = (num_tokens * (4 * hidden + 3 * inner) + most) * dtype.itemsize

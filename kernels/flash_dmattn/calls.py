@@ -240,7 +240,8 @@ class DecodeCall(OperatorCall):
     query: (B, 1, H, D). key: (B, 1, Hkv, D), value: (B, 1, Hkv, Dv), query's dtype.
     importance: (B, Hc, 1) floating point, any value.
     padding_mask: (B, 1) bool, False where a row has no token; None: all have one.
-    rows: (B,) int32, the row of the slots that each token belongs to; None: its own. No row twice.
+    rows: (B,) int32, the row of the slots that each token belongs to, negative where there is none; None: its own. No
+        row twice.
     slots: the state, which the step changes.
     The other fields as in `flash_dmattn.slots.decode_step`.
     """

@@ -8,6 +8,7 @@ import torch
 from flash_dmattn import arguments
 from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.axes import PrunedAxis, SegmentedAxis
+from flash_dmattn.blocks import Blocks, check_blocks
 from flash_dmattn.competition import eviction_positions, sort_competitors
 from flash_dmattn.dispatch import SELECTION, find, is_eager
 from flash_dmattn.ranking import comparable
@@ -26,6 +27,7 @@ def select_visible(
     padding_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Visibility:
     """Computes which queries see which key, as one interval of query rows per key.
 
@@ -46,6 +48,9 @@ def select_visible(
         values are trusted, because checking them would wait for the device.
     positions: (B, Hi, Sk) int32, the true positions of a pruned set of keys in any order, distinct, -1 for an
         empty slot; or None when the keys are the whole sequence in order.
+    blocks: runs of tokens that see each other (`flash_dmattn.find_blocks`), or None. A query at t then sees such keys
+        p > t, too, whose block begins at t or before. No block may be longer than local_window_size, unless
+        Sk <= keep_window_size, nor than sliding_window.
 
     Returns birth and death, int32 (B, Hi, Sk), as row numbers of the key axis (as positions when `positions` is
     given): the key is visible to query rows birth <= t < death. `NEVER` stands for no death. A key that nobody
@@ -64,13 +69,24 @@ def select_visible(
         cu_seqlens=cu_seqlens,
         positions=positions,
     )
+    if blocks is not None:
+        check_blocks(
+            blocks,
+            importance,
+            keep_window_size=keep_window_size,
+            local_window_size=local_window_size,
+            sliding_window=sliding_window,
+            is_causal=is_causal,
+        )
     tensors = (padding_mask, cu_seqlens, positions)
     windows = clamp_windows(keep_window_size, num_sink_tokens, local_window_size, sliding_window)
     arguments_of_op = (importance.detach(), *windows, is_causal, *tensors)
     if is_eager(importance, *tensors):
         with torch.no_grad():
-            return Visibility(*_select_visible(*arguments_of_op))
-    return Visibility(*_select_visible_op(*arguments_of_op))
+            birth, death = _select_visible(*arguments_of_op)
+    else:
+        birth, death = _select_visible_op(*arguments_of_op)
+    return Visibility(birth if blocks is None else blocks.births(birth, death), death)
 
 
 def clamp_windows(*sizes: int | None) -> tuple[int | None, ...]:

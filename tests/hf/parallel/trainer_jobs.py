@@ -40,11 +40,7 @@ class Rows(torch.utils.data.Dataset):
 def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) -> Trainer:
     """Trains a tiny float32 model, on the CPU unless options say otherwise, and returns its Trainer."""
     if cp_size > 1:
-        options.update(
-            parallelism_config=ParallelismConfig(cp_size=cp_size),
-            fsdp=True,
-            fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
-        )
+        options.update(on_ranks(cp_size))
     arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=2,
@@ -66,6 +62,15 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
     return trainer
+
+
+def on_ranks(cp_size: int) -> dict[str, Any]:
+    """Returns the training arguments of several ranks that share every sequence."""
+    return {
+        "parallelism_config": ParallelismConfig(cp_size=cp_size),
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+    }
 
 
 def losses_of(trainer: Trainer) -> list[float]:
