@@ -64,6 +64,11 @@ def dynamic_mask_attention_forward(
 
     Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
+    if active.slot.content is not None and torch.compiler.is_compiling():
+        return _attend_uncompiled(
+            module, query, key, value, attention_mask, scaling, dropout, softcap, sliding_window, cu_seq_lens_q,
+            cu_seq_lens_k, s_aux, **kwargs,
+        )  # fmt: skip
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
@@ -154,6 +159,10 @@ def dynamic_mask_attention_forward(
         **options,
     )
     return _with_sinks(attended, s_aux), None
+
+
+_attend_uncompiled = torch.compiler.disable(dynamic_mask_attention_forward)
+"""What the layers of a compiled model call inside `context_parallel`: no graph can hold what a mask carries there."""
 
 
 def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
