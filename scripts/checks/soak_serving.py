@@ -7,8 +7,8 @@ before or after they start. The run fails unless
 
 - every request that was not cancelled ends once, with as many tokens as it asked for, and none fails;
 - in the end every row is free again, and nothing is remembered of requests that have ended;
-- memory stays what it was after the first fifth of the time, up to the tolerance below: on a CPU the resident set of the
-  process, on a GPU what torch has reserved and what it has allocated;
+- memory stays what it was after the first fifth of the time, up to the tolerance below: on a CPU the resident set of
+  the process, on a GPU what torch has reserved and what it has allocated;
 - on a CPU, in float64, a sample of the answers is what generate() makes of each prompt alone.
 """
 
