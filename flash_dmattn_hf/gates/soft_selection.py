@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.divided import is_divided
@@ -189,9 +189,13 @@ def _frozen(gate: Gate) -> list[str]:
 
 
 def _refuse_parallel(model: nn.Module, thawed: list[tuple[ImportanceGate, str]]) -> None:
-    is_sharded = any(isinstance(gate.get_parameter(name), DTensor) for gate, name in thawed)
-    if thawed and (is_sharded or any(type(module).__name__ in _GRADIENT_REDUCERS for module in model.modules())):
+    if thawed and any(map(_reduces_gradients, model.modules())):
         raise ValueError(
             f"{type(model).__name__} has a frozen importance (add_importance_bias=False), whose gradients its "
             "processes would not share: enter soft_selection before the model is wrapped for several processes"
         )
+
+
+def _reduces_gradients(module: nn.Module) -> bool:
+    """Whether a module is a wrapper that decided when it was made which gradients its processes share."""
+    return isinstance(module, FSDPModule) or type(module).__name__ in _GRADIENT_REDUCERS

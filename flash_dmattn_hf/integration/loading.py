@@ -26,6 +26,7 @@ from flash_dmattn_hf.integration.preparation import (
     submodels,
     uses_dynamic_masks,
 )
+from flash_dmattn_hf.integration.ranks import initialize
 from flash_dmattn_hf.names import NAMES, is_ours
 
 
@@ -72,31 +73,24 @@ def wrap_initialize_weights(original: Callable) -> Callable:
     """Initialises the gates whose parameters no checkpoint has given."""
 
     @wraps(original)
-    def initialize(self, module, *args, **kwargs):
+    def initialize_weights(self, module, *args, **kwargs):
         if isinstance(module, ImportanceGate) and not getattr(module, "_is_hf_initialized", False):
-            module.initialize()
+            initialize(module)
             module._is_hf_initialized = True
             return None
         return original(self, module, *args, **kwargs)
 
-    return initialize
+    return initialize_weights
 
 
 def wrap_from_pretrained(original: Callable) -> Callable:
-    """Takes `flash_dmattn={...}`, refuses tensor parallelism, and checks that the gates' weights fit."""
+    """Takes `flash_dmattn={...}`, and checks that the gates' weights fit."""
 
     @wraps(original)
     def from_pretrained(cls, *args, flash_dmattn=None, output_loading_info=False, **kwargs):
         with _load_time(flash_dmattn):
             model, info = original(cls, *args, output_loading_info=True, **kwargs)
-        if uses_dynamic_masks(model):
-            parallel = [name for name in ("tp_plan", "distributed_config") if kwargs.get(name) is not None]
-            if parallel:
-                raise ValueError(
-                    f"{parallel[0]} must be None with flash_dmattn, got {kwargs[parallel[0]]!r}: "
-                    "the importance needs all heads of a token on one device"
-                )
-        elif flash_dmattn is not None:
+        if flash_dmattn is not None and not uses_dynamic_masks(model):
             raise ValueError(
                 f'flash_dmattn={{...}} needs attn_implementation="{NAMES[0]}", got '
                 f'"{text_config_of(model)._attn_implementation}"'
