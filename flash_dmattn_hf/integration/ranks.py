@@ -33,7 +33,7 @@ def wrap_distribute(original: Callable) -> Callable:
         if distributed_config.pp_size > 1:
             raise ValueError(
                 f"pp_size must be 1 with flash_dmattn, got {distributed_config.pp_size}: a stage of a pipeline lacks "
-                "layers that a DynamicMaskCache counts on"
+                "the layers that a DynamicMaskCache counts on"
             )
         if distributed_config.tp_size > 1 and distributed_config.fsdp_size > 1 and not can_share_twice():
             raise ValueError(

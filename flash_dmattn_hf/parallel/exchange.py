@@ -81,7 +81,7 @@ class Exchange:
         self.context.traffic.num_bytes += message.numel()
         messages = message.new_empty((self.context.world_size, *message.shape))
         with self.context.watching():
-            work = _all_gather(messages.view(-1), message, group=self.context.group, async_op=is_async)
+            work = all_gather(messages.view(-1), message, group=self.context.group, async_op=is_async)
         return messages, work
 
     @staticmethod

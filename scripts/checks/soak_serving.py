@@ -132,7 +132,7 @@ def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def soak(session: Session, args: argparse.Namespace, vocabulary: int) -> tuple[Ledger, list[float]]:
-    """Sends requests until the time is over, waits for the last one; returns what came of them, and samples of memory."""
+    """Sends requests until the time is over and waits for the last; returns what came of them, and samples of memory."""
     choose, ledger, memory, number = random.Random(args.seed), Ledger(), [], 0
     shared = [[choose.randrange(vocabulary) for _ in range(args.longest // 2)] for _ in range(3)]
     start = next_arrival = next_sample = time.monotonic()

@@ -132,7 +132,7 @@ def main(dense: str, converted: str, kind: str) -> None:
             from transformers.integrations import HfDeepSpeedConfig
 
             deepspeed.init_distributed(dist_backend="gloo")
-            living = HfDeepSpeedConfig(ZERO3)  # while it lives, from_pretrained divides parameters
+            _living = HfDeepSpeedConfig(ZERO3)  # while it lives, from_pretrained divides parameters
         for name, make in models(dense, converted).items():
             torch.manual_seed(0)
             results[name] = train(make(), kind, [dist.get_rank()])
