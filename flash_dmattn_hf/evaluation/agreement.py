@@ -53,8 +53,8 @@ def agreement(
     """Compares a model with a dense reference on rows `first_row` to `context_length - 2` of each stretch of a text.
 
     Row t sees tokens 0 to t and predicts token t + 1; with first_row = w only rows that a window of w keys can change
-    are compared. Both models run once per stretch, and once on one token for every `chunk_size` rows, whose logits exist
-    at a time.
+    are compared. Both models run once per stretch, and on one token for every `chunk_size` rows, whose logits exist at
+    a time.
 
     input_ids: (N,) or (1, N) integer token ids, cut into consecutive stretches. What is left over is not used.
     context_length: tokens per forward pass, those of `leading` included. first_row: 0 to context_length - 2.

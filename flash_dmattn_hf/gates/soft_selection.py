@@ -17,11 +17,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.divided import is_divided
 from flash_dmattn_hf.gates.importance import Gate, ImportanceGate
 from flash_dmattn_hf.names import NAMES, is_ours
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
-_GRADIENT_REDUCERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+_GRADIENT_REDUCERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 _lock = threading.Lock()
 _is_suspended = ThreadSlot()
 
@@ -88,7 +89,7 @@ class SoftSelection:
                 gate.get_parameter(name).requires_grad_(True)
             for gate in gates:
                 gate.soft_selections = (*gate.soft_selections, self)
-            watched = next((entry for entry in thawed if not entry[0].get_parameter(entry[1]).is_meta), None)
+            watched = next((entry for entry in thawed if _can_be_watched(entry[0].get_parameter(entry[1]))), None)
             self._witness = None if watched is None else _Witness(*watched)
         return self
 
@@ -110,6 +111,10 @@ class SoftSelection:
                 stacklevel=2,
             )
         self._witness = None
+
+
+def _can_be_watched(parameter: torch.Tensor) -> bool:
+    return not (parameter.is_meta or is_divided(parameter))
 
 
 class _Witness:

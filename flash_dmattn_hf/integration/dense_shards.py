@@ -19,6 +19,7 @@ from flash_dmattn_hf.parallel.context import Shard
 from flash_dmattn_hf.parallel.exchange import gather_from_ranks
 
 
+@torch.compiler.disable
 def dense_attention_on_ranks(
     module: nn.Module,
     query: torch.Tensor,

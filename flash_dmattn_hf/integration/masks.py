@@ -59,14 +59,13 @@ def dynamic_mask_mask(
         raise ValueError(
             f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
         )
-    shard = getattr(attention_mask, SHARD, None)
     if numbers is not None and attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ValueError(
             "bidirectional blocks, such as images, are not supported in packed documents and inside context_parallel: "
             "pad the texts, and leave the context"
         )
-    if shard is not None:
-        return _tag(attention_mask, limits, shard=shard)
+    if active.slot.content is not None:
+        return _tag_with_shard(attention_mask, limits)
     length = kv_offset + kv_length
     is_plain, is_full = limits == MaskLimits() and not q_offset, False
     if numbers is not None:
@@ -129,6 +128,13 @@ def _tag(mask: torch.Tensor, limits: MaskLimits, is_full: bool = False, **more: 
     mask = mask.view(mask.shape)  # the caller's own tensor stays as it is
     setattr(mask, _TAG, MaskTag(limits, is_full, **more))
     return mask
+
+
+@torch.compiler.disable
+def _tag_with_shard(mask: torch.Tensor | None, limits: MaskLimits) -> torch.Tensor | None:
+    """Returns the mask of `find_shard` with its tag; as it came where it is another, which is refused later."""
+    shard = getattr(mask, SHARD, None)
+    return mask if shard is None else _tag(mask, limits, shard=shard)
 
 
 def wrap_preprocess_mask_arguments(original: Callable) -> Callable:

@@ -30,7 +30,7 @@ def context_parallel(group: dist.ProcessGroup | None = None) -> "ContextParallel
     - position_ids must be given to the model, those of the whole sequence, and shift_labels beside labels.
     - All ranks run the same forwards and backwards, in the same order. Every rank takes part in every exchange.
     - Packed documents, as position_ids say, sliding windows, gradient checkpointing and soft selection work as always.
-      Padding, a cache with tokens, and torch.compile are refused.
+      Padding and a cache with tokens are refused. In a compiled model the attention runs between the graphs.
 
     group: a process group; None: all processes. Raises RuntimeError where torch.distributed is not initialized.
 

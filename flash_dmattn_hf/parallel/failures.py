@@ -24,9 +24,16 @@ class Failures:
         self._key = f"flash_dmattn_hf/{what}/{group.group_name}/{next(_numbers)}"
 
     def report(self, error: BaseException) -> None:
-        """Tells the others about an error of this rank, unless it is the failure of one of them."""
-        if not isinstance(error, PeerFailure):
-            _store().set(self._key, f"rank {self._rank}: {type(error).__name__}: {error}")
+        """Tells the others about an error of this rank, unless it is the failure of one of them.
+
+        Raises PeerFailure for an error that another rank has caused: a collective that is not watched, such as one of
+        FSDP2, fails after that rank has reported.
+        """
+        if isinstance(error, PeerFailure):
+            return
+        if isinstance(error, RuntimeError) and (reason := self._reason()):
+            raise PeerFailure(reason) from error
+        _store().set(self._key, f"rank {self._rank}: {type(error).__name__}: {error}")
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -34,9 +41,18 @@ class Failures:
         try:
             yield
         except RuntimeError as error:
+            if reason := self._reason():
+                raise PeerFailure(reason) from error
+            raise
+
+    def _reason(self) -> str:
+        """Returns why another rank has failed, "" if none has said so, or nobody can be asked any more."""
+        try:
             if not _store().check([self._key]):
-                raise
-            raise PeerFailure(f"{self.what} ends because {_store().get(self._key).decode()}") from error
+                return ""
+            return f"{self.what} ends because {_store().get(self._key).decode()}"
+        except RuntimeError:  # the process that kept the reasons has ended
+            return ""
 
 
 def _store() -> dist.Store:

@@ -1,6 +1,7 @@
 """What the ranks of a test do: a tiny model on a shard of the sequence, beside the same model on the whole of it."""
 
 import contextlib
+import threading
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -232,11 +233,31 @@ def traffic(rank: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
     return found
 
 
+def compiled(rank: int) -> dict[str, float]:
+    """Returns how far the gradients of a compiled model on the ranks are from those of the model, and its graphs.
+
+    Its layers are computed again in the thread of the backward, as on a GPU, which has not entered the block.
+    """
+    model = make_model(CASES["checkpointed"])
+    with context_parallel() as context:
+        own = context.shard(make_batch(CASES["checkpointed"]))
+        model(**own).loss.backward()
+        expected = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+        model.zero_grad()
+        loss = torch.compile(model, backend="aot_eager")(**own).loss
+        backward = threading.Thread(target=loss.backward)
+        backward.start()
+        backward.join()
+    got = gradients_of(model)
+    differences = {name: float((got[name] - gradient).abs().max()) for name, gradient in expected.items()}
+    return {**differences, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
 def order_of_events(rank: int) -> list[str]:
     """Returns what the layers of a forward do about their exchange, in its order."""
     case, events = Case((10, 1, 3)), []
     model = make_model(case)
-    all_gather, visible = exchange._all_gather, attention.visible_in_shard
+    all_gather, visible = exchange.all_gather, attention.visible_in_shard
 
     def record_gather(*arguments, async_op=False, **options):
         work = all_gather(*arguments, async_op=async_op, **options)
@@ -249,7 +270,7 @@ def order_of_events(rank: int) -> list[str]:
 
     with context_parallel() as context:
         own = context.shard(make_batch(case))
-        with mock.patch.object(exchange, "_all_gather", record_gather):
+        with mock.patch.object(exchange, "all_gather", record_gather):
             with mock.patch.object(attention, "visible_in_shard", record_selection):
                 model(**own)
     return events[2:]  # without those of the mask

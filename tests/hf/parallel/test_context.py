@@ -7,6 +7,7 @@ from flash_dmattn_hf import context_parallel
 from .jobs import (
     CASES,
     compare,
+    compiled,
     fail_on_one_rank,
     half_precision,
     order_of_events,
@@ -52,6 +53,12 @@ def test_an_exchange_has_the_same_bytes_for_every_length(tmp_path):
 def test_keys_and_values_travel_while_the_rank_selects(tmp_path):
     for found in run_on_ranks(2, tmp_path, order_of_events):
         assert found == ["gather", "gather in the background", "select", "wait"] * 2
+
+
+def test_a_compiled_model_trains_between_its_graphs(tmp_path):
+    for found in run_on_ranks(2, tmp_path, compiled):
+        assert isinstance(found, dict), found
+        assert found.pop("graphs") > 2 and found and max(found.values()) < 1e-9, found
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_reason(tmp_path):

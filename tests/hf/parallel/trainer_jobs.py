@@ -45,7 +45,6 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
         folder,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
-        eval_strategy="steps",
         eval_steps=1,
         max_steps=STEPS,
         learning_rate=1e-2,
@@ -53,7 +52,7 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **{"use_cpu": True, **options},
+        **{"use_cpu": True, "eval_strategy": "steps", **options},
     )
     if model is None:
         model = make_model(CASE).float()
@@ -109,6 +108,22 @@ def train_on_ranks(rank: int, folder: str) -> list[float]:
     enter_environment(rank)
     let_fsdp_run_on_cpus()
     return losses_of(train(folder, cp_size=2))
+
+
+def fail_while_training(rank: int, folder: str) -> None:
+    """Rank 1 fails in the second step of a Trainer, while the others wait for its part of the weights."""
+    enter_environment(rank)
+    let_fsdp_run_on_cpus()
+    model, steps = make_model(CASE).float(), []
+
+    def fail(module, inputs):
+        steps.append(module)
+        if len(steps) > 1:
+            raise ArithmeticError("the second step is one too many")
+
+    if rank == 1:
+        model.model.layers[1].self_attn.register_forward_pre_hook(fail)
+    train(folder, cp_size=2, model=model, eval_strategy="no")
 
 
 def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
