@@ -17,7 +17,7 @@ from ..tiny import tiny_model, tokens
 SNAPSHOT = """
 import sys, transformers
 import transformers.models.doge.modeling_doge, transformers.generation.continuous_batching
-import transformers.distributed.tensor_parallel
+from transformers.distributed.tensor_parallel import ParallelInterface
 import accelerate
 
 def snapshot():
@@ -33,8 +33,7 @@ def snapshot():
                         found[module_name, name, attribute] = id(inner)
             if type(value) is dict:
                 found[module_name, name, "keys"] = tuple(map(str, value))
-    styles = transformers.distributed.tensor_parallel.ParallelInterface
-    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface, styles):
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface, ParallelInterface):
         found[interface.__name__] = tuple(interface._global_mapping.items())
     return found
 """
