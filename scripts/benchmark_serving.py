@@ -35,21 +35,16 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmark_decode import SHAPES
 from benchmark_report import environment, header, save_json
 from flash_dmattn_hf import dynamic_mask_config
 from serving_capacity import live_requests, snapshot
 from serving_http import run_http_load, running_server, save_checkpoint
-from serving_load import ENGINES, Load, Session, make_load, make_settings, peak_gib, run_load
+from serving_load import ENGINES, SHAPES, Load, Session, make_load, make_settings, peak_gib, run_load
 from serving_picture import draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QUICK_SHAPE = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
 QUICK = {
-    "prompts": [32, 128], "new_tokens": 8, "requests": 6, "keep_window_size": 32, "batch_tokens": 256,
+    "shape": "tiny", "prompts": [32, 128], "new_tokens": 8, "requests": 6, "keep_window_size": 32, "batch_tokens": 256,
     "memory_gib": 0.02, "budget": 240.0,
 }  # fmt: skip
 GRACE = 60.0
@@ -142,9 +137,8 @@ def parse() -> argparse.Namespace:
 def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
     """A Llama of random weights, in bfloat16 on a GPU and float32 on a CPU; engines take turns on it."""
     torch.manual_seed(args.seed)
-    shape = QUICK_SHAPE if args.quick else SHAPES[args.shape]
     longest = max(args.prompts) + args.new_tokens + 64
-    config = LlamaConfig(**shape, max_position_embeddings=longest, eos_token_id=None)
+    config = LlamaConfig(**SHAPES[args.shape], max_position_embeddings=longest, eos_token_id=None)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     with torch.device(DEVICE), dynamic_mask_config(keep_window_size=args.keep_window_size, initializer_std=1.0):
         return LlamaForCausalLM._from_config(config, attn_implementation="flash_dmattn", dtype=dtype).eval()
@@ -152,8 +146,7 @@ def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
 
 def load_of(args: argparse.Namespace, length: int, rate: float | None) -> Load:
     count = min(args.requests, max(4, args.tokens // length))
-    vocabulary = QUICK_SHAPE["vocab_size"] if args.quick else SHAPES[args.shape]["vocab_size"]
-    return make_load(count, length, args.new_tokens, vocabulary, rate, args.seed)
+    return make_load(count, length, args.new_tokens, SHAPES[args.shape]["vocab_size"], rate, args.seed)
 
 
 def measure(parts: Parts, args: argparse.Namespace, model: LlamaForCausalLM, engine: str, length: int) -> float | None:

@@ -14,7 +14,14 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.utils import get_device_and_memory_breakdown
 
+import benchmark_decode
+
 GIB = 2**30
+SHAPES = {
+    **benchmark_decode.SHAPES,
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+}  # fmt: skip
 ENGINES = {
     "flash_dmattn": ("flash_dmattn", None),
     "flash_dmattn-eager": ("flash_dmattn", False),

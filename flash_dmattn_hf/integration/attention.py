@@ -7,23 +7,23 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from flash_dmattn import dynamic_mask_attention
+from flash_dmattn_hf.cache.eviction import view_of_slots
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
-from flash_dmattn_hf.integration.blocks import is_marked, last_blocks, read_blocks
+from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks
 from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
-from flash_dmattn_hf.integration.masks import tag_of
+from flash_dmattn_hf.integration.masks import is_marked, tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import (
     SharedKeys,
     share,
     shared_with,
-    view_of_slots,
 )
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 from flash_dmattn_hf.parallel.attention import attend_shard
@@ -94,7 +94,7 @@ def dynamic_mask_attention_forward(
         if gate is not None:
             gate.was_called = True
         options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-        out, lse = _attend_served(gate, requests, module.layer_idx, query, key, value, options)
+        out, lse = _attend_served(module, shared, requests, query, key, value, options)
         return out if s_aux is None else with_sinks(out, lse, s_aux), None
     is_cached = cache_layer is not None or shared.view is not None
     is_step = is_cached and query.shape[2] == 1
@@ -174,7 +174,7 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, opti
     is_shared = getattr(module, "store_full_length_kv", False)  # later layers use its keys
     if layer.takes_step and "dropout_p" not in options:
         attended = layer.step(query.transpose(1, 2), padding_mask, **options)
-        view = view_of_slots(layer, padding_mask) if is_shared else None
+        view = view_of_slots(layer.slots, layer.windows, padding_mask) if is_shared else None
     else:
         view = layer.view(padding_mask, None if blocks is None else last_blocks(blocks, query.shape[2]))
         attended = view.attend(query.transpose(1, 2), layer.windows.keep_window_size, **options)
@@ -184,17 +184,22 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, opti
     return attended
 
 
-def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, value, options):
+def _attend_served(module, shared: SharedKeys, requests: LiveRequests, query, key, value, options):
     """Attends to the slots of the requests whose tokens these are, and lets those evict. Returns out and lse."""
+    gate = shared.gate
+    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
+    if shared.layer_idx is not None:
+        return requests.attend_again(shared.layer_idx, query.transpose(1, 2), **options)
+    if getattr(module, "store_full_length_kv", False):
+        share(key, SharedKeys(gate, layer_idx=module.layer_idx))
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:
         importance = importance_of(gate, value)
     if importance.shape[1] == 1:  # one for all heads
         importance = importance.expand(-1, value.shape[1], -1)
-    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return requests.attend(layer_idx, query.transpose(1, 2), key, value, importance, **options)
+    return requests.attend(module.layer_idx, query.transpose(1, 2), key, value, importance, **options)
 
 
 def _attend_packed(query, key, value, importance, documents: Documents, options):

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import masking_utils
-from transformers.utils.import_utils import is_tracing
 
 _AND_CODE = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 _OR_CODE = masking_utils.or_masks(masking_utils.causal_mask_function).__code__
@@ -47,11 +46,11 @@ def meaning_of_mask(
     # What stands beside a block must be the one causal function, or another one would hide what the block shows.
     is_hidden = blocks and (len(blocks) > 1 or len(parts) - len(limits) > 1)
     if others or len(limits) == len(parts) or is_mixed or is_hidden:
+        name = getattr(mask_function, "__qualname__", type(mask_function).__name__)
+        hint = "; blocks cannot be compiled with fullgraph=True" if compiling else ""
         raise ValueError(
             "flash_dmattn supports causal, sliding-window, chunked, padding and packed masks only, some with blocks "
-            "such as images or a prefix, got another one "
-            f"({getattr(mask_function, '__qualname__', type(mask_function).__name__)}), such as a bidirectional or "
-            "custom mask"
+            f"such as images or a prefix, got another one ({name}), such as a bidirectional or custom mask{hint}"
         )
     limits = MaskLimits(
         min((_held_by(part, "sliding_window") for part in sliding), default=None),
@@ -80,7 +79,7 @@ def _conjuncts(mask_function: Callable) -> Iterator[Callable | _Widening]:
         union = _held_by(mask_function, "mask_functions")
         others = [part for part in union if _code_of(part) is not _BLOCKS_CODE]
         numbers = [_held_by(part, "block_sequence_ids") for part in union if part not in others]
-        if len(others) == 1 and not any(map(is_tracing, numbers)):
+        if len(others) == 1:
             wider = [_Widening(of_block) for of_block in numbers if bool((of_block >= 0).any())]
             inner = list(_conjuncts(others[0]))
             if not wider or masking_utils.causal_mask_function in inner:

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -14,6 +16,7 @@ from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.parallel.failures import Failures
 from flash_dmattn_hf.parallel.tensor import STYLE, GateParallel, initialize_on_ranks, rules_of_gates
+from flash_dmattn_hf.versions import FIRST_MESH, can_share_twice
 
 
 def wrap_distribute(original: Callable) -> Callable:
@@ -29,8 +32,13 @@ def wrap_distribute(original: Callable) -> Callable:
             return original(cls, model, distributed_config, mesh)
         if distributed_config.pp_size > 1:
             raise ValueError(
-                f"pp_size must be 1 with flash_dmattn, got {distributed_config.pp_size}: a stage of a pipeline lacks the "
-                "layers that a DynamicMaskCache counts on"
+                f"pp_size must be 1 with flash_dmattn, got {distributed_config.pp_size}: a stage of a pipeline lacks "
+                "the layers that a DynamicMaskCache counts on"
+            )
+        if distributed_config.tp_size > 1 and distributed_config.fsdp_size > 1 and not can_share_twice():
+            raise ValueError(
+                f"fsdp_size beside tp_size needs transformers {FIRST_MESH} or newer with flash_dmattn, got "
+                f"{transformers.__version__}"
             )
         for gate in gates:
             gate.is_on_ranks = True
@@ -38,7 +46,8 @@ def wrap_distribute(original: Callable) -> Callable:
             distributed_config = _with_gates(model, distributed_config)
         model = original(cls, model, distributed_config, mesh)
         if distributed_config.tp_size > 1:
-            model.forward = _watched(model.forward, Failures("tensor parallelism", dist.group.WORLD))
+            failures = Failures("tensor parallelism", dist.group.WORLD)
+            model.forward = MethodType(_watched(model.forward.__func__, failures), model)
         return model
 
     return maybe_distribute_model
@@ -71,11 +80,6 @@ def _watched(forward: Callable, failures: Failures) -> Callable:
             raise
 
     return watched
-
-
-def is_split(model: nn.Module) -> bool:
-    """Whether transformers has split the model's layers over ranks, by tensor parallelism."""
-    return (getattr(model, "_tp_size", None) or 1) > 1
 
 
 def initialize(gate: ImportanceGate) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     masking_utils,
 )
 from transformers.distributed.mixin import DistributedMixin
+from transformers.integrations import deepspeed
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import generic, is_peft_available
 
@@ -22,6 +23,7 @@ from flash_dmattn_hf.gates import doge, soft_selection
 from flash_dmattn_hf.integration import adapters, generation, loading, ranks
 from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 from flash_dmattn_hf.integration.dense_shards import dense_attention_on_ranks
+from flash_dmattn_hf.integration.fitting_weights import wrap_zero3_loading
 from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
 from flash_dmattn_hf.integration.kept_cache import wrap_generate
 from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
@@ -146,4 +148,5 @@ def _patches() -> list[Patch]:
             ]
         _PATCHES.extend(Patch(*entry) for entry in entries)
         _PATCHES.append(FunctionPatch(generic, "is_flash_attention_requested", wrap_flash_requested))
+        _PATCHES.append(FunctionPatch(deepspeed, "_load_state_dict_into_zero3_model", wrap_zero3_loading))
     return _PATCHES

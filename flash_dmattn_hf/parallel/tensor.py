@@ -154,8 +154,8 @@ def rules_of_gates(model: nn.Module, plan: dict[str, str], num_ranks: int) -> di
             continue
         if not isinstance(gate, ImportanceGate):
             raise ValueError(
-                f"tensor parallelism cannot split {type(module).__name__}, whose importance is its own: convert a model "
-                "with another attention"
+                f"tensor parallelism cannot split {type(module).__name__}, whose importance is its own: convert a "
+                "model with another attention"
             )
         if gate.num_kv_heads % num_ranks:
             raise ValueError(

@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
 
+from flash_dmattn_hf.gates.attach import tensor_parallel_size
 from flash_dmattn_hf.serving.cache import SlotCache
 from flash_dmattn_hf.serving.layers import served_layers
 from flash_dmattn_hf.serving.runner import SlotModelRunner
@@ -85,8 +86,8 @@ class SlotBatchProcessor(ContinuousBatchProcessor):
 class SlotBatchingManager(ContinuousBatchingManager):
     """A ContinuousBatchingManager for a model that runs through flash_dmattn.
 
-    Raises ValueError for settings that slots do not have, a model whose layers grow with the text and, when it starts
-    or warms up, for memory into which not one request fits.
+    Raises ValueError for settings that slots do not have, a model whose layers grow with the text or are split over
+    ranks and, when it starts or warms up, for memory into which not one request fits.
     """
 
     def __init__(
@@ -96,6 +97,11 @@ class SlotBatchingManager(ContinuousBatchingManager):
         continuous_batching_config: ContinuousBatchingConfig,
         workload_hints: Any = None,
     ):
+        if (num_ranks := tensor_parallel_size(model)) > 1:
+            raise ValueError(
+                f"continuous batching needs a whole model with flash_dmattn, got one split over {num_ranks} ranks: "
+                "call model.generate() on a padded batch"
+            )
         served_layers(model)
         settings = checked_settings(continuous_batching_config, model.device)
         is_open = continuous_batching_config.use_cuda_graph is None

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
+_NEEDS_WHOLE_WEIGHT = "the chunked loss needs the whole weight of the output layer, got one sharded over devices"
+
 
 @dataclass(frozen=True)
 class DeferredLogits:
@@ -46,9 +48,7 @@ class DeferredLogits:
         """
         hidden, weight, bias = self.hidden, self.weight, self.bias
         if isinstance(weight, DTensor) or weight.dim() != 2 or _is_freed(weight):
-            raise ValueError(
-                "the chunked loss needs the whole weight of the output layer, got one sharded over devices"
-            )
+            raise ValueError(_NEEDS_WHOLE_WEIGHT)
         if self.autocast is not None:
             hidden, weight = hidden.to(self.autocast), weight.to(self.autocast)
             bias = None if bias is None else bias.to(self.autocast)
@@ -120,6 +120,8 @@ class DeferringLinear(nn.Linear):
         deferring = _deferring.slot.content
         if deferring is None or deferring[0] is not self:
             return super().forward(hidden)
+        if hasattr(self.weight, "ds_id"):  # ZeRO-3 takes it away after the layer, and again during its backward
+            raise ValueError(_NEEDS_WHOLE_WEIGHT)
         device_type, autocast = hidden.device.type, None
         if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
             autocast = torch.get_autocast_dtype(device_type)

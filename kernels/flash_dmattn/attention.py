@@ -226,9 +226,13 @@ def dynamic_mask_attention(
         dropout_seed=dropout_seed,
         deterministic=deterministic,
     )
+    route = None
     if signature is not None:
-        planned.remember(signature, call, importance, (*clamp_windows(*windows[:4]), is_causal), backend)
-    out, lse = attend(call, backend)
+        route = planned.plan_route(signature, call, importance, (*clamp_windows(*windows[:4]), is_causal), backend)
+    if route is not None:  # also the first time: what is saved for the backward must not depend on that
+        out, lse = route.attend(query, key, value, importance, return_lse)
+    else:
+        out, lse = attend(call, backend)
     return (out, lse) if return_lse else out
 
 

@@ -7,6 +7,7 @@ import torch
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, can_call_directly, choose, choose_backward
 from flash_dmattn.operators import (
+    EagerFunction,
     define_gradient,
     define_operator,
     fake_attention,
@@ -83,7 +84,7 @@ interval_attention_backward_op = define_operator(
 define_gradient("interval_attention", _backward, _setup_context)
 
 
-class _EagerAttention(torch.autograd.Function):
+class _EagerAttention(EagerFunction):
     """The operator with its gradient, past the autograd of torch.library, which reads the schema for 0.2 ms a call."""
 
     @staticmethod

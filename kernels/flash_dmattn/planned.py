@@ -1,8 +1,8 @@
 """Selection and attention in one pass, with a plan: calls like one before it skip its checks and its choices.
 
 A plan is found by all that checks, the choice of a backend and launches depend on: shapes, strides, dtypes, devices,
-options and the environment. The first call of its kind goes the long way, through `flash_dmattn.attention`. It leaves a
-plan behind where one backend does all of its work.
+options and the environment. The first call of its kind passes the checks and selects in `flash_dmattn.attention`. It
+leaves a plan behind where one backend does all of its work, and goes on by it.
 """
 
 from dataclasses import dataclass
@@ -100,21 +100,28 @@ def find_route(signature: tuple, query: torch.Tensor, key: torch.Tensor, value: 
     return route if route is not None and route.plan.accepts(query, key, value) else None
 
 
-def remember(signature: tuple, call: AttentionCall, importance: torch.Tensor, selection: tuple, backend: str) -> None:
+def plan_route(
+    signature: tuple, call: AttentionCall, importance: torch.Tensor, selection: tuple, backend: str
+) -> Route | None:
     """Plans the calls with this signature, one of which has passed all checks, unless that was tried before.
 
-    call: what `attend` was given. importance: as the caller gave it. selection: keep_window_size, num_sink_tokens,
+    call: what `attend` would be given. importance: as the caller gave it. selection: keep_window_size, num_sink_tokens,
         local_window_size, sliding_window and is_causal; it is in use where the call has intervals.
+
+    Returns the route of this call, or None.
     """
-    if signature in _ROUTES:
-        return
-    if len(_ROUTES) >= _MOST_ROUTES:
-        _ROUTES.clear()
+    if signature not in _ROUTES:
+        if len(_ROUTES) >= _MOST_ROUTES:
+            _ROUTES.clear()
+        _ROUTES[signature] = _make_route(call, importance, selection, backend)
+    return find_route(signature, call.query, call.key, call.value)
+
+
+def _make_route(call: AttentionCall, importance: torch.Tensor, selection: tuple, backend: str) -> Route | None:
     planner = choose_planner(call, importance, backend)
     if planner is None:
-        _ROUTES[signature] = None
-        return
-    _ROUTES[signature] = Route(
+        return None
+    return Route(
         plan=planner.plan_attention(call, None if call.birth is None else selection),
         backend=backend,
         converts=importance.dtype != torch.float32 or not importance.is_contiguous(),

@@ -10,7 +10,7 @@ from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.axes import PrunedAxis, SegmentedAxis
 from flash_dmattn.blocks import Blocks, check_blocks
 from flash_dmattn.competition import eviction_positions, sort_competitors
-from flash_dmattn.dispatch import SELECTION, find
+from flash_dmattn.dispatch import SELECTION, find, is_eager
 from flash_dmattn.ranking import comparable
 from flash_dmattn.visibility import NEVER, Visibility
 
@@ -78,14 +78,14 @@ def select_visible(
             sliding_window=sliding_window,
             is_causal=is_causal,
         )
-    birth, death = _select_visible_op(
-        importance.detach(),
-        *clamp_windows(keep_window_size, num_sink_tokens, local_window_size, sliding_window),
-        is_causal,
-        padding_mask,
-        cu_seqlens,
-        positions,
-    )
+    tensors = (padding_mask, cu_seqlens, positions)
+    windows = clamp_windows(keep_window_size, num_sink_tokens, local_window_size, sliding_window)
+    arguments_of_op = (importance.detach(), *windows, is_causal, *tensors)
+    if is_eager(importance, *tensors):
+        with torch.no_grad():
+            birth, death = _select_visible(*arguments_of_op)
+    else:
+        birth, death = _select_visible_op(*arguments_of_op)
     return Visibility(birth if blocks is None else blocks.births(birth, death), death)
 
 
@@ -94,8 +94,7 @@ def clamp_windows(*sizes: int | None) -> tuple[int | None, ...]:
     return tuple([None if size is None else min(size, NEVER) for size in sizes])
 
 
-@torch.library.custom_op("flash_dmattn::select_visible", mutates_args=())
-def _select_visible_op(
+def _select_visible(
     importance: torch.Tensor,
     keep_window_size: int,
     num_sink_tokens: int,
@@ -113,6 +112,9 @@ def _select_visible_op(
         if backend is not None:
             return backend.select_visible(importance, *options)
         return _select_in_torch(importance, *options, positions)
+
+
+_select_visible_op = torch.library.custom_op("flash_dmattn::select_visible", _select_visible, mutates_args=())
 
 
 @_select_visible_op.register_fake

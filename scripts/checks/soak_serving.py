@@ -27,15 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark_decode import SHAPES  # noqa: E402
 from benchmark_report import environment, header, save_json  # noqa: E402
-from serving_load import Session, make_settings  # noqa: E402
+from serving_load import SHAPES, Session, make_settings  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
 TOLERANCE_MIB = {"cpu": 16, "cuda": 64}
 SECONDS_A_SAMPLE = 5.0
 COMPARED_EVERY, MOST_COMPARED = 37, 40
@@ -87,7 +82,7 @@ def main() -> None:
         lost=len(ledger.asked),
         tokens=ledger.tokens,
         memory_mib=memory,
-        growth_mib=growth(memory),
+        growth_mib=round(growth(memory), 1),
         tolerance_mib=TOLERANCE_MIB[DEVICE],
         left=left,
         samples=len(ledger.samples) if DEVICE == "cpu" else None,
@@ -103,7 +98,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--shape", default="tiny", choices=["tiny", *SHAPES])
+    parser.add_argument("--shape", default="tiny", choices=SHAPES)
     parser.add_argument("--longest", type=int, default=600, help="tokens of a prompt at most")
     parser.add_argument("--new-tokens", type=int, default=24, help="at most")
     parser.add_argument("--rows", type=int, default=12)
@@ -119,9 +114,8 @@ def parse() -> argparse.Namespace:
 def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
     """A Llama with random weights and importances, in bfloat16 on a GPU and float64 on a CPU."""
     torch.manual_seed(args.seed)
-    shape = TINY if args.shape == "tiny" else SHAPES[args.shape]
     longest = args.longest + args.new_tokens
-    config = LlamaConfig(**shape, max_position_embeddings=longest, eos_token_id=None, pad_token_id=0)
+    config = LlamaConfig(**SHAPES[args.shape], max_position_embeddings=longest, eos_token_id=None, pad_token_id=0)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float64
     with torch.device(DEVICE), dynamic_mask_config(keep_window_size=args.keep_window_size):
         model = LlamaForCausalLM._from_config(config, attn_implementation="flash_dmattn", dtype=dtype).eval()
@@ -132,7 +126,7 @@ def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def soak(session: Session, args: argparse.Namespace, vocabulary: int) -> tuple[Ledger, list[float]]:
-    """Sends requests until the time is over, waits for the last one; returns what came of them, and samples of memory."""
+    """Sends requests until the time is over; returns what came of all of them, and samples of memory."""
     choose, ledger, memory, number = random.Random(args.seed), Ledger(), [], 0
     shared = [[choose.randrange(vocabulary) for _ in range(args.longest // 2)] for _ in range(3)]
     start = next_arrival = next_sample = time.monotonic()

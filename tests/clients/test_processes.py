@@ -15,6 +15,12 @@ from .conftest import load
 from .train_in_processes import SMALL, STEPS, batch, models, train
 
 ROOT = Path(__file__).resolve().parents[2]
+REFUSALS = [
+    "in memory as a whole to be saved",
+    "has unused model.layers.1.self_attn.dma",
+    "the whole weight of the output layer",
+]
+"""What requests to a model with divided parameters are told."""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,8 @@ def test_two_processes(dense, converted, alone, kind, tmp_path):
     assert results["converted"]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert results["converted"]["losses"] != pytest.approx(dense_losses, abs=1e-2)
     assert results["converted"]["tokens"] == alone["tokens"]
+    for sentence, words in zip(results.get("refusals", []), REFUSALS, strict=kind == "zero3"):
+        assert words in sentence
 
 
 def test_a_trainer_with_zero3_saves_what_it_trained(dense, converted, tmp_path):

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flash_dmattn_hf import iter_gates
+from flash_dmattn_hf import iter_gates, save_importance, use_chunked_loss
 from tests.clients.conftest import load
 
 STEPS, LEARNING_RATE = 3, 0.05
-SMALL = {"keep_window_size": 16}
-"""Settings for a window that the sequences exceed."""
+SMALL = {"keep_window_size": 16, "local_window_size": 4}
+"""Settings for a window that the sequences exceed, in which the importance chooses 8 keys."""
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 2,
     "zero_allow_untested_optimizer": True,
@@ -120,6 +120,29 @@ def train_with_trainer(converted: str) -> dict[str, list]:
     return {"losses": losses, "evaluation": [trainer.evaluate()["eval_loss"]]}
 
 
+def refusals(converted: str) -> list[str]:
+    """Returns what a model with divided parameters says of requests that need whole ones, or of other gates."""
+
+    def load_other_layers() -> None:
+        load(converted, "flash_dmattn", flash_dmattn={**SMALL, "layers": [0]})
+
+    def chunked_loss() -> None:
+        model = load(converted, "flash_dmattn", flash_dmattn=SMALL).train()
+        use_chunked_loss(model)
+        ids = batch(0, 0)
+        deepspeed.initialize(model=model, config=ZERO3)[0](input_ids=ids, labels=ids)
+
+    import deepspeed
+
+    model, sentences = load(converted, "flash_dmattn", flash_dmattn=SMALL), []
+    for request in (lambda: save_importance(model, "importance"), load_other_layers, chunked_loss):
+        try:
+            request()
+        except ValueError as error:
+            sentences.append(str(error))
+    return sentences
+
+
 def main(dense: str, converted: str, kind: str) -> None:
     """Prints one line of JSON, name of a model -> its results, from the first process."""
     results = {}
@@ -132,10 +155,12 @@ def main(dense: str, converted: str, kind: str) -> None:
             from transformers.integrations import HfDeepSpeedConfig
 
             deepspeed.init_distributed(dist_backend="gloo")
-            living = HfDeepSpeedConfig(ZERO3)  # while it lives, from_pretrained divides parameters
+            living = HfDeepSpeedConfig(ZERO3)  # noqa: F841 - while it lives, from_pretrained divides parameters
         for name, make in models(dense, converted).items():
             torch.manual_seed(0)
             results[name] = train(make(), kind, [dist.get_rank()])
+        if kind == "zero3":
+            results["refusals"] = refusals(converted)
     if dist.get_rank() == 0:
         print("results", json.dumps(results), flush=True)
     dist.barrier()

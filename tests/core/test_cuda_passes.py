@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import flash_dmattn
 from flash_dmattn import planned
@@ -134,6 +135,37 @@ def test_a_plan_without_gradients_gives_the_same(case, played, seed):
         ]
     assert torch.equal(others[0][0], first[0]) and torch.equal(others[0][1], first[1])
     assert torch.equal(others[1], first[0])
+
+
+@on_both(CASES[0])
+def test_the_first_call_saves_what_later_ones_save(case, played, seed):
+    """Non-reentrant checkpoints compare what is saved in the forward, without a plan yet, and in the recomputation."""
+    inputs, chosen, _ = make_inputs(suited(case), seed)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def attend(*tensors):
+        return flash_dmattn.dynamic_mask_attention(*tensors, **chosen, backend="cuda")
+
+    assert not planned._ROUTES
+    out = torch.utils.checkpoint.checkpoint(attend, *inputs, use_reentrant=False)
+    gradients = torch.autograd.grad(out.double().square().sum(), inputs)
+    expected = torch.autograd.grad(attend(*inputs).double().square().sum(), inputs)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+@on_both(CASES[0], CASES[1])
+def test_a_planned_gradient_has_no_gradient_itself(case, played, seed):
+    """It is computed the long way where somebody wants to differentiate it, and then refuses."""
+    inputs, chosen, _ = make_inputs(suited(case), seed)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    for _ in range(2):
+        out = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, backend="cuda")
+        loss = out.double().square().sum()
+        expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+        got = torch.autograd.grad(loss, inputs, create_graph=True)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(got[0].double().sum(), inputs[0])
 
 
 @on_both(*UNPLANNED)

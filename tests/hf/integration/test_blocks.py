@@ -227,6 +227,15 @@ def test_a_mask_that_lost_its_tag_says_the_same(monkeypatch):
         torch.testing.assert_close(model(**batch, use_cache=False).logits, expected)
 
 
+def test_a_compiled_model_that_breaks_its_graph_gets_the_same_mask():
+    config = tiny_config("llama")
+    config._attn_implementation = "flash_dmattn"
+    arguments = {"inputs_embeds": torch.zeros(1, 6, 32), "attention_mask": None, "past_key_values": None}
+    arguments["block_sequence_ids"] = torch.tensor([[-1, 0, 0, 0, -1, 1]])
+    compiled = torch.compile(create_causal_mask, backend="eager")
+    assert compiled(config, **arguments).tolist() == create_causal_mask(config, **arguments).tolist()
+
+
 def test_images_of_a_later_turn():
     model, batch, first = make("gemma3-long-sliding-window"), inputs("gemma3"), 12
     batch = {name: x[:1] for name, x in batch.items()}

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flash_dmattn_hf import DynamicMaskConfig
-from flash_dmattn_hf.serving.layers import served_layers
 from flash_dmattn_hf.serving.rows import Rows
 from tests.hf.generation_models import make_model
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
@@ -114,13 +113,6 @@ def test_an_id_that_is_in_use_is_refused():
     engine.run()
     for name in ("x", "x__child#0", "y", "y__child#0"):
         assert engine.results[name].generated_tokens == alone(model, second, 4), name
-
-
-def test_layers_with_the_keys_of_others_are_refused():
-    model = make_model("llama-topk")
-    model.model.layers[1].self_attn.is_kv_shared_layer = True
-    with pytest.raises(ValueError, match="needs layers with keys of their own, got model.layers.1.self_attn of Llama"):
-        served_layers(model)
 
 
 def request(name, prompt):

@@ -7,10 +7,10 @@ import torch
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
 from tests.hf import gpu_models
-from tests.hf.converted import WINDOW
+from tests.hf.converted import WINDOW, converted
 from tests.hf.generation_models import KINDS, VOCAB, make_model
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
-from tests.hf.tiny import build, tiny_config
+from tests.hf.tiny import VOCAB_SIZE, build, tiny_config
 
 pytestmark = needs_serving
 
@@ -42,6 +42,22 @@ def test_attention_sinks(sliding_window):
     for layer in model.model.layers:
         layer.self_attn.sinks.data.fill_(-torch.inf)
     assert answers != [alone(model, prompt, 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"), [("gemma3n_text", None), ("gemma3n_text", [1]), ("gemma4_text", None)], ids=str
+)
+def test_keys_that_layers_share(family, layers):
+    """Gates and a native sliding layer make them; slots are those of the layers that do."""
+    model, prompts = converted(family, layers=layers), make_prompts((3, 26, 1, 40, 17), vocab=VOCAB_SIZE - 1)
+    model.generation_config.pad_token_id = model.config.eos_token_id = model.generation_config.eos_token_id = None
+    engine = Engine(model, num_blocks=3, use_cuda_graph=True)
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, 6)
+    engine.run()
+    for number, prompt in enumerate(prompts):
+        assert engine.results[str(number)].generated_tokens == alone(model, prompt, 6)
+    assert set(engine.cache.live_requests.slots) == {0, 1}
 
 
 def make_sink_model(sliding_window):

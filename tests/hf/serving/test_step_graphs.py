@@ -5,12 +5,16 @@ import logging
 import pytest
 import torch
 
+from flash_dmattn_hf.versions import can_serve
 from tests.hf import gpu_models
 from tests.hf.generation_models import VOCAB, make_model
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
 from tests.hf.serving.test_generate_batch import make_prompts, serve_at_random
 
 pytestmark = needs_serving
+
+if can_serve():
+    from tests.hf.serving.emulated_graphs import emulate_graphs
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -51,6 +55,49 @@ def test_nothing_is_padded_without_graphs(use_cuda_graph):
         engine.add(str(number), [3, 4 + number], 3)
     engine.run()
     assert engine.widths == [6, 3, 3]
+
+
+def test_what_is_replayed_has_the_inputs_of_its_step(monkeypatch):
+    """Emulated: every replay finds tokens, positions, rows and parameters of sampling where the first step had them."""
+    model, prompts = make_model("llama-sinks-local"), make_prompts((5, 31, 18, 2, 40))
+    config = greedy_config(do_sample=True, top_k=50)
+    engine = Engine(model, config, num_blocks=3, per_request_processors=True)
+    graphs = emulate_graphs(engine, monkeypatch)
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, 4 + 3 * number, top_k=1)
+    engine.run()
+    for number, prompt in enumerate(prompts):
+        assert engine.results[str(number)].generated_tokens == alone(model, prompt, 4 + 3 * number)
+    assert graphs.keys() <= {(1,), (2,), (3,)} and sum(graph.replays for graph in graphs.values()) > 5
+
+
+def test_a_warm_up_captures_every_number_and_leaves_nothing(monkeypatch):
+    model, prompt = make_model("llama-sinks-local"), make_prompts((17,))[0]
+    engine = Engine(model, num_blocks=6)
+    graphs = emulate_graphs(engine, monkeypatch)
+    engine.manager.warmup()
+    assert graphs.keys() == {(1,), (2,), (4,), (6,)} and engine.cache.rows.num_available == 6
+    engine.add("x", prompt, 5)
+    engine.run()
+    assert engine.results["x"].generated_tokens == alone(model, prompt, 5)
+    assert graphs[(1,)].replays == 4 and len(graphs) == 4
+
+
+def test_a_model_that_cannot_be_captured(monkeypatch, caplog):
+    """It is served without graphs, from the step on at which that was found; who asked for graphs gets an error."""
+    model, prompt = make_model("llama-topk"), make_prompts((17,))[0]
+    engine = Engine(model)
+    graphs = emulate_graphs(engine, monkeypatch, refuses=True)
+    engine.add("x", prompt, 5)
+    with caplog.at_level(logging.WARNING):
+        engine.run()
+    assert engine.results["x"].generated_tokens == alone(model, prompt, 5) and not graphs
+    assert caplog.text.count("LlamaForCausalLM cannot be captured in a CUDA graph, so its steps are launched") == 1
+    engine = Engine(model, use_cuda_graph=True)
+    emulate_graphs(engine, monkeypatch, refuses=True)
+    engine.add("x", prompt, 5)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: leave use_cuda_graph out"):
+        engine.run()
 
 
 def test_graphs_need_memory_of_their_own(monkeypatch):
