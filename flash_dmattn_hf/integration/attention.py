@@ -12,7 +12,7 @@ from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
-from flash_dmattn_hf.integration.blocks import is_marked, last_blocks, read_blocks
+from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks
 from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
@@ -78,7 +78,7 @@ def dynamic_mask_attention_forward(
         del kwargs["cache"]
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
     tag, blocks = tag_of(attention_mask), None
-    if is_marked(attention_mask):
+    if attention_mask is not None and attention_mask.dim() == 3 and attention_mask.dtype == torch.int32:
         attention_mask, blocks = read_blocks(attention_mask, None if tag is None else tag.block_size)
     _check_arguments(module, attention_mask, kwargs)
     if blocks is None and getattr(module, "is_causal", None) is False:
