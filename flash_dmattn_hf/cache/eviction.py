@@ -9,10 +9,12 @@ import torch
 
 from flash_dmattn import NEVER, Blocks, Visibility, interval_attention, select_visible
 from flash_dmattn.blocks import check_size
+from flash_dmattn.calls import Slots
 from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
 from flash_dmattn.slots import refresh_victims
 from flash_dmattn_hf.cache.slots import SlotLayer
 from flash_dmattn_hf.cache.tail import ROWS, Tail
+from flash_dmattn_hf.config import Windows
 
 
 class CacheView(NamedTuple):
@@ -50,6 +52,23 @@ class CacheView(NamedTuple):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **options,
         )
+
+
+def view_of_slots(slots: Slots, windows: Windows, padding_mask: torch.Tensor | None) -> CacheView:
+    """Returns what the tokens of the last step see.
+
+    slots: after the step, of a layer with these windows. padding_mask: (B, 1) bool, True for real tokens, or None. The
+    slots are shown as they are now: the next step changes them, when every layer that shares them has attended.
+    """
+    is_empty = slots.positions < 0
+    birth = torch.where(is_empty, NEVER, slots.positions)
+    death = torch.full_like(birth, NEVER)
+    if (window := windows.sliding_window) is not None:
+        death = torch.where(slots.positions > NEVER - window, NEVER, slots.positions + window)
+    now = slots.lengths[:, :1] - 1
+    if padding_mask is not None:
+        now = torch.where(padding_mask, now, -1)
+    return CacheView(slots.keys, slots.values, slots.importance, Visibility(birth, death), now)
 
 
 class EvictingLayer(SlotLayer):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from flash_dmattn import dynamic_mask_attention
+from flash_dmattn_hf.cache.eviction import view_of_slots
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, sliding_window_of
@@ -23,7 +24,6 @@ from flash_dmattn_hf.integration.shared_keys import (
     SharedKeys,
     share,
     shared_with,
-    view_of_slots,
 )
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 from flash_dmattn_hf.parallel.attention import attend_shard
@@ -64,6 +64,11 @@ def dynamic_mask_attention_forward(
 
     Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
+    if active.slot.content is not None and torch.compiler.is_compiling():
+        return _attend_uncompiled(
+            module, query, key, value, attention_mask, scaling, dropout, softcap, sliding_window, cu_seq_lens_q,
+            cu_seq_lens_k, s_aux, **kwargs,
+        )  # fmt: skip
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
@@ -80,18 +85,17 @@ def dynamic_mask_attention_forward(
     tag, blocks = tag_of(attention_mask), None
     if attention_mask is not None and attention_mask.dim() == 3 and attention_mask.dtype == torch.int32:
         attention_mask, blocks = read_blocks(attention_mask, None if tag is None else tag.block_size)
-    _check_arguments(module, attention_mask, kwargs)
+    check_arguments(module, attention_mask, kwargs)
     if blocks is None and getattr(module, "is_causal", None) is False:
         _refuse_unknown_prefix(module, query, attention_mask)
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
     if requests is not None:
-        if s_aux is not None:
-            raise ValueError(f"continuous batching cannot add attention sinks, got those of {type(module).__name__}")
         if gate is not None:
             gate.was_called = True
         options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-        return _attend_served(gate, requests, module.layer_idx, query, key, value, options), None
+        out, lse = _attend_served(module, shared, requests, query, key, value, options)
+        return out if s_aux is None else with_sinks(out, lse, s_aux), None
     is_cached = cache_layer is not None or shared.view is not None
     is_step = is_cached and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
@@ -155,6 +159,10 @@ def dynamic_mask_attention_forward(
     return _with_sinks(attended, s_aux), None
 
 
+_attend_uncompiled = torch.compiler.disable(dynamic_mask_attention_forward)
+"""What the layers of a compiled model call inside `context_parallel`: no graph can hold what a mask carries there."""
+
+
 def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
     """Returns out (B, T, H, Dv), with the sinks if there are any; attended is out and lse then."""
     return attended if s_aux is None else with_sinks(*attended, s_aux)
@@ -166,7 +174,7 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, opti
     is_shared = getattr(module, "store_full_length_kv", False)  # later layers use its keys
     if layer.takes_step and "dropout_p" not in options:
         attended = layer.step(query.transpose(1, 2), padding_mask, **options)
-        view = view_of_slots(layer, padding_mask) if is_shared else None
+        view = view_of_slots(layer.slots, layer.windows, padding_mask) if is_shared else None
     else:
         view = layer.view(padding_mask, None if blocks is None else last_blocks(blocks, query.shape[2]))
         attended = view.attend(query.transpose(1, 2), layer.windows.keep_window_size, **options)
@@ -176,18 +184,22 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, opti
     return attended
 
 
-def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, value, options) -> torch.Tensor:
-    """Attends to the slots of the requests whose tokens these are, and lets those evict."""
+def _attend_served(module, shared: SharedKeys, requests: LiveRequests, query, key, value, options):
+    """Attends to the slots of the requests whose tokens these are, and lets those evict. Returns out and lse."""
+    gate = shared.gate
+    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
+    if shared.layer_idx is not None:
+        return requests.attend_again(shared.layer_idx, query.transpose(1, 2), **options)
+    if getattr(module, "store_full_length_kv", False):
+        share(key, SharedKeys(gate, layer_idx=module.layer_idx))
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:
-        requests.check_windows(layer_idx, gate.windows)
         importance = importance_of(gate, value)
     if importance.shape[1] == 1:  # one for all heads
         importance = importance.expand(-1, value.shape[1], -1)
-    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return requests.attend(layer_idx, query.transpose(1, 2), key, value, importance, **options)
+    return requests.attend(module.layer_idx, query.transpose(1, 2), key, value, importance, **options)
 
 
 def _attend_packed(query, key, value, importance, documents: Documents, options):
@@ -234,7 +246,8 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Document
     return documents_of(numbers)
 
 
-def _check_arguments(module, attention_mask, kwargs) -> None:
+def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of an attention function that would be ignored, or that no layer of ours has."""
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
         given = kwargs.get(argument)

@@ -18,7 +18,7 @@ from flash_dmattn_hf.integration.blocks import mark_blocks
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, meaning_of_mask
 from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
-from flash_dmattn_hf.names import NAMES
+from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES
 from flash_dmattn_hf.parallel.context import Shard, active
 
 _TAG = "_flash_dmattn_tag"
@@ -59,14 +59,13 @@ def dynamic_mask_mask(
         raise ValueError(
             f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
         )
-    shard = getattr(attention_mask, SHARD, None)
     if numbers is not None and attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ValueError(
             "bidirectional blocks, such as images, are not supported in packed documents and inside context_parallel: "
             "pad the texts, and leave the context"
         )
-    if shard is not None:
-        return _tag(attention_mask, limits, shard=shard)
+    if active.slot.content is not None:
+        return _tag_with_shard(attention_mask, limits)
     length = kv_offset + kv_length
     is_plain, is_full = limits == MaskLimits() and not q_offset, False
     if numbers is not None:
@@ -131,6 +130,13 @@ def _tag(mask: torch.Tensor, limits: MaskLimits, is_full: bool = False, **more: 
     return mask
 
 
+@torch.compiler.disable
+def _tag_with_shard(mask: torch.Tensor | None, limits: MaskLimits) -> torch.Tensor | None:
+    """Returns the mask of `find_shard` with its tag; as it came where it is another, which is refused later."""
+    shard = getattr(mask, SHARD, None)
+    return mask if shard is None else _tag(mask, limits, shard=shard)
+
+
 def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
     """Finds packed documents for our implementation, with or without a mask or a cache, and hands their numbers on.
 
@@ -144,7 +150,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - a call may leave parameters out
         # By their places: the fourth is `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
         config, inputs_embeds, attention_mask, cache, position_ids = [given.get(name) for name in names[:5]]
-        if getattr(config, "_attn_implementation", None) not in NAMES:
+        if getattr(config, "_attn_implementation", None) not in (*NAMES, DENSE_ON_RANKS):
             if active.slot.content is not None:
                 refuse_dense(config)
             return original(*args, **kwargs)

@@ -2,14 +2,14 @@
 
 import torch
 
-from flash_dmattn import arguments
+from flash_dmattn import arguments, planned
 from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.blocks import Blocks
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, check_backend_name, choose, differentiates_itself
 from flash_dmattn.interval_arguments import check_query_rows, check_soft, check_visibility
 from flash_dmattn.ops import run_attention
-from flash_dmattn.selection import select_visible
+from flash_dmattn.selection import clamp_windows, select_visible
 from flash_dmattn.soft_selection import cut_softly, num_visible
 from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 
@@ -152,6 +152,21 @@ def dynamic_mask_attention(
     """
     if importance is None:
         raise ValueError("importance must be a tensor, got None")
+    windows = keep_window_size, num_sink_tokens, local_window_size, sliding_window, is_causal
+    signature = None
+    if (
+        (padding_mask is cu_seqlens is blocks is selection_temperature is dropout_seed is None)
+        and dropout_p == 0
+        and isinstance(query, torch.Tensor)
+        and query.device.type in planned.DEVICES
+    ):
+        options = (*windows, softmax_scale, softcap, add_importance_bias, max_seqlen, deterministic, backend)
+        signature = planned.signature_of(query, key, value, importance, options)
+    if signature is not None:
+        route = planned.find_route(signature, query, key, value)
+        if route is not None:
+            out, lse = route.attend(query, key, value, importance, return_lse)
+            return (out, lse) if return_lse else out
     arguments.check_attention(
         query, key, value, importance, softcap=softcap, backend=backend, allow_other_value_dim=True
     )
@@ -176,11 +191,11 @@ def dynamic_mask_attention(
     shown, soft, kept = keep_window_size, None, None
     if selection_temperature is not None and seqlen_k > keep_window_size:  # else nobody is ever evicted
         kept = select_visible(importance, **{**selection, "sliding_window": None})
-        windows = keep_window_size, num_sink_tokens, local_window_size
+        sizes = windows[:3]
         soft = cut_softly(
-            importance, kept.death, selection_temperature, seqlen_q, *windows, padding_mask, cu_seqlens, backend
+            importance, kept.death, selection_temperature, seqlen_q, *sizes, padding_mask, cu_seqlens, backend
         )
-        shown = NEVER if selection_band is None else min(num_visible(*windows, selection_band), NEVER)
+        shown = NEVER if selection_band is None else min(num_visible(*sizes, selection_band), NEVER)
     is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None and blocks is None
     if is_plain and seqlen_k <= shown:
         arguments.check_selection(importance, **selection)
@@ -211,7 +226,13 @@ def dynamic_mask_attention(
         dropout_seed=dropout_seed,
         deterministic=deterministic,
     )
-    out, lse = attend(call, backend)
+    route = None
+    if signature is not None:
+        route = planned.plan_route(signature, call, importance, (*clamp_windows(*windows[:4]), is_causal), backend)
+    if route is not None:  # also the first time: what is saved for the backward must not depend on that
+        out, lse = route.attend(query, key, value, importance, return_lse)
+    else:
+        out, lse = attend(call, backend)
     return (out, lse) if return_lse else out
 
 
