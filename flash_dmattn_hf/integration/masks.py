@@ -86,6 +86,11 @@ def dynamic_mask_mask(
     return _tag(attention_mask, limits, is_full)
 
 
+def is_marked(mask: Any) -> bool:
+    """Whether a mask is one of `blocks.mark_blocks`."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 3 and mask.dtype == torch.int32
+
+
 def _mark_blocks(
     numbers: torch.Tensor, attention_mask: torch.Tensor | None, batch: int, num_cached: int, length: int
 ) -> tuple[torch.Tensor, int] | None:
