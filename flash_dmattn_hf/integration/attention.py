@@ -83,7 +83,7 @@ def dynamic_mask_attention_forward(
         del kwargs["cache"]
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
     tag, blocks = tag_of(attention_mask), None
-    if is_marked(attention_mask):
+    if attention_mask is not None and attention_mask.dim() == 3 and attention_mask.dtype == torch.int32:
         attention_mask, blocks = read_blocks(attention_mask, None if tag is None else tag.block_size)
     check_arguments(module, attention_mask, kwargs)
     if blocks is None and getattr(module, "is_causal", None) is False:

@@ -160,7 +160,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
                 refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        if is_marked(attention_mask):
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 3:  # made by `mark_blocks` already
             return True, attention_mask, None, None, None, None, None
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)
