@@ -73,6 +73,8 @@ def dynamic_mask_attention_forward(
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
     shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)
+    if shared.served is not None:  # which transformers passes to layers with keys of their own alone, from 5.24 on
+        requests = shared.served[0]
     gate = shared.gate
     if gate is None:
         refuse_missing_gate(module)
@@ -80,7 +82,7 @@ def dynamic_mask_attention_forward(
     else:
         windows, chunk_size = gate.windows, None
     if requests is not None:
-        del kwargs["cache"]
+        kwargs.pop("cache", None)
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
     tag, blocks = tag_of(attention_mask), None
     if attention_mask is not None and attention_mask.dim() == 3 and attention_mask.dtype == torch.int32:
@@ -188,10 +190,10 @@ def _attend_served(module, shared: SharedKeys, requests: LiveRequests, query, ke
     """Attends to the slots of the requests whose tokens these are, and lets those evict. Returns out and lse."""
     gate = shared.gate
     options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
-    if shared.layer_idx is not None:
-        return requests.attend_again(shared.layer_idx, query.transpose(1, 2), **options)
+    if shared.served is not None:
+        return requests.attend_again(shared.served[1], query.transpose(1, 2), **options)
     if getattr(module, "store_full_length_kv", False):
-        share(key, SharedKeys(gate, layer_idx=module.layer_idx))
+        share(key, SharedKeys(gate, served=(requests, module.layer_idx)))
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:
