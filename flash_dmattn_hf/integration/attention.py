@@ -9,10 +9,11 @@ from transformers.cache_utils import Cache
 from flash_dmattn import dynamic_mask_attention
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.eligibility import chunk_size_of, sliding_window_of
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_cross_attention, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.chunks import attend_chunks
+from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import tag_of
@@ -63,6 +64,8 @@ def dynamic_mask_attention_forward(
 
     Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
+    if is_cross_attention(module):
+        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
@@ -242,7 +245,7 @@ def _check_arguments(module, attention_mask, kwargs) -> None:
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must have shape (B, S) with flash_dmattn, got "
-            f"{tuple(attention_mask.shape)}: custom masks are not supported"
+            f"{tuple(attention_mask.shape)}: bidirectional and custom masks are not supported"
         )
 
 

@@ -44,9 +44,12 @@ def dynamic_mask_mask(
     Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides or is chunked, or if there are
     cached tokens, so that the attention function sees whether keys are missing; or the document numbers as they came. A
     mask carries a tag (`tag_of`), by which the attention function checks that the layer sees as far as its mask does.
+    For a bidirectional mask, which cross-attention alone accepts, (B or 1, 1, 1, kv_length) bool.
 
     Raises ValueError for any mask that is not causal, sliding, chunked, padding or packed, and for a static cache.
     """
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return _mask_of_others(attention_mask, kv_length, kwargs.get("device"))
     limits = MaskLimits()
     if mask_function is not masking_utils.causal_mask_function:
         limits = limits_of_mask(mask_function, local_size, use_vmap)
@@ -77,6 +80,13 @@ def dynamic_mask_mask(
         if is_full and is_plain:
             return None
     return _tag(attention_mask, limits, is_full)
+
+
+def _mask_of_others(attention_mask: torch.Tensor | None, length: int, device: Any) -> torch.Tensor:
+    """Which of an encoder's tokens all queries see."""
+    if attention_mask is None:
+        attention_mask = torch.ones((1, length), dtype=torch.bool, device=device)
+    return attention_mask[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,8 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
                 refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
+        if tag_of(attention_mask) is not None:  # the outer of two models made it, and the inner one asks again
+            return True, attention_mask, None, None, None, None, None
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None

@@ -102,8 +102,9 @@ class Family:
         return model
 
     def load(self, folder: Path, **options: Any) -> PreTrainedModel:
-        options |= {"dtype": self.dtype, "attn_implementation": "flash_dmattn", "experts_implementation": "eager"}
-        return self.cls.from_pretrained(folder, **options).to(self.dtype).eval()
+        """A saved model, by default with our attention."""
+        options = {"attn_implementation": "flash_dmattn", "experts_implementation": "eager", **options}
+        return self.cls.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
 
     def gates(self) -> str:
         """How many of the layers that transformers calls attention have a gate."""

@@ -44,7 +44,8 @@ do it either, such as recurrent layers that mix packed documents. "no positions"
 
 A model is *right* if every column holds, and *partly* right if one of them is refused. A *refused* model raises the
 sentence in the last column when it is loaded or first called. One that is *not tried* takes no images, or no text
-without an image. For one that is *not built*, no tiny model or no image was made.
+without an image. One that is *unbuildable* cannot be made by transformers itself, whatever its config. For one that is
+*not built*, no tiny model or no image was made.
 """
 
 
