@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from checks.families.configs import tiny_config
 from checks.families.images import image_inputs
@@ -28,11 +27,11 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
 """Largest difference that passes, as a part of the largest logit: many models compute norms in float32 anyway."""
 
 TASKS = {
-    "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    "image": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "causal": AutoModelForCausalLM,
+    "text": AutoModelForImageTextToText,
+    "image": AutoModelForImageTextToText,
 }
-"""What is tried: a causal language model; a model of images and text, with text alone; the same with an image in it."""
+"""What is tried, and the class that loads it: a causal language model; a model of images and text, with text alone; the same with an image in it."""
 
 
 class Unequal(Exception):
@@ -49,7 +48,7 @@ class Family:
         self.folder = folder
         self.has_image = task == "image"
         config = tiny_config(model_type)
-        self.cls = TASKS[task][CONFIG_MAPPING[model_type]]
+        self.auto, self.cls = TASKS[task], class_of(task, model_type)
         if not isinstance(config, self.cls.config_class):  # a composite config, and the class of a part of it
             parts = [getattr(config, name) for name in config.sub_configs]
             config = next((part for part in parts if isinstance(part, self.cls.config_class)), config)
@@ -104,7 +103,7 @@ class Family:
     def load(self, folder: Path, **options: Any) -> PreTrainedModel:
         """A saved model, by default with our attention."""
         options = {"attn_implementation": "flash_dmattn", "experts_implementation": "eager", **options}
-        return self.cls.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
+        return self.auto.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
 
     def gates(self) -> str:
         """How many of the layers that transformers calls attention have a gate."""
@@ -157,4 +156,9 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 
 def model_types(task: str) -> list[str]:
     """All model types of the installed transformers that have a class for a task."""
-    return sorted(TASKS[task]._model_mapping)
+    return sorted(TASKS[task]._model_mapping._model_mapping)
+
+
+def class_of(task: str, model_type: str) -> type[PreTrainedModel]:
+    """The class that has a model type for a task."""
+    return TASKS[task]._model_mapping[CONFIG_MAPPING[model_type]]

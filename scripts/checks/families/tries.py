@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from checks.families.family import LENGTH, NARROW, TASKS, WIDE, Family, Unequal, definition_of
+from checks.families.family import LENGTH, NARROW, WIDE, Family, Unequal, class_of, definition_of
 from checks.families.images import NEEDS_IMAGE, takes_images
 from checks.families.overrides import REQUIRED
 
@@ -58,8 +58,8 @@ def failure_of_default(task: str, model_type: str) -> str:
     """Why transformers itself cannot make the model type with its default config; empty if it can."""
     try:
         with torch.device("meta"):
-            cls = CONFIG_MAPPING[model_type]
-            TASKS[task][cls]._from_config(cls(**REQUIRED.get(model_type, {})))
+            config = CONFIG_MAPPING[model_type](**REQUIRED.get(model_type, {}))
+            class_of(task, model_type)._from_config(config)
     except Exception as error:
         return sentence(error)
     return ""
