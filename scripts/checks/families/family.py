@@ -31,7 +31,8 @@ TASKS = {
     "text": AutoModelForImageTextToText,
     "image": AutoModelForImageTextToText,
 }
-"""What is tried, and the class that loads it: a causal language model; a model of images and text, with text alone; the same with an image in it."""
+"""What is tried, and the class that loads it: a causal language model; a model of images and text, with text alone; the
+same with an image in it."""
 
 
 class Unequal(Exception):
