@@ -18,6 +18,15 @@ def can_serve(version: str = transformers.__version__) -> bool:
     return Version(version).release >= Version(FIRST_SERVING).release
 
 
+FIRST_MESH = "5.23.0"
+"""The first tested version of transformers that shares a model by tensor parallelism and by FSDP at once."""
+
+
+def can_share_twice(version: str = transformers.__version__) -> bool:
+    """Whether a version of transformers can share a model by tensor parallelism and by FSDP at once."""
+    return Version(version).release >= Version(FIRST_MESH).release
+
+
 def is_covered(version: str) -> bool:
     """Whether a version of transformers lies between the oldest and the newest tested one, patches of that included."""
     oldest, newest = Version(TESTED[0]), Version(TESTED[-1])
