@@ -21,6 +21,8 @@ from hf.dense_definition import by_definition  # noqa: E402
 
 WIDE = {"keep_window_size": 24}
 NARROW = {"keep_window_size": 8, "num_sink_tokens": 2, "local_window_size": 3}
+NARROW_WITH_IMAGE = {"keep_window_size": 9, "num_sink_tokens": 1, "local_window_size": 5}
+"""An image whose tokens see each other must fit into the local window."""
 DOGE = {"keep_window_size": 8}  # its own mask has neither sinks nor a local window
 LENGTH = 24
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
@@ -48,6 +50,7 @@ class Family:
     def __init__(self, task: str, model_type: str, folder: Path):
         self.folder = folder
         self.has_image = task == "image"
+        self.narrow = NARROW_WITH_IMAGE if self.has_image else NARROW
         config = tiny_config(model_type)
         self.auto, self.cls = TASKS[task], class_of(task, model_type)
         if not isinstance(config, self.cls.config_class):  # a composite config, and the class of a part of it
@@ -89,9 +92,9 @@ class Family:
         """The saved model loaded by name, with an importance far from zero if some keys are to be dropped."""
         if id(windows) in self.loaded:
             return self.loaded[id(windows)]
-        is_doge = windows is NARROW and self.eager.config.model_type == "doge"
+        is_doge = windows is self.narrow and self.eager.config.model_type == "doge"
         model = self.load(self.folder / "eager", flash_dmattn=DOGE if is_doge else windows)
-        if windows is NARROW:
+        if windows is self.narrow:
             torch.manual_seed(1)
             with torch.no_grad():
                 for _, _, gate in iter_gates(model):
@@ -108,7 +111,7 @@ class Family:
 
     def gates(self) -> str:
         """How many of the layers that transformers calls attention have a gate."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
         return f"{sum(1 for _ in iter_gates(model))} of {num_layers}"
 

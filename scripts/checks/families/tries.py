@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from checks.families.family import LENGTH, NARROW, WIDE, Family, Unequal, class_of, definition_of
+from checks.families.family import LENGTH, WIDE, Family, Unequal, class_of, definition_of
 from checks.families.images import NEEDS_IMAGE, takes_images
 from checks.families.overrides import REQUIRED
 
@@ -94,7 +94,7 @@ class Tries(Family):
 
     def definition(self) -> None:
         """With a narrow window: the mask written out, which changes the logits."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         ours = self.logits(model, self.inputs)
         with definition_of(model):
             self.compare("a narrow window", ours, self.logits(model, self.inputs))
@@ -107,7 +107,7 @@ class Tries(Family):
         mask = torch.ones(2, LENGTH, dtype=torch.long)
         mask[0, :5] = 0
         inputs, real = {**self.inputs, "attention_mask": mask}, mask.bool()
-        for windows in (WIDE, NARROW):
+        for windows in (WIDE, self.narrow):
             model = self.ours(windows)
             ours = self.logits(model, inputs)
             with definition_of(model):  # eager attention in float64 is NaN where a row is all padding
@@ -115,7 +115,7 @@ class Tries(Family):
 
     def packing(self) -> None:
         """Two documents in a row, told apart by their positions: as each of them alone."""
-        self._packing(self.ours(NARROW))
+        self._packing(self.ours(self.narrow))
 
     def _packing(self, model: PreTrainedModel) -> None:
         half = LENGTH // 2
@@ -134,7 +134,7 @@ class Tries(Family):
 
     def backward(self) -> None:
         """All gradients as by the definition."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         gradients = []
         for context in (contextlib.nullcontext(), definition_of(model)):
             model.zero_grad()
@@ -149,7 +149,7 @@ class Tries(Family):
 
     def generate(self) -> None:
         """With a cache as without."""
-        self._generate(self.ours(NARROW))
+        self._generate(self.ours(self.narrow))
 
     def _generate(self, model: PreTrainedModel) -> None:
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -160,7 +160,7 @@ class Tries(Family):
 
     def reload(self) -> None:
         """Saved and loaded again: the same gates."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         model.save_pretrained(self.folder / "ours")
         again = self.load(self.folder / "ours")
         self.compare("what was reloaded", self.logits(again, self.inputs), self.logits(model, self.inputs))
