@@ -74,8 +74,7 @@ def is_cross_attention(module: nn.Module) -> bool:
     """
     if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False) is True:
         return True
-    takes_others = not _OTHER_STATES.isdisjoint(inspect.signature(type(module).forward).parameters)
-    return takes_others and getattr(module, "is_causal", None) is False
+    return getattr(module, "is_causal", None) is False and _takes_other_states(type(module))
 
 
 def is_native_doge(module: nn.Module) -> bool:
@@ -102,7 +101,8 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
     if not uses_attention_interface(module):
         return _judge_without_interface(module, text_config)
     if is_cross_attention(module):
-        return Verdict("native", f"{name} is cross-attention: only causal self-attention has dynamic masks")
+        reason = f"{name} is cross-attention or not causal: only causal self-attention has dynamic masks"
+        return Verdict("native", reason)
     if getattr(module, "config", None) is None:
         return Verdict("refuse", f"{name} has no config to read its shape from")
     if reason := _unsupported_feature(module):
@@ -238,6 +238,11 @@ def _first(owner: Any, *names: str) -> int | None:
         if isinstance(value := getattr(owner, name, None), int):
             return value
     return None
+
+
+@cache
+def _takes_other_states(cls: type) -> bool:
+    return not _OTHER_STATES.isdisjoint(inspect.signature(cls.forward).parameters)
 
 
 @cache

@@ -65,14 +65,14 @@ def dynamic_mask_attention_forward(
 
     Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
-    if is_cross_attention(module):
-        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if active.slot.content is not None and torch.compiler.is_compiling():
         return _attend_uncompiled(
             module, query, key, value, attention_mask, scaling, dropout, softcap, sliding_window, cu_seq_lens_q,
             cu_seq_lens_k, s_aux, **kwargs,
         )  # fmt: skip
     gate = get_gate(module)
+    if gate is None and is_cross_attention(module):
+        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
     shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)

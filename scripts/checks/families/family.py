@@ -116,8 +116,9 @@ class Family:
         return f"{sum(1 for _ in iter_gates(model))} of {num_layers}"
 
     def run(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
-        """The logits of a model, without a cache."""
-        return model(**inputs, use_cache=False).logits
+        """The logits of a model, without a cache; 0 for tokens that it never says (Chameleon's images)."""
+        logits = model(**inputs, use_cache=False).logits
+        return logits.masked_fill(logits == torch.finfo(logits.dtype).min, 0.0)
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
         """The same without gradients."""

@@ -75,7 +75,7 @@ under other names are shapes of further pixels; all else is what an image has un
 """
 
 
-NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo")
+NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2")
 """Model types that take no text without an image."""
 
 

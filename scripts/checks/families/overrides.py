@@ -66,7 +66,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": _COHERE_COMPASS,
     "cohere_compass": {"text_config": _COHERE_COMPASS},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_experts_per_tok": 2}
+    },
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
     "emu3": {
         "vocabulary_map": {
@@ -107,7 +109,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minicpmv4_6": _IMAGE_TOKEN,
     "minicpmv4_7": _IMAGE_TOKEN,
     "muse_glimmer": {"out_hidden_size": 256},
-    "inkling_mm_model": {"vision_config": {"text_hidden_size": 64}, "audio_config": {"text_hidden_size": 64}},
+    "inkling_mm_model": {
+        "vision_config": {"text_hidden_size": 64, "num_hidden_layers": 6, "patch_size": 4},
+        "audio_config": {"text_hidden_size": 64},
+    },
     "internvl": _VISION_OF_32,
     "qianfan_ocr": _VISION_OF_32,
     "janus": {"vision_config": {"projection_dim": 64}, "vq_config": {"base_channels": 32, "num_embeddings": 8}},

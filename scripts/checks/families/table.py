@@ -29,7 +29,7 @@ image, which is random pixels and the tokens that stand for them.
 
 | column | what must hold |
 | --- | --- |
-| gates | how many layers have an importance gate at `keep_window_size=8`, with an image 9; the others keep their own attention |
+| gates | how many layers have an importance gate at `keep_window_size=8` (9 with an image); others stay as they are |
 | equal | the logits of eager attention, while all tokens fit into the window |
 | definition | the logits of a mask written out in full, beyond the window |
 | padding | the logits of a mask written out in full, with left padding, up to the window and beyond |
