@@ -10,11 +10,12 @@ from flash_dmattn import dynamic_mask_attention
 from flash_dmattn_hf.cache.eviction import view_of_slots
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, sliding_window_of
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, is_cross_attention, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks
 from flash_dmattn_hf.integration.chunks import attend_chunks
+from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import is_marked, tag_of
@@ -70,6 +71,8 @@ def dynamic_mask_attention_forward(
             cu_seq_lens_k, s_aux, **kwargs,
         )  # fmt: skip
     gate = get_gate(module)
+    if gate is None and is_cross_attention(module):
+        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
     shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)
@@ -264,7 +267,7 @@ def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwar
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must have shape (B, S) with flash_dmattn, got "
-            f"{tuple(attention_mask.shape)}: custom masks are not supported"
+            f"{tuple(attention_mask.shape)}: bidirectional and custom masks are not supported"
         )
 
 

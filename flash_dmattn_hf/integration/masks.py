@@ -46,10 +46,13 @@ def dynamic_mask_mask(
     cached tokens, so that the attention function sees whether keys are missing; the document numbers as they came; or,
     where new tokens form bidirectional blocks, what `mark_blocks` says of them. A mask carries a tag (`tag_of`), by
     which the attention function checks that the layer sees as far as its mask does.
+    For a bidirectional mask, which cross-attention alone accepts, (B or 1, 1, 1, kv_length) bool.
 
     Raises ValueError for any mask that is not causal, sliding, chunked, padding or packed, or such a one with blocks;
     for blocks of packed documents and on several ranks; and for a static cache.
     """
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return _mask_of_others(attention_mask, kv_length, kwargs.get("device"))
     limits, numbers = MaskLimits(), None
     if mask_function is not masking_utils.causal_mask_function:
         limits, numbers = meaning_of_mask(mask_function, local_size, use_vmap)
@@ -89,6 +92,13 @@ def dynamic_mask_mask(
 def is_marked(mask: Any) -> bool:
     """Whether a mask is one of `blocks.mark_blocks`."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 3 and mask.dtype == torch.int32
+
+
+def _mask_of_others(attention_mask: torch.Tensor | None, length: int, device: Any) -> torch.Tensor:
+    """Which of an encoder's tokens all queries see."""
+    if attention_mask is None:
+        attention_mask = torch.ones((1, length), dtype=torch.bool, device=device)
+    return attention_mask[:, None, None]
 
 
 def _mark_blocks(
@@ -160,7 +170,8 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
                 refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 3:  # made by `mark_blocks` already
+        has_three_dims = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 3
+        if has_three_dims or tag_of(attention_mask) is not None:  # an outer model made it for an inner one
             return True, attention_mask, None, None, None, None, None
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)
