@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flash_dmattn import Visibility, interval_attention, select_visible
+from flash_dmattn import NEVER, Visibility, interval_attention, select_visible
 from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
 from flash_dmattn.slots import refresh_victims
 from flash_dmattn_hf.cache.slots import SlotLayer
@@ -72,8 +72,24 @@ class EvictingLayer(SlotLayer):
         self._tail.append(key, value, comparable(importance), query_positions)
         self._count_rows(padding_mask)
         key, value, importance, positions = self._tail.behind(self.slots, num_kept)
-        visibility = select_visible(importance, positions=positions, **self.windows._asdict())
-        return CacheView(key, value, importance, visibility, query_positions)
+        return CacheView(key, value, importance, self._visibility(importance, positions), query_positions)
+
+    def _visibility(self, importance: torch.Tensor, positions: torch.Tensor) -> Visibility:
+        """Says who sees the keys of slots and tail, both (B, Hc, n); positions are -1 for those of nobody."""
+        return select_visible(importance, positions=positions, **self.windows._asdict())
+
+    def view_after_step(self, padding_mask: torch.Tensor | None = None) -> CacheView:
+        """Returns what the token of the last step sees of the slots, as they are until the next step changes them.
+
+        padding_mask: (B, 1) bool, True for real tokens, or None.
+        """
+        slots = self.slots
+        birth = torch.where(slots.positions < 0, NEVER, slots.positions)
+        now = slots.lengths[:, :1] - 1
+        if padding_mask is not None:
+            now = torch.where(padding_mask, now, -1)
+        visibility = Visibility(birth, end_of_window(slots.positions, self.windows.sliding_window))
+        return CacheView(slots.keys, slots.values, slots.importance, visibility, now)
 
     def _next_positions(self, padding_mask: torch.Tensor | None) -> torch.Tensor:
         batch = self.lengths.shape[0]
@@ -130,6 +146,13 @@ class EvictingLayer(SlotLayer):
         out = self.view(padding_mask).attend(query, self.windows.keep_window_size, **options)
         self.evict()
         return out
+
+
+def end_of_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Returns the first positions that no longer see keys at these within a window of tokens, None for no window."""
+    if window is None:
+        return torch.full_like(positions, NEVER)
+    return torch.where(positions > NEVER - window, NEVER, positions + window)
 
 
 def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

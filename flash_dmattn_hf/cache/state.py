@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.offering import OfferingLayer
 from flash_dmattn_hf.cache.slots import STATE
 
 _NUMBERS = ("num_rows", "cumulative_length")
@@ -35,7 +35,7 @@ def _state_of_layer(layer: Any) -> dict[str, Any]:
     Raises RuntimeError for tokens that were never attended to or can still be undone, TypeError for other layers.
     """
     state = {name: getattr(layer, name) for name in _NUMBERS if hasattr(layer, name)}
-    if isinstance(layer, DynamicMaskCacheLayer):
+    if isinstance(layer, OfferingLayer) and not isinstance(layer, LinearAttentionLayer):
         layer.check_attended()
         if layer.record_past:
             raise RuntimeError("tokens that can still be undone cannot be saved: call stop_past_recording() first")
@@ -51,12 +51,12 @@ def _state_of_layer(layer: Any) -> dict[str, Any]:
 
 def _check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     """Raises ValueError for the state of another kind of layer or one of other windows."""
-    windows = _windows_of(layer) if isinstance(layer, DynamicMaskCacheLayer) else None
+    windows = _windows_of(layer) if isinstance(layer, OfferingLayer) else None
     if state.get("windows") != windows:
         raise ValueError(f"state must be of a layer with the windows {windows}, got {state.get('windows')}")
 
 
-def _windows_of(layer: DynamicMaskCacheLayer) -> dict[str, int]:
+def _windows_of(layer: OfferingLayer) -> dict[str, int]:
     """Returns what decides which keys a layer holds; its sliding window only hides them."""
     windows = layer.windows._asdict()
     del windows["sliding_window"]
@@ -70,7 +70,7 @@ def _load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     if tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
     for name, tensor in tensors.items():
-        if isinstance(layer, DynamicMaskCacheLayer):
+        if isinstance(layer, OfferingLayer):
             getattr(layer, name).copy_(tensor)
         else:
             setattr(layer, name, tensor.clone())

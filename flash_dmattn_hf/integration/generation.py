@@ -40,8 +40,9 @@ def is_active(model: PreTrainedModel) -> bool:
 def wrap_prepare_cache(original):
     """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache or a StaticCache.
 
-    The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", and for a
-    cache passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
+    The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", for "static"
+    where the model makes its own cache or `DynamicMaskCache` raises, and for a cache passed by the caller that is
+    neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
     """
 
     @functools.wraps(original)
@@ -54,6 +55,11 @@ def wrap_prepare_cache(original):
             keep_cache(self, model_kwargs)
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         static = generation_config.cache_implementation == "static"
+        if static and not self._supports_default_dynamic_cache():
+            raise ValueError(
+                f"cache_implementation must not be 'static' for {type(self).__name__}, which makes a cache of a class of "
+                "its own in its forward and takes no other: leave cache_implementation out"
+            )
         with _dynamic(generation_config):
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         name = name_of_cache(model_kwargs)

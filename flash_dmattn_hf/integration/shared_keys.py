@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from flash_dmattn import NEVER, Visibility
 from flash_dmattn_hf.cache.eviction import CacheView
 from flash_dmattn_hf.names import is_ours
 
@@ -20,7 +19,7 @@ class SharedKeys(NamedTuple):
     """What the layers that share a key must know of it.
 
     gate: of the layer that made it, None if that keeps its own attention. importance: (B, Hi, S) of all keys, where no
-    cache is used. view: survivors and new tokens of a cache.
+    cache is used. view: survivors and new tokens of a cache, or its slots after a step.
     """
 
     gate: Any | None
@@ -54,21 +53,3 @@ def keep_all_tokens(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> t
     if is_ours(module.config._attn_implementation):
         return args, {**kwargs, "logits_to_keep": None}
     return None
-
-
-def view_of_slots(layer: Any, padding_mask: torch.Tensor | None) -> CacheView:
-    """Returns what the token of the last step sees of a cache layer.
-
-    padding_mask: (B, 1) bool, True for real tokens, or None. The slots are shown as they are now: the next step changes
-    them, when every layer that shares them has attended.
-    """
-    slots = layer.slots
-    is_empty = slots.positions < 0
-    birth = torch.where(is_empty, NEVER, slots.positions)
-    death = torch.full_like(birth, NEVER)
-    if (window := layer.windows.sliding_window) is not None:
-        death = torch.where(slots.positions > NEVER - window, NEVER, slots.positions + window)
-    now = slots.lengths[:, :1] - 1
-    if padding_mask is not None:
-        now = torch.where(padding_mask, now, -1)
-    return CacheView(slots.keys, slots.values, slots.importance, Visibility(birth, death), now)
