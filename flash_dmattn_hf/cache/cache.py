@@ -1,28 +1,22 @@
-"""DynamicMaskCache: a DynamicCache of constant size that forgets nothing that is still needed."""
+"""DynamicMaskCache: a DynamicCache of constant size that forgets nothing that is still needed.
+
+Its tokens were chosen by what the masks said of them, so the cache remembers that (`SeenPadding`).
+"""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from flash_dmattn_hf.cache.hybrid import HybridCacheLayer, linear_states, transform_states
-from flash_dmattn_hf.cache.latent import LatentCacheLayer
-from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
-from flash_dmattn_hf.cache.native import make_static
-from flash_dmattn_hf.cache.offering import OfferingLayer
-from flash_dmattn_hf.cache.owner import gates_by_index, model_within
-from flash_dmattn_hf.cache.padding import SeenPadding
+from flash_dmattn_hf.cache.foreign import linear_states, move_layer, tensors_of
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
+from flash_dmattn_hf.cache.layers import put_layers
+from flash_dmattn_hf.cache.owner import model_within
 from flash_dmattn_hf.cache.state import load_state, state_of
 from flash_dmattn_hf.gates.attach import iter_gates
 
@@ -45,12 +39,7 @@ class DynamicMaskCache(DynamicCache):
     def __init__(self, model: nn.Module, *, static: bool = False):
         model = model_within(model)
         super().__init__(config=model.config.get_text_config(decoder=True))
-        gates = gates_by_index(model)
-        for index, gate in gates.items():
-            if index < len(self.layers):
-                self.layers[index] = _layer_for(gate, self.layers[index], static)
-        if static:
-            make_static(model, self.layers)
+        put_layers(model, self.layers, static)
         self._last_updated = None
         self.padding = SeenPadding()
         self.is_static = static
@@ -166,7 +155,7 @@ class DynamicMaskCache(DynamicCache):
         total = 0
         for layer in self.layers:
             is_ours = isinstance(layer, OfferingLayer)
-            total += layer.nbytes if is_ours else sum(state.nbytes for state in _tensors_of(layer))
+            total += layer.nbytes if is_ours else sum(state.nbytes for state in tensors_of(layer))
         return total
 
     @property
@@ -190,12 +179,8 @@ class DynamicMaskCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, OfferingLayer):
                 layer.to(device, non_blocking)
-            elif isinstance(layer, LinearAttentionLayer):
-                transform_states(layer, lambda state: state.to(device, non_blocking=non_blocking))
             else:
-                for name, state in vars(layer).items():
-                    if isinstance(state, torch.Tensor):
-                        setattr(layer, name, state.to(device, non_blocking=non_blocking))
+                move_layer(layer, device, non_blocking)
         return self
 
     def __reduce_ex__(self, protocol: int) -> Any:
@@ -241,27 +226,41 @@ class DynamicMaskCache(DynamicCache):
             layer.stop_past_recording()
 
 
-def _layer_for(gate: Any, layer: Any, is_static: bool) -> Any:
-    """Returns the empty layer that takes the place of one of transformers', or that layer if it is of another kind.
+class SeenPadding:
+    """Which of the tokens of a cache are padding, according to the masks of the forwards that brought them.
 
-    It holds latents where all heads keep the same tokens and no step has to be captured. ValueError for a layer that
-    drops keys and holds more than keys.
+    mask: (B, n) bool, True for real tokens; those from n on are real. None if all are. Left padding never lets n grow.
     """
-    if type(layer) is LinearAttentionAndFullAttentionLayer:
-        return HybridCacheLayer(gate, layer.number_of_states)
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-        holds_latents = gate.is_latent and gate.num_importance_heads == 1 and not is_static
-        return (LatentCacheLayer if holds_latents else DynamicMaskCacheLayer)(gate)
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        raise ValueError(
-            f"layer {gate.layer_idx} of model must have a cache of keys and values alone, got a "
-            f"{type(layer).__name__}, which drops keys that still compete"
-        )
-    return layer
 
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
 
-def _tensors_of(layer: Any) -> list[torch.Tensor]:
-    """Returns the tensors of a layer of transformers' own."""
-    if isinstance(layer, LinearAttentionLayer):
-        return linear_states(layer)
-    return [state for state in vars(layer).values() if isinstance(state, torch.Tensor)]
+    def admit(self, mask: torch.Tensor | None, num_cached: int) -> torch.Tensor | None:
+        """Takes the mask of a forward that continues `num_cached` tokens, before it runs; calling it twice is harmless.
+
+        mask: (B, S) bool, S > num_cached, True for real tokens; None if all are. Returns it, None if all are real.
+        Raises ValueError if it marks cached tokens otherwise than they came.
+        """
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if num_cached and not self._agrees(mask, num_cached):
+            raise ValueError(
+                f"attention_mask must mark the {num_cached} cached tokens as when they came, got other values: a "
+                "DynamicMaskCache has dropped keys since; use a DynamicCache to hide or show cached tokens"
+            )
+        self.mask = None if mask is None else mask[:, : int((~mask).any(0).nonzero()[-1]) + 1].clone()
+        return mask
+
+    def _agrees(self, mask: torch.Tensor | None, num_cached: int) -> bool:
+        if mask is None:
+            return self.mask is None or bool(self.mask[:, :num_cached].all())
+        if self.mask is None:
+            return bool(mask[:, :num_cached].all())
+        seen = self.mask[:, :num_cached].to(mask.device)
+        width = seen.shape[1]
+        return torch.equal(seen, mask[:, :width]) and bool(mask[:, width:num_cached].all())
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies to the mask what is done to the rows of the cache."""
+        if self.mask is not None:
+            self.mask = function(self.mask)

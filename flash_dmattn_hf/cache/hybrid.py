@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
+from flash_dmattn_hf.cache.foreign import linear_states, transform_states
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 
 
@@ -52,22 +53,3 @@ class HybridCacheLayer(DynamicMaskCacheLayer, LinearAttentionLayer):
         if self.record_past:
             LinearAttentionLayer.crop(self, 0)
         DynamicMaskCacheLayer.stop_past_recording(self)
-
-
-def linear_states(layer: LinearAttentionLayer) -> list[torch.Tensor]:
-    """Returns the states of convolutions and recurrences that a layer of transformers holds now."""
-    states = (*layer.conv_states.values(), *layer.recurrent_states.values())
-    return [state for state in states if state is not None]
-
-
-def transform_states(layer: LinearAttentionLayer, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replaces every state; one whose shape and device stay the same keeps its address."""
-    for states in (layer.conv_states, layer.recurrent_states):
-        for index, state in states.items():
-            if state is None:
-                continue
-            new = function(state)
-            if (new.shape, new.device) != (state.shape, state.device):
-                states[index] = new
-            elif new is not state:
-                state.copy_(new)

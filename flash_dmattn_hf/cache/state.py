@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from flash_dmattn_hf.cache.offering import OfferingLayer
+from flash_dmattn_hf.cache.layer import OfferingLayer
 from flash_dmattn_hf.cache.slots import STATE
 
 _NUMBERS = ("num_rows", "cumulative_length")

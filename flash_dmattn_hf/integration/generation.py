@@ -57,8 +57,8 @@ def wrap_prepare_cache(original):
         static = generation_config.cache_implementation == "static"
         if static and not self._supports_default_dynamic_cache():
             raise ValueError(
-                f"cache_implementation must not be 'static' for {type(self).__name__}, which makes a cache of a class of "
-                "its own in its forward and takes no other: leave cache_implementation out"
+                f"cache_implementation must not be 'static' for {type(self).__name__}, which makes a cache of a class "
+                "of its own in its forward and takes no other: leave cache_implementation out"
             )
         with _dynamic(generation_config):
             result = original(self, generation_config, model_kwargs, *args, **kwargs)

@@ -1,7 +1,7 @@
 """A CUDA graph without a GPU: the operators of a forward are written down once and run again on the same tensors.
 
-What the host decides while they are written down, and every number that it computes, is then as it was. An operator that
-would make the host wait for the GPU cannot be written down.
+What the host decides while they are written down, and every number that it computes, stays as it was. An operator that
+makes the host wait for the GPU cannot be written down.
 """
 
 from contextlib import contextmanager
