@@ -59,10 +59,11 @@ class DynamicMaskCache(DynamicCache):
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns what a step reads and writes: slots, states of transformers' own, the number of tokens."""
-        states = [state for layer in self.mask_layers for state in layer.slots]
+        states = [] if self._count is None else [self._count]
         for layer in self.layers:
+            states += layer.slots if isinstance(layer, OfferingLayer) else []
             states += linear_states(layer) if isinstance(layer, LinearAttentionLayer) else []
-        return states if self._count is None else [*states, self._count]
+        return states
 
     def addresses(self) -> tuple[int, ...]:
         """Where these tensors are."""

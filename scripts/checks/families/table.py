@@ -27,6 +27,7 @@ name. No dropout is on.
 | backward | the gradients of a mask written out in full, for all weights |
 | generate | the logits of generation with the constant-size cache are those without a cache |
 | reload | a saved model comes back with its gates |
+| static | the logits of generation with a static cache are those without one; a model that refuses it may be right |
 
 An outcome is "yes", "no" or "refused", which is an error with a reason. "as eager" means that eager attention does not
 do it either, such as recurrent layers that mix packed documents. "no positions" means that the model takes no
