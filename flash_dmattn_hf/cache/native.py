@@ -38,6 +38,19 @@ class NativeCacheLayer(OfferingLayer):
     def _start_of_chunk(self, positions: torch.Tensor) -> torch.Tensor:
         return positions - positions % self.windows.keep_window_size
 
+    def go_on_from(self, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> None:
+        """Holds, empty so far, what it would hold after a text of which the last tokens, all that it needs, are given.
+
+        key: (B, Hkv, r, D), value: (B, Hkv, r, Dv). mask: (B, N) bool of the whole text, True for real tokens.
+        """
+        self._make_room(key, value)
+        self.num_rows = mask.shape[1] - key.shape[2]
+        self.lengths += mask[:, : self.num_rows].sum(1, keepdim=True, dtype=torch.int32)
+        self.receive(key, value)
+        self._num_new = key.shape[2]
+        self.view(mask[:, self.num_rows :])
+        self.evict()
+
     def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options):
         """As for every layer; the first token of a chunk finds the slots empty."""
         if self.is_chunked:

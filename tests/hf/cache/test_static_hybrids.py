@@ -157,6 +157,19 @@ def test_a_snapshot_goes_on_in_any_batch(kind, tmp_path):
     assert [type(layer) for layer in copy.deepcopy(cache).layers] == KINDS[kind][1]
 
 
+@pytest.mark.parametrize("length", [5, 21])
+@pytest.mark.parametrize("kind", NATIVE)
+def test_a_static_cache_goes_on_from_the_state_of_a_dynamic_one(kind, length):
+    model, (ids, mask) = make_model(kind), prompt(length, 2)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    dynamic, static = DynamicMaskCache(model), DynamicMaskCache(model, static=True)
+    with torch.no_grad():
+        model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=dynamic)
+    static.load_state_dict(dynamic.state_dict())
+    found = greedy(model, ids, mask, past_key_values=static)
+    assert found.tolist() == greedy(model, ids, mask, use_cache=False).tolist()
+
+
 def test_layers_whose_keys_grow_are_refused():
     model = converted("llama", layers=[1])
     with pytest.raises(ValueError, match="in every attention layer, got layer 0, whose keys grow with the text"):
