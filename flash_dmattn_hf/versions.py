@@ -28,6 +28,15 @@ def can_mask_chunks() -> bool:
     return "block_sequence_ids" in inspect.signature(masking_utils.create_chunked_causal_mask).parameters
 
 
+FIRST_MESH = "5.23.0"
+"""The first tested version of transformers that shares a model by tensor parallelism and by FSDP at once."""
+
+
+def can_share_twice(version: str = transformers.__version__) -> bool:
+    """Whether a version of transformers can share a model by tensor parallelism and by FSDP at once."""
+    return Version(version).release >= Version(FIRST_MESH).release
+
+
 def is_covered(version: str) -> bool:
     """Whether a version of transformers lies between the oldest and the newest tested one, patches of that included."""
     oldest, newest = Version(TESTED[0]), Version(TESTED[-1])

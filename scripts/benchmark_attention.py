@@ -41,14 +41,15 @@ def main() -> None:
     parser.add_argument("--forward-only", action="store_true", help="time no backward")
     parser.add_argument("--deterministic", action="store_true", help="sums of our gradients in a fixed order")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: only to see that it works")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--png", help="draw time and peak memory against the sequence length")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed")
 
-    where = environment("cuda")
+    where = environment(arguments.device)
     print(header(where))
     print({name: value for name, value in vars(arguments).items() if name not in ("json", "png")})
     print(
@@ -60,7 +61,8 @@ def main() -> None:
     try:
         for seqlen in arguments.seqlens:
             rows += measure_length(arguments, seqlen)
-            torch.cuda.empty_cache()
+            if arguments.device == "cuda":
+                torch.cuda.empty_cache()
     finally:  # what was measured before an interruption is kept
         if arguments.json:
             save_json(arguments.json, {"environment": where, "settings": settings, "rows": rows})
@@ -86,11 +88,12 @@ def measure_length(arguments, seqlen: int) -> list[dict]:
 
 
 def make_inputs(arguments, seqlen: int, distribution: str) -> list[torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(arguments.seed)
+    device = arguments.device
+    generator = torch.Generator(device).manual_seed(arguments.seed)
     shape = (arguments.batch, seqlen)
 
     def rand(*sizes):
-        return torch.randn(*sizes, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(*sizes, generator=generator, device=device, dtype=torch.bfloat16)
 
     query = rand(*shape, arguments.num_heads, arguments.head_dim)
     key = rand(*shape, arguments.num_kv_heads, arguments.head_dim)
@@ -99,10 +102,10 @@ def make_inputs(arguments, seqlen: int, distribution: str) -> list[torch.Tensor]
     if distribution == "ar1":
         importance = torch.nn.functional.conv1d(
             torch.nn.functional.pad(importance.flatten(0, 1)[:, None], (63, 0)),
-            (0.95 ** torch.arange(64, device="cuda").flip(0))[None, None],
+            (0.95 ** torch.arange(64, device=device).flip(0))[None, None],
         ).view_as(importance)
     elif distribution == "drift":
-        importance += torch.arange(seqlen, device="cuda") / 500
+        importance += torch.arange(seqlen, device=device) / 500
     elif distribution == "constant":
         importance.zero_()
     return [tensor.requires_grad_() for tensor in (query, key, value, importance)]
@@ -114,13 +117,14 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
         "keep_window_size": arguments.keep_window_size,
         "local_window_size": arguments.local_window_size,
     }
-    dout = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=inputs[0].dtype, device="cuda")
+    is_on_gpu = arguments.device == "cuda"
+    dout = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=inputs[0].dtype, device=arguments.device)
     context = contextlib.nullcontext()
     wanted = inputs
     visible = min(arguments.keep_window_size, seqlen)
     pairs = visible * (visible + 1) / 2 + (seqlen - visible) * visible
     if engine in DENSE:
-        context = sdpa_kernel(DENSE[engine])
+        context = sdpa_kernel(DENSE[engine]) if is_on_gpu else context
         wanted = inputs[:3]
         pairs = seqlen * (seqlen + 1) / 2
 
@@ -145,18 +149,13 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
     rows = []
 
     def row(work: str, function, useful: float | None) -> None:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
         rows.append({"engine": engine, "work": work})
         try:
-            function()
+            peak = peak_mib(function) if is_on_gpu else None
         except torch.cuda.OutOfMemoryError:
             rows[-1]["failed"] = "out of memory"
             return
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        milliseconds = median_milliseconds(function, "cuda", runs=arguments.runs, warmup=2)
+        milliseconds = median_milliseconds(function, arguments.device, runs=arguments.runs, warmup=2)
         rate = None if useful is None else useful / milliseconds / 1e9
         rows[-1] |= {"milliseconds": milliseconds, "useful_tflops": rate, "peak_mib": peak}
 
@@ -170,6 +169,7 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
             row("both", lambda: torch.autograd.grad(forward(), wanted, dout), 3.5 * flop)
         if engine not in (*DENSE, "flex"):
             row("selection", lambda: flash_dmattn.select_visible(inputs[3], **options), None)
+        if engine not in (*DENSE, "flex") and is_on_gpu:
             with torch.no_grad():
                 milliseconds = kernel_milliseconds(forward)
             rate = flop / milliseconds / 1e9
@@ -207,6 +207,16 @@ def make_flex(inputs: list[torch.Tensor], options: dict):
         ).transpose(1, 2)
 
     return forward
+
+
+def peak_mib(function) -> float:
+    """Returns the peak of memory in one call, above what there was before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def kernel_milliseconds(forward, runs: int = 5) -> float:

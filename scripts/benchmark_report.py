@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -61,6 +62,12 @@ def median_milliseconds(function: Callable[[], object], device: str, runs: int =
         function()
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
+
+
+def gpu_name(device: str) -> str:
+    """Returns what result files call a device: h200 for "NVIDIA H200", cpu for what is no NVIDIA GPU."""
+    model = re.search(r"\b[A-Z]*\d\d+\w*", device)
+    return model[0].lower() if device.startswith("NVIDIA") and model else "cpu"
 
 
 def save_json(path: str | Path, content: dict) -> None:

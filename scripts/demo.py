@@ -14,6 +14,7 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from flash_dmattn_hf.conversion.variants import dense
 from flash_dmattn_hf.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTANCE = ROOT / "examples" / "importance_smollm2_135m"  # trained by `flash-dmattn distill --stages importance`
 HELD_OUT_EVERY = 3  # every third file of the library is held out
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
@@ -39,6 +41,7 @@ class Amounts:
     """How much of everything. window: w of the conversion. windows, context, stretches: of the perplexity table.
     Tokens: `equality_stretches` of w, `calibration_tokens`, `new_tokens` to generate after a prompt of `context`,
     `train_steps` of `train_length`, `eval_pieces` of the same length. cache_context: longest context of the picture.
+    samples: pass keys that are asked for at each depth.
     """
 
     window: int
@@ -52,6 +55,7 @@ class Amounts:
     train_steps: int
     eval_pieces: int
     cache_context: int
+    samples: int
 
 
 FULL = Amounts(
@@ -66,6 +70,7 @@ FULL = Amounts(
     train_steps=8,
     eval_pieces=3,
     cache_context=4096,
+    samples=1,
 )
 QUICK = Amounts(
     window=128,
@@ -79,6 +84,7 @@ QUICK = Amounts(
     train_steps=4,
     eval_pieces=4,
     cache_context=1024,
+    samples=1,
 )
 LONG = Amounts(
     window=1024,
@@ -92,6 +98,7 @@ LONG = Amounts(
     train_steps=8,
     eval_pieces=4,
     cache_context=8192,
+    samples=4,
 )
 
 
@@ -264,9 +271,38 @@ def reload_in_new_process(model: PreTrainedModel, folder: Path, tokens: torch.Te
     return (reloaded - logits_of(model, tokens).float().cpu()).abs().max().item()
 
 
-def run(model_name: str, output: Path, amounts: Amounts, device: str, dtype: str) -> tuple[dict, Claims]:
+def measure_trained(
+    output: Path, text: Path, amounts: Amounts, device: str, dtype: str, claims: Claims
+) -> list[dict[str, Any]]:
+    """Gives the dense model the importance of `IMPORTANCE` and returns the rows of the recall suite."""
+    options = ["--dtype", dtype, "--device", device]
+    command("convert", output / "dense", output / "with_importance", "--importance", IMPORTANCE, *options)
+    evaluation = {
+        "--suite": "recall",
+        "--text": text,
+        "--contexts": amounts.context,
+        "--windows": amounts.window,
+        "--stretches": amounts.stretches,
+        "--tasks": "pass_key",
+        "--samples": amounts.samples,
+        "--device": device,
+        "--json": output / "recall.json",
+    }
+    command("eval", output / "with_importance", *(part for option in evaluation.items() for part in option))
+    shutil.rmtree(output / "with_importance")
+    rows = json.loads((output / "recall.json").read_text())["rows"]
+    window, ours = (next(row for row in rows if row["kind"] == kind) for kind in ("sinks + window", "importance"))
+    claim = "trained importance: KLD to dense, as a share of that of sinks + window"
+    claims.at_most(claim, ours["kld"] / window["kld"], 1)
+    return rows
+
+
+def run(
+    model_name: str, output: Path, amounts: Amounts, device: str, dtype: str, *, has_importance: bool
+) -> tuple[dict, Claims]:
     """Goes the whole way and returns the results and the claims.
 
+    has_importance: whether `IMPORTANCE` is of this model.
     dtype: of the checkpoints, and so of perplexity and generation; what is claimed to be equal to the dense model is
         compared in float32 and float64.
     """
@@ -318,6 +354,9 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str, dtype: str
     command("eval", output / "converted", *(part for option in evaluation.items() for part in option))
     step("perplexity")
 
+    trained = measure_trained(output, texts["held_out"], amounts, device, dtype, claims) if has_importance else None
+    step("trained importance")
+
     model = load(output / "converted", device, dtype)
     held_out = read(tokenizer, texts["held_out"], amounts.cache_context)
     generated = generate(model, tokenizer, held_out[: amounts.context], amounts.new_tokens)
@@ -353,6 +392,7 @@ def run(model_name: str, output: Path, amounts: Amounts, device: str, dtype: str
         "claims": claims.entries,
         "uncalibrated_difference_float32": in_float32,
         "perplexity": {**json.loads((output / "eval.json").read_text()), "model": "converted", "text": "held_out.txt"},
+        "trained_importance": trained,
         "generation": generated,
         "cache_bytes": memory,
         "fine_tuning": tuned,
@@ -416,7 +456,9 @@ def main() -> int:
     (output / "demo").touch()
     torch.manual_seed(0)
     amounts = QUICK if arguments.quick else LONG if arguments.long else FULL
-    results, claims = run(arguments.model or smollm2(), output, amounts, arguments.device, arguments.dtype)
+    name = arguments.model or smollm2()
+    options = {"device": arguments.device, "dtype": arguments.dtype, "has_importance": arguments.model is None}
+    results, claims = run(name, output, amounts, **options)
     save_json(output / "results.json", results)
     draw(results, output / "demo.png")
     report = table(results)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmark_report import header
+from flash_dmattn_hf.evaluation.report import tables
 
 
 def table(results: dict) -> str:
@@ -19,6 +20,9 @@ def table(results: dict) -> str:
     for window in amounts["windows"]:
         plain, ours = (values[f"{kind}, w = {window}"] for kind in ("sinks + window", "importance"))
         lines.append(f"  {window:>6} {plain:>16.3f} {ours:>12.3f} {values['dense']:>8.3f}")
+    if results["trained_importance"]:
+        lines += ["", f"trained importance, at a context of {amounts['context']}, on rows beyond w"]
+        lines += [f"  {line}" for line in tables(results["trained_importance"]).splitlines()]
     memory, generated = results["cache_bytes"], results["generation"]
     lines += ["", f"cache, MiB{'context':>12} {'dense':>8} {'ours':>8}"]
     for context, dense, ours in zip(memory["contexts"], memory["dense"], memory["flash_dmattn"], strict=True):

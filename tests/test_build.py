@@ -418,16 +418,38 @@ def test_the_package_and_its_sources_agree_on_the_version():
 @pytest.mark.parametrize(
     ("mirror", "header", "struct"),
     [
-        (selection._Parameters, "selection.h", "flash_dmattn_select_params"),
-        (lists._Parameters, "lists.h", "flash_dmattn_lists_params"),
+        (selection.SelectParameters, "selection.h", "flash_dmattn_select_params"),
+        (lists.ListsParameters, "lists.h", "flash_dmattn_lists_params"),
         (parameters.ForwardParameters, "params.h", "flash_dmattn_forward_params"),
         (parameters.Sm90BackwardParameters, "params.h", "flash_dmattn_sm90_backward_params"),
         (parameters.Sm80BackwardParameters, "params.h", "flash_dmattn_sm80_backward_params"),
+        (parameters.ForwardPlanParameters, "passes.h", "flash_dmattn_forward_plan"),
+        (parameters.BackwardPlanParameters, "passes.h", "flash_dmattn_backward_plan"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_parameters_are_laid_out_as_the_header_says(mirror, header, struct):
-    types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+    assert list(mirror._fields_) == fields_of(header, struct)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_addresses_are_packed_in_the_order_of_the_header(kind):
+    packed = {"forward": parameters.FORWARD_TENSORS, "backward": parameters.BACKWARD_TENSORS}[kind]
+    assert fields_of("passes.h", f"flash_dmattn_{kind}_tensors") == [(name, ctypes.c_void_p) for name in packed]
+
+
+def fields_of(header: str, struct: str) -> list[tuple[str, type]]:
+    """Returns the fields that a header gives a struct, as ctypes names them."""
+    types = {
+        "int32_t": ctypes.c_int32,
+        "int64_t": ctypes.c_int64,
+        "float": ctypes.c_float,
+        "flash_dmattn_select_params": selection.SelectParameters,
+        "flash_dmattn_lists_params": lists.ListsParameters,
+        "flash_dmattn_forward_params": parameters.ForwardParameters,
+        "flash_dmattn_sm90_backward_params": parameters.Sm90BackwardParameters,
+        "flash_dmattn_sm80_backward_params": parameters.Sm80BackwardParameters,
+    }
     text = re.sub(r"//.*", "", (SOURCES / header).read_text())
     (body,) = re.findall(rf"struct {struct} \{{(.*?)\}};", text, re.DOTALL)
     expected = []
@@ -437,7 +459,7 @@ def test_parameters_are_laid_out_as_the_header_says(mirror, header, struct):
             star, name, count = re.fullmatch(r"\s*(\*?)\s*(\w+)(?:\[(\d)\])?", declarator).groups()
             field = ctypes.c_void_p if star else types[kind]
             expected.append((name, field * int(count) if count else field))
-    assert list(mirror._fields_) == expected
+    return expected
 
 
 def shared_library(folder: Path, code: str) -> Path:
@@ -504,7 +526,9 @@ def test_a_real_library_is_compiled_and_loads_and_says_what_it_lacks(tmp_path, m
     except MissingTool as error:
         pytest.skip(str(error))
     sources = tmp_path / "csrc"
-    shutil.copytree(SOURCES, sources, ignore=shutil.ignore_patterns("selection.cu", "lists.cu", "instance.cu"))
+    shutil.copytree(
+        SOURCES, sources, ignore=shutil.ignore_patterns("selection.cu", "lists.cu", "passes.cu", "instance.cu")
+    )
     settings = Settings(architectures=("80", "90"), **ONE_VARIANT)
     build = build_library(settings, toolkit, tmp_path / "out", sources)
     loaded = library._open(build.library)

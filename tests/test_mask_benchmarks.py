@@ -1,4 +1,4 @@
-"""The benchmarks of masks, gradients and recall run on a CPU, small, and write what they say they write."""
+"""The benchmarks of masks, gradients, host time and recall run on a CPU, small, and write what they say they write."""
 
 import json
 import math
@@ -44,6 +44,18 @@ def test_forward_performance(tmp_path):
     assert {row["engine"] for row in figures["rows"]} == {"sdpa", "flex", "intervals", "create_mask"}
     assert all(row["milliseconds"] > 0 for row in figures["rows"])
     assert {row["mask"] for row in figures["rows"]} == {"random", "blocks", "topk", "key", "full"}
+
+
+def test_host_time(tmp_path):
+    shape = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", "16", "--keep-window-size", "32"]
+    run_options = ["--device", "cpu", "--seqlens", "32", "64", "--calls", "1"]
+    figures, _ = run("benchmark_host_time.py", tmp_path, *run_options, *shape)
+    works = {"forward", "both", "decode"}
+    assert {(row["engine"], row["work"]) for row in figures["rows"]} == {
+        *((engine, work) for engine in ("flash_dmattn", "cudnn") for work in works),
+        ("flash_dmattn", "long way"),
+    }
+    assert all(row["host_microseconds"] > 0 and row["milliseconds"] > 0 for row in figures["rows"])
 
 
 def test_recall(tmp_path):

@@ -13,7 +13,7 @@ DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"
 NAMES = {
     "flash_dmattn": """
         CUDA_AVAILABLE FLEX_AVAILABLE TRITON_AVAILABLE NEVER Visibility
-        dynamic_mask_attention explain_backends get_available_backends interval_attention select_visible
+        dynamic_mask_attention explain_backends find_blocks get_available_backends interval_attention select_visible
         flash_dmattn_func flash_dmattn_func_auto flash_dmattn_kvpacked_func flash_dmattn_qkvpacked_func
         flash_dmattn_varlen_func flash_dmattn_varlen_kvpacked_func flash_dmattn_varlen_qkvpacked_func
         flex_dmattn_func triton_dmattn_func

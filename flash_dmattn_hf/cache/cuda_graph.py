@@ -73,7 +73,7 @@ class CapturedForward:
         self._inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         graph = torch.cuda.CUDAGraph()
         try:
-            with _capturing(graph, cache.mask_layers[0].keys.device):
+            with capturing(graph, cache.mask_layers[0].keys.device):
                 self._output = self.model(**tree_unflatten(self._inputs, spec), **{name: cache})
         except torch.OutOfMemoryError:
             raise
@@ -87,20 +87,25 @@ class CapturedForward:
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+def capturing(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
     """Captures what runs on `device`, whichever is current; what a capture that fails leaves behind is put right.
+
+    pool: memory that several graphs share. stream: of the capture. None: one of its own, for both.
 
     torch then stays on the stream of the capture, takes memory for its pool, and keeps the generator of random numbers
     waiting for its end, so that every later random number would raise.
     """
     with torch.cuda.device(device):
-        stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
-        options = {"pool": pool, "stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+        before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle() if pool is None else pool
+        stream = torch.cuda.Stream() if stream is None else stream
+        options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.graph(graph, **options):
                 yield
         except RuntimeError:
-            torch.cuda.set_stream(stream)
+            torch.cuda.set_stream(before)
             with suppress(RuntimeError):  # the pool is no longer filled
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flash_dmattn import NEVER, Visibility, interval_attention, select_visible
+from flash_dmattn import NEVER, Blocks, Visibility, interval_attention, select_visible
+from flash_dmattn.blocks import check_size
+from flash_dmattn.calls import Slots
 from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
 from flash_dmattn.slots import refresh_victims
 from flash_dmattn_hf.cache.slots import SlotLayer
 from flash_dmattn_hf.cache.tail import ROWS, Tail
+from flash_dmattn_hf.config import Windows
 
 
 class CacheView(NamedTuple):
@@ -21,6 +24,7 @@ class CacheView(NamedTuple):
     importance: (B, Hc, n) float32 or float64, as computed when the key was written.
     visibility: birth and death, int32 (B, Hc, n), as positions.
     query_positions: (B, T) int32, positions of the new tokens, -1 for padding.
+    num_later: how many keys that come after it one of the new tokens sees at most, in a bidirectional block.
     """
 
     key: torch.Tensor
@@ -28,11 +32,13 @@ class CacheView(NamedTuple):
     importance: torch.Tensor
     visibility: Visibility
     query_positions: torch.Tensor
+    num_later: int = 0
 
     def attend(self, query: torch.Tensor, max_visible: int, **options: Any) -> Any:
         """Attends to these keys. Returns out (B, T, H, Dv), or out and lse.
 
-        query: (B, T, H, D), of the last T of the new tokens. max_visible: keys that one of them sees at most.
+        query: (B, T, H, D), of the last T of the new tokens. max_visible: keys of its past that one of them sees at
+        most, its own included.
         options: of `interval_attention`.
         """
         return interval_attention(
@@ -42,10 +48,24 @@ class CacheView(NamedTuple):
             self.importance,
             self.visibility,
             query_positions=self.query_positions[:, -query.shape[1] :],
-            max_visible=max_visible,
+            max_visible=max_visible + self.num_later,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **options,
         )
+
+
+def view_of_slots(slots: Slots, windows: Windows, padding_mask: torch.Tensor | None) -> CacheView:
+    """Returns what the tokens of the last step see.
+
+    slots: after the step, of a layer with these windows. padding_mask: (B, 1) bool, True for real tokens, or None. The
+    slots are shown as they are now: the next step changes them, when every layer that shares them has attended.
+    """
+    birth = torch.where(slots.positions < 0, NEVER, slots.positions)
+    death = end_of_window(slots.positions, windows.sliding_window)
+    now = slots.lengths[:, :1] - 1
+    if padding_mask is not None:
+        now = torch.where(padding_mask, now, -1)
+    return CacheView(slots.keys, slots.values, slots.importance, Visibility(birth, death), now)
 
 
 class EvictingLayer(SlotLayer):
@@ -59,37 +79,32 @@ class EvictingLayer(SlotLayer):
 
     record_past = False
 
-    def view(self, padding_mask: torch.Tensor | None = None) -> CacheView:
+    def view(self, padding_mask: torch.Tensor | None = None, blocks: Blocks | None = None) -> CacheView:
         """Gives the new tokens their positions and says which keys each of them sees.
 
         padding_mask: (B, T) bool, True for real tokens, or None when all are real.
-        Raises ValueError for another shape.
+        blocks: bidirectional blocks of the new tokens, start (B, T) by their places among these, or None.
+        Raises ValueError for another shape, and for a block that does not fit into the windows.
         """
         padding_mask = self._checked(padding_mask)
+        if blocks is not None:
+            w, _, r, sliding_window = self.windows
+            check_size(blocks.size, self.num_keys + self._num_new, w, r, sliding_window)
         query_positions = self._next_positions(padding_mask)
         num_kept = self.num_kept
         key, value, importance = self._new
         self._tail.append(key, value, comparable(importance), query_positions)
         self._count_rows(padding_mask)
         key, value, importance, positions = self._tail.behind(self.slots, num_kept)
-        return CacheView(key, value, importance, self._visibility(importance, positions), query_positions)
+        if blocks is not None:
+            blocks = _by_position(blocks, query_positions, positions.shape[2])
+        visibility = self._visibility(importance, positions, blocks)
+        num_later = 0 if blocks is None else blocks.size - 1
+        return CacheView(key, value, importance, visibility, query_positions, num_later)
 
-    def _visibility(self, importance: torch.Tensor, positions: torch.Tensor) -> Visibility:
-        """Says who sees the keys of slots and tail, both (B, Hc, n); positions are -1 for those of nobody."""
-        return select_visible(importance, positions=positions, **self.windows._asdict())
-
-    def view_after_step(self, padding_mask: torch.Tensor | None = None) -> CacheView:
-        """Returns what the token of the last step sees of the slots, as they are until the next step changes them.
-
-        padding_mask: (B, 1) bool, True for real tokens, or None.
-        """
-        slots = self.slots
-        birth = torch.where(slots.positions < 0, NEVER, slots.positions)
-        now = slots.lengths[:, :1] - 1
-        if padding_mask is not None:
-            now = torch.where(padding_mask, now, -1)
-        visibility = Visibility(birth, end_of_window(slots.positions, self.windows.sliding_window))
-        return CacheView(slots.keys, slots.values, slots.importance, visibility, now)
+    def _visibility(self, importance: torch.Tensor, positions: torch.Tensor, blocks: Blocks | None) -> Visibility:
+        """Says who sees the keys of slots and tail: (B, Hc, n), positions -1 for keys of nobody; blocks by position."""
+        return select_visible(importance, positions=positions, blocks=blocks, **self.windows._asdict())
 
     def _next_positions(self, padding_mask: torch.Tensor | None) -> torch.Tensor:
         batch = self.lengths.shape[0]
@@ -153,6 +168,16 @@ def end_of_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
     if window is None:
         return torch.full_like(positions, NEVER)
     return torch.where(positions > NEVER - window, NEVER, positions + window)
+
+
+def _by_position(blocks: Blocks, query_positions: torch.Tensor, num_keys: int) -> Blocks:
+    """Returns the blocks of new tokens, whose positions are (B, T), as those of all keys, of which they are the last.
+
+    What came before has been born.
+    """
+    first = query_positions.gather(1, blocks.start.long())
+    before = first.new_full((first.shape[0], num_keys - first.shape[1]), NEVER)
+    return blocks._replace(start=torch.cat([before, first], dim=1))
 
 
 def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ values of every head from them in each forward. With one importance the heads se
 
 import torch
 
+from flash_dmattn import Blocks
 from flash_dmattn_hf.cache.eviction import CacheView
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.gates.importance import importance_of
@@ -46,8 +47,8 @@ class LatentCacheLayer(DynamicMaskCacheLayer):
         self._new = latent, rotated, importance_of(self.gate, value[:, :, -self._num_new :])
         self._expanded = key, value
 
-    def view(self, padding_mask: torch.Tensor | None = None) -> CacheView:
+    def view(self, padding_mask: torch.Tensor | None = None, blocks: Blocks | None = None) -> CacheView:
         """As for other layers; key and value are those of `receive`, importance and visibility (B, 1, n)."""
-        view = super().view(padding_mask)
+        view = super().view(padding_mask, blocks)
         (key, value), self._expanded = self._expanded, None
         return view._replace(key=key, value=value)

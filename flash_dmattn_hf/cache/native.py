@@ -7,7 +7,7 @@ native one keeps the same keys, and its step is the step of every other layer.
 
 import torch
 
-from flash_dmattn import NEVER, Visibility
+from flash_dmattn import NEVER, Blocks, Visibility
 from flash_dmattn_hf.cache.eviction import end_of_window
 from flash_dmattn_hf.cache.layer import OfferingLayer
 from flash_dmattn_hf.config import Windows
@@ -30,10 +30,10 @@ class NativeCacheLayer(OfferingLayer):
     def _importance_of(self, value: torch.Tensor) -> torch.Tensor:
         return torch.zeros(value.shape[:3], dtype=self.importance.dtype, device=value.device)
 
-    def _visibility(self, importance: torch.Tensor, positions: torch.Tensor) -> Visibility:
-        reach = self.windows.keep_window_size
+    def _visibility(self, importance: torch.Tensor, positions: torch.Tensor, blocks: Blocks | None) -> Visibility:
         start = self._start_of_chunk(positions) if self.is_chunked else positions
-        return Visibility(torch.where(positions < 0, NEVER, positions), end_of_window(start, reach))
+        birth, death = torch.where(positions < 0, NEVER, positions), end_of_window(start, self.windows.keep_window_size)
+        return Visibility(birth if blocks is None else blocks.births(birth, death), death)
 
     def _start_of_chunk(self, positions: torch.Tensor) -> torch.Tensor:
         return positions - positions % self.windows.keep_window_size

@@ -1,6 +1,8 @@
 """What several commands share: options, loading, reading text."""
 
 import argparse
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from flash_dmattn_hf.conversion.checkpoint import Source, load_model, load_token
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHUNK = 1 << 18
-"""Characters of a text that are tokenized at once."""
+"""Characters of a piece of text: the tokenizer gets no more in one."""
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, dtype: bool = True) -> None:
@@ -100,21 +102,42 @@ def need_tokenizer(source: Source) -> Tokenizer:
 def read_tokens(tokenizer: Tokenizer, path: Path, max_tokens: int) -> torch.Tensor:
     """Returns the first max_tokens tokens of a UTF-8 text, (N,) int64, without special tokens.
 
-    Reads no more of the file than is needed. Raises ValueError if the file is not UTF-8.
+    Reads little more of the file than is needed. Raises ValueError if the file is not UTF-8.
     """
-    tokens = []
-    with open(path, encoding="utf-8") as stream:
-        for chunk in _chunks(stream, path):
-            tokens += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-            if len(tokens) >= max_tokens:
-                break
-    return torch.tensor(tokens[:max_tokens], dtype=torch.long)
+    return next(read_documents(tokenizer, [path], max_tokens))
 
 
-def _chunks(stream, path: Path):
-    """Pieces of about CHUNK characters that end at the end of a line."""
-    try:
-        while chunk := stream.read(CHUNK):
-            yield chunk + stream.readline()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+def read_documents(tokenizer: Tokenizer, paths: Iterable[Path], max_tokens: int) -> Iterator[torch.Tensor]:
+    """Yields the tokens of each text as `read_tokens` does; the last is the one that has max_tokens, if any has.
+
+    Several pieces of text are tokenized at once, because the tokenizer shares them among the cores.
+    """
+    pieces = _pieces(paths)
+    tokens: list[int] = []
+    for count in chain((1, 2, 4, 8), repeat(16)):  # the beginning of a text is all that some callers need
+        batch = list(islice(pieces, count))
+        texts = [piece for piece in batch if piece is not None]
+        found = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        for piece in batch:
+            if piece is not None:
+                tokens += next(found)
+            is_full = len(tokens) >= max_tokens
+            if piece is None or is_full:
+                yield torch.tensor(tokens[:max_tokens], dtype=torch.long)
+                tokens = []
+            if is_full:
+                return
+        if len(batch) < count:
+            return
+
+
+def _pieces(paths: Iterable[Path]) -> Iterator[str | None]:
+    """Yields each text in pieces of about CHUNK characters that end at the end of a line, and then None."""
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as stream:
+                while chunk := stream.read(CHUNK):
+                    yield chunk + stream.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} must be UTF-8 text: {error}") from error
+        yield None

@@ -34,6 +34,8 @@ dense model predicts: first the importance alone, then all weights or an adapter
 the figures of the model before and after each stage in OUT/distillation. docs/distillation.md explains them.
 """
 DEPTHS = (10, 30, 50, 70, 90)
+IMPORTANCE = "importance"
+"""Directory in OUT with the importance as files of its own, where the backbone is that of MODEL."""
 UNFINISHED = ".unfinished"
 """What is appended to OUT for the directory of a run that is not over."""
 
@@ -122,6 +124,8 @@ def _write(out, model, tokenizer, results, recipe: Recipe, args: argparse.Namesp
     with atomic_directory(out, overwrite=args.overwrite) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        if "all" not in recipe.stages:  # it fits MODEL as it is
+            save_importance(model, directory / IMPORTANCE, base_model=args.model)
         results.write(directory / "distillation", {**facts, "recipe": asdict(recipe)})
     shutil.rmtree(results.folder)
     print(f"wrote {out}")

@@ -64,7 +64,7 @@ def _documents(tokenizer: Tokenizer, item: str, max_tokens: int, column: str, sp
     path = Path(item).expanduser()
     files = [path] if path.is_file() and path.suffix.lower() not in TABLES else sorted(path.rglob("*.txt"))
     if files:
-        documents = (common.read_tokens(tokenizer, file, max_tokens) for file in files)
+        documents = common.read_documents(tokenizer, files, max_tokens)
     else:
         documents = _rows(tokenizer, item, path, column, split)
     return (tokens for tokens in documents if len(tokens))

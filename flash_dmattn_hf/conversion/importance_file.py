@@ -23,6 +23,7 @@ from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.conversion.checkpoint import PICKLES, first_line, read_json
 from flash_dmattn_hf.conversion.convert import ConversionReport, LayerReport, convert_model
 from flash_dmattn_hf.gates.attach import iter_gates, parameter_shapes, plan, refusal, text_config_of
+from flash_dmattn_hf.gates.divided import is_divided
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.gates.importance import Gate, ImportanceGate
 from flash_dmattn_hf.names import GATE_NAME, NAMES, is_ours
@@ -55,11 +56,14 @@ class SavedImportance:
     architecture_sha256: str
 
 
-def save_importance(model: nn.Module, directory: str | Path, *, base_model: str | None = None) -> None:
+def save_importance(
+    model: nn.Module, directory: str | Path, *, base_model: str | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Writes the importance of a converted model, and its settings, into `directory`.
 
     model: a converted model, or anything around one, such as PEFT, whose active copy of the gates is taken.
     base_model: what to call the model that the importance belongs to; None: where it was loaded from.
+    dtype: of the file, such as torch.bfloat16 for half the size; None: that of the parameters.
 
     Raises ValueError for a model without gates, native Doge, and parameters that are sharded or not in memory.
     """
@@ -71,9 +75,9 @@ def save_importance(model: nn.Module, directory: str | Path, *, base_model: str 
     tensors = {}
     for _, _, gate in gates:
         for name, parameter in _parameters_of(gate).items():
-            if parameter.is_meta or isinstance(parameter, DTensor):
+            if parameter.is_meta or is_divided(parameter):
                 raise ValueError(f"{name} of layer {gate.layer_idx} must be in memory as a whole to be saved")
-            tensors[f"layers.{gate.layer_idx}.{name}"] = parameter.detach().cpu().contiguous()
+            tensors[f"layers.{gate.layer_idx}.{name}"] = parameter.detach().to("cpu", dtype).contiguous()
     architecture = _architecture_of(model)
     header = {
         "format": FORMAT,
@@ -102,8 +106,11 @@ def load_importance(model: nn.Module, directory: str | Path) -> nn.Module:
     saved, model_given = read_importance(directory), model
     model = _base_of(model)
     _refuse_native(model)
-    if absent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
-        raise ValueError(f"model must be in memory to take an importance, but {absent} is not: load it without offload")
+    if absent := next((n for n, p in model.named_parameters() if p.is_meta or isinstance(p, DTensor)), None):
+        raise ValueError(
+            f"model must be in memory to take an importance, but {absent} is not as a whole: load it without offload, "
+            "on one rank"
+        )
     _check_architecture(model, saved, directory)
     planned = plan(model, saved.settings)
     if planned.refused or not planned.shapes:
@@ -217,6 +224,11 @@ def _check_same(what: str, found: dict[int, dict[str, tuple]], expected: dict[in
 def _change_settings(model: PreTrainedModel, gates: list[Gate], saved: SavedImportance) -> None:
     """Gives a converted model the settings of a saved importance, if its gates are of that kind."""
     before, settings = gates[0].config, saved.settings
+    if any(is_divided(parameter) for gate in gates for parameter in _parameters_of(gate).values()):
+        raise ValueError(
+            "the gates of a model that is converted already must be whole to take an importance, but several processes "
+            "share them: load it before they do"
+        )
     for field in ("importance_input", "importance_heads"):
         if getattr(before, field) != getattr(settings, field):
             raise ValueError(

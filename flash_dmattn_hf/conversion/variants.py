@@ -1,15 +1,17 @@
 """Temporary changes to a converted model, for comparisons; every one is undone when its block ends."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.gates.attach import iter_gates, text_config_of
-from flash_dmattn_hf.names import NAMES, is_ours
+from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES, is_ours
+from flash_dmattn_hf.parallel.context import active
 
 
 @contextmanager
@@ -64,16 +66,57 @@ def without_importance(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model attends to every key, through transformers' own default implementation."""
+    """Inside the block the model attends to every key, through transformers' own default implementation.
+
+    Where a `context_parallel` block is active already, to those of all ranks, through ours: without gradients.
+    """
     text_config = text_config_of(model)
-    before = text_config._attn_implementation
+    before = _implementations_of(model)
     # some versions of transformers would choose sdpa here, which drops the softcap
     has_softcap = getattr(text_config, "attn_logit_softcapping", None) is not None
-    model.set_attn_implementation("eager" if has_softcap else model.get_correct_attn_implementation(None))
+    if active.slot.content is not None:
+        name = DENSE_ON_RANKS
+    else:
+        name = "eager" if has_softcap else model.get_correct_attn_implementation(None)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        _set_implementations(before)
+
+
+def dense_switch(model: nn.Module) -> Callable[[], AbstractContextManager]:
+    """Returns `dense` of this model for blocks that are entered often: what has to change is found out once."""
+    found: dict[bool, list[tuple[PreTrainedConfig, str]]] = {}
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        is_split = active.slot.content is not None
+        if is_split not in found:
+            with dense(model):
+                found[is_split] = _implementations_of(model)
+        before = [(config, config._attn_implementation) for config, _ in found[is_split]]
+        _set_implementations(found[is_split])
+        try:
+            yield
+        finally:
+            _set_implementations(before)
+
+    return switched
+
+
+def _implementations_of(model: nn.Module) -> list[tuple[PreTrainedConfig, str]]:
+    """Returns every config in a model, those of its parts included, with the attention implementation it names."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in configs:  # which grows: parts of parts
+        parts = [getattr(config, name, None) for name in config.sub_configs]
+        configs += [part for part in parts if part is not None and not any(part is other for other in configs)]
+    return [(config, config._attn_implementation) for config in configs]
+
+
+def _set_implementations(implementations: list[tuple[PreTrainedConfig, str]]) -> None:
+    for config, name in implementations:
+        config._attn_implementation_internal = name  # the public name would set the parts of a config, too
 
 
 def _resize(config: DynamicMaskConfig, window: int, sinks: int | None, local: int | None) -> DynamicMaskConfig:

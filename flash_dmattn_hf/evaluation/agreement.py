@@ -11,8 +11,12 @@ from torch import nn
 
 from flash_dmattn_hf.conversion.variants import dense
 from flash_dmattn_hf.evaluation.final_states import FinalStates, evaluating
-from flash_dmattn_hf.evaluation.perplexity import LOGIT_ROWS, cut
+from flash_dmattn_hf.evaluation.perplexity import cut
+from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.progress import progress_bar
+
+LOGITS = 2**26
+"""Logits of either model that exist at once; with their logarithms and probabilities 2 GB in float32."""
 
 
 class Agreement(NamedTuple):
@@ -43,19 +47,21 @@ def agreement(
     reference_mode: Callable[[], AbstractContextManager] | None = None,
     leading: Sequence[int] = (),
     max_stretches: int | None = None,
-    chunk_size: int = LOGIT_ROWS,
+    chunk_size: int | None = None,
     progress: bool | str | None = None,
 ) -> Agreement:
     """Compares a model with a dense reference on rows `first_row` to `context_length - 2` of each stretch of a text.
 
     Row t sees tokens 0 to t and predicts token t + 1; with first_row = w only rows that a window of w keys can change
-    are compared. Both models run once per stretch; their logits exist for `chunk_size` rows at a time.
+    are compared. Both models run once per stretch, and on one token for every `chunk_size` rows, whose logits exist at
+    a time.
 
     input_ids: (N,) or (1, N) integer token ids, cut into consecutive stretches. What is left over is not used.
     context_length: tokens per forward pass, those of `leading` included. first_row: 0 to context_length - 2.
     reference: a model with the same vocabulary, run with dense attention; None is `model` itself.
     reference_mode: a context manager inside which the reference is run instead, such as one that turns an adapter off.
     leading: special token ids in front of every stretch, as from `leading_tokens`.
+    chunk_size: None is as many rows as make `LOGITS` logits.
     max_stretches: use only so many, spread evenly over the text; None is all that fit.
     progress: label of a progress bar; None draws none.
     Logarithms are taken in float32, in float64 for float64 logits.
@@ -63,6 +69,8 @@ def agreement(
     """
     if not 0 <= first_row <= context_length - 2:
         raise ValueError(f"first_row must be from 0 to context_length - 2 = {context_length - 2}, got {first_row}")
+    if chunk_size is None:
+        chunk_size = max(1, LOGITS // text_config_of(model).vocab_size)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if len(leading) >= context_length:

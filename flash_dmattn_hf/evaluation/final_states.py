@@ -16,7 +16,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def logits_of_rows(model: nn.Module, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ class FinalStates:
     """
 
     def __init__(self, model: nn.Module, input_ids: torch.Tensor) -> None:
-        self._model, self._first = _unwrapped(model), input_ids[:1]
+        self._model, self._first = model, input_ids[:1]
 
         def keep(states: torch.Tensor) -> torch.Tensor:
             self._states = states
@@ -53,8 +54,9 @@ class FinalStates:
 
 def _forward(model: nn.Module, input_ids: torch.Tensor, change: Callable) -> torch.Tensor:
     """Returns the logits of a forward pass whose output layer gets `change` of its input (1, N, hidden size)."""
-    model, calls = _unwrapped(model), []
-    head = model.get_output_embeddings()
+    # A PeftModel's layers are inside the model that it wraps; FSDP2 needs the forward of the whole.
+    inner, calls = model.get_base_model() if hasattr(model, "get_base_model") else model, []
+    head = inner.get_output_embeddings()
     if head is None:
         raise ValueError(f"model must have an output layer, got {type(model).__name__}")
 
@@ -68,7 +70,7 @@ def _forward(model: nn.Module, input_ids: torch.Tensor, change: Callable) -> tor
         calls.append(module)
         return (change(states), *arguments[1:])
 
-    device = model.get_input_embeddings().weight.device
+    device = inner.get_input_embeddings().weight.device
     handle = head.register_forward_pre_hook(replace)
     try:
         with torch.no_grad():
@@ -78,8 +80,3 @@ def _forward(model: nn.Module, input_ids: torch.Tensor, change: Callable) -> tor
     if not calls:
         raise ValueError(f"model must call its output layer, which {type(model).__name__} does not")
     return logits
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """A PeftModel's layers are inside the model that it wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,7 +14,7 @@ from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
 from flash_dmattn_hf.gates.hidden_states import offer_hidden_states, stop_offering
 from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
-from flash_dmattn_hf.names import GATE_NAME
+from flash_dmattn_hf.names import GATE_NAME, NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -76,23 +76,31 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
 def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
     """Gives every attention module of a plan for this model a gate; existing gates stay.
 
-    Raises ValueError if no module qualifies, one that must have dynamic masks cannot, or a layer does not exist.
+    Raises ValueError if no module qualifies, one that must have dynamic masks cannot, a layer does not exist, or if
+    tensor parallelism has split the model already.
     """
     _check_layers(model, planned.config)
     if planned.refused or not planned.shapes:
         raise ValueError(refusal(model, planned))
-    num_new = 0
-    for name, shape in planned.shapes.items():
-        module = model.get_submodule(name)
-        if get_gate(module) is None:
-            _install(module, shape, planned.config)
-            num_new += 1
-    if num_new and not planned.config.add_importance_bias:
+    lacking = [name for name in planned.shapes if get_gate(model.get_submodule(name)) is None]
+    if lacking and (num_ranks := tensor_parallel_size(model)) > 1:
+        raise ValueError(
+            f"{type(model).__name__} is split over {num_ranks} ranks already, which leaves its gates out: load it with "
+            f'attn_implementation="{NAMES[0]}"'
+        )
+    for name in lacking:
+        _install(model.get_submodule(name), planned.shapes[name], planned.config)
+    if lacking and not planned.config.add_importance_bias:
         freeze_unused(model)
         logger.warning(
             "add_importance_bias=False: the importance is frozen; only flash_dmattn_hf.soft_selection can train it"
         )
     return AttachReport(list(planned.shapes), planned.skipped)
+
+
+def tensor_parallel_size(model: nn.Module) -> int:
+    """Returns over how many ranks tensor parallelism has split the layers of a model; 1 before it is split."""
+    return getattr(model, "_tp_size", None) or 1
 
 
 def _check_layers(model: nn.Module, config: DynamicMaskConfig) -> None:

@@ -72,6 +72,18 @@ def is_native_doge(module: nn.Module) -> bool:
     return cls.__name__ == "DogeAttention" and cls.__module__.startswith("transformers.")
 
 
+def is_causal(module: nn.Module) -> bool:
+    """True for attention that calls itself causal, or that leaves it to the mask of its model, which is looked at.
+
+    The latter is the text of PaliGemma: its prefix is bidirectional, its suffix causal. In the files of such models the
+    setting does nothing else.
+    """
+    if getattr(module, "is_causal", None) is True:
+        return True
+    setting = "use_bidirectional_attention"
+    return getattr(module.config, setting, None) is True and _module_source(type(module)).count(setting) == 1
+
+
 def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> Verdict:
     """Says what happens to an attention module of the text model with this config, under these settings."""
     name = type(module).__name__
@@ -81,7 +93,7 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
         return Verdict("refuse", f"{name} has no config to read its shape from")
     if reason := _unsupported_feature(module):
         return Verdict("refuse", f"{name} {reason}")
-    if not is_native_doge(module) and getattr(module, "is_causal", None) is not True:
+    if not is_native_doge(module) and not is_causal(module):
         return Verdict("refuse", f"{name} is not causal: only causal self-attention has dynamic masks")
     if getattr(module, "layer_idx", None) is None:
         return Verdict("refuse", f"{name} has no layer_idx, so no cache can know its layer")

@@ -100,6 +100,8 @@ class Gate:
     is_latent: whether a cache is given latents, of which the layer makes keys and values afterwards (MLA).
     was_called: whether the attention function has ever been called for this layer.
     soft_selections: those active, the innermost last (`gates.soft_selection`); copies and pickles have none.
+    is_on_ranks: whether several ranks load the layer's model together. Where they split the layer by head, the numbers
+        of heads are those of this rank.
     """
 
     model_config: Any = None
@@ -111,6 +113,7 @@ class Gate:
     sliding_window: int | None
     is_latent = False
     was_called = False
+    is_on_ranks = False
     soft_selections: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,18 +206,22 @@ class ImportanceGate(Gate, nn.Module):
 
         source: values (B, Hkv, S, D), or for importance_input="hidden" the hidden states (B, 1, S, hidden size).
         """
-        expected = self.source_shape
-        if source.dim() != 4 or (source.shape[1], source.shape[3]) != expected:
-            raise ValueError(
-                f"{self.config.importance_input} of layer {self.layer_idx} must have shape "
-                f"(B, {expected[0]}, S, {expected[1]}), got {tuple(source.shape)}; tensor parallelism is not supported"
-            )
+        self.check_source(source)
         form, projection = FORMS[self.config.importance], self.dt_proj
         parameters = (projection.weight, projection.bias, self.A)
         is_step = source.shape[2] == 1 and not self.training  # the fused kernel computes in float64, training does not
         if is_step and form.is_fused and _is_plain(projection) and can_fuse(source, *parameters):
             return token_importance(source, *parameters, form.max_exponent)
         return compute_importance(source, projection, self.A, self.config.importance, exact=not self.training)
+
+    def check_source(self, source: torch.Tensor) -> None:
+        """Raises ValueError unless a source has the shape that `forward` says."""
+        expected = self.source_shape
+        if source.dim() != 4 or (source.shape[1], source.shape[3]) != expected:
+            raise ValueError(
+                f"{self.config.importance_input} of layer {self.layer_idx} must have shape "
+                f"(B, {expected[0]}, S, {expected[1]}), got {tuple(source.shape)}"
+            )
 
     def initialize(self) -> None:
         """Initialises the parameters that no checkpoint has given: A as configured, dt_proj.weight randomly.

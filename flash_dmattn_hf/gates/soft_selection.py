@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.divided import is_divided
 from flash_dmattn_hf.gates.importance import Gate, ImportanceGate
 from flash_dmattn_hf.names import NAMES, is_ours
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
-_GRADIENT_REDUCERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+_GRADIENT_REDUCERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 _lock = threading.Lock()
 _is_suspended = ThreadSlot()
 
@@ -88,7 +89,7 @@ class SoftSelection:
                 gate.get_parameter(name).requires_grad_(True)
             for gate in gates:
                 gate.soft_selections = (*gate.soft_selections, self)
-            watched = next((entry for entry in thawed if not entry[0].get_parameter(entry[1]).is_meta), None)
+            watched = next((entry for entry in thawed if _can_be_watched(entry[0].get_parameter(entry[1]))), None)
             self._witness = None if watched is None else _Witness(*watched)
         return self
 
@@ -110,6 +111,10 @@ class SoftSelection:
                 stacklevel=2,
             )
         self._witness = None
+
+
+def _can_be_watched(parameter: torch.Tensor) -> bool:
+    return not (parameter.is_meta or is_divided(parameter))
 
 
 class _Witness:
@@ -184,9 +189,13 @@ def _frozen(gate: Gate) -> list[str]:
 
 
 def _refuse_parallel(model: nn.Module, thawed: list[tuple[ImportanceGate, str]]) -> None:
-    is_sharded = any(isinstance(gate.get_parameter(name), DTensor) for gate, name in thawed)
-    if thawed and (is_sharded or any(type(module).__name__ in _GRADIENT_REDUCERS for module in model.modules())):
+    if thawed and any(map(_reduces_gradients, model.modules())):
         raise ValueError(
             f"{type(model).__name__} has a frozen importance (add_importance_bias=False), whose gradients its "
             "processes would not share: enter soft_selection before the model is wrapped for several processes"
         )
+
+
+def _reduces_gradients(module: nn.Module) -> bool:
+    """Whether a module is a wrapper that decided when it was made which gradients its processes share."""
+    return isinstance(module, FSDPModule) or type(module).__name__ in _GRADIENT_REDUCERS

@@ -7,11 +7,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from flash_dmattn import dynamic_mask_attention
+from flash_dmattn_hf.cache.eviction import view_of_slots
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.eligibility import chunk_size_of, sliding_window_of
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
+from flash_dmattn_hf.integration.blocks import is_marked, last_blocks, read_blocks
 from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
@@ -58,6 +60,11 @@ def dynamic_mask_attention_forward(
 
     Returns out (B, T, H, Dv) and None. Raises ValueError for anything that would otherwise be ignored.
     """
+    if active.slot.content is not None and torch.compiler.is_compiling():
+        return _attend_uncompiled(
+            module, query, key, value, attention_mask, scaling, dropout, softcap, sliding_window, cu_seq_lens_q,
+            cu_seq_lens_k, s_aux, **kwargs,
+        )  # fmt: skip
     gate = get_gate(module)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
@@ -71,17 +78,20 @@ def dynamic_mask_attention_forward(
     if requests is not None:
         del kwargs["cache"]
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
-    _check_arguments(module, attention_mask, kwargs)
+    tag, blocks = tag_of(attention_mask), None
+    if is_marked(attention_mask):
+        attention_mask, blocks = read_blocks(attention_mask, None if tag is None else tag.block_size)
+    check_arguments(module, attention_mask, kwargs)
+    if blocks is None and getattr(module, "is_causal", None) is False:
+        _refuse_unknown_prefix(module, query, attention_mask)
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
     if requests is not None:
-        if s_aux is not None:
-            raise ValueError(f"continuous batching cannot add attention sinks, got those of {type(module).__name__}")
         if gate is not None:
             gate.was_called = True
         options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-        return _attend_served(gate, requests, module.layer_idx, query, key, value, options), None
-    tag = tag_of(attention_mask)
+        out, lse = _attend_served(module, shared, requests, query, key, value, options)
+        return out if s_aux is None else with_sinks(out, lse, s_aux), None
     is_cached = cache_layer is not None or shared.view is not None
     is_step = is_cached and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
@@ -106,7 +116,7 @@ def dynamic_mask_attention_forward(
         else:
             if gate is not None and gate.is_latent:
                 cache_layer.receive(key, value)
-            attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, options)
+            attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, blocks, options)
         return _with_sinks(attended, s_aux), None
     if chunk_size is not None:
         attended = attend_chunks(query, key, value, attention_mask, documents, chunk_size, **options)
@@ -131,6 +141,8 @@ def dynamic_mask_attention_forward(
     options.update(windows._asdict())
     if documents is not None:
         return _with_sinks(_attend_packed(query, key, value, importance, documents, options), s_aux), None
+    if blocks is not None:
+        options["blocks"] = last_blocks(blocks, key.shape[2])
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
     attended = dynamic_mask_attention(
         query.transpose(1, 2),
@@ -143,20 +155,24 @@ def dynamic_mask_attention_forward(
     return _with_sinks(attended, s_aux), None
 
 
+_attend_uncompiled = torch.compiler.disable(dynamic_mask_attention_forward)
+"""What the layers of a compiled model call inside `context_parallel`: no graph can hold what a mask carries there."""
+
+
 def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
     """Returns out (B, T, H, Dv), with the sinks if there are any; attended is out and lse then."""
     return attended if s_aux is None else with_sinks(*attended, s_aux)
 
 
-def _attend_cached(module, gate, layer, query, key, attention_mask, options):
+def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, options):
     """Attends over the survivors and the new tokens of a cache layer, and lets it evict. Returns out [, lse]."""
     padding_mask = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     is_shared = getattr(module, "store_full_length_kv", False)  # later layers use its keys
     if layer.takes_step and "dropout_p" not in options:
         attended = layer.step(query.transpose(1, 2), padding_mask, **options)
-        view = layer.view_after_step(padding_mask) if is_shared else None
+        view = view_of_slots(layer.slots, layer.windows, padding_mask) if is_shared else None
     else:
-        view = layer.view(padding_mask)
+        view = layer.view(padding_mask, None if blocks is None else last_blocks(blocks, query.shape[2]))
         attended = view.attend(query.transpose(1, 2), layer.windows.keep_window_size, **options)
         layer.evict()
     if is_shared:
@@ -164,18 +180,22 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, options):
     return attended
 
 
-def _attend_served(gate, requests: LiveRequests, layer_idx: int, query, key, value, options) -> torch.Tensor:
-    """Attends to the slots of the requests whose tokens these are, and lets those evict."""
+def _attend_served(module, shared: SharedKeys, requests: LiveRequests, query, key, value, options):
+    """Attends to the slots of the requests whose tokens these are, and lets those evict. Returns out and lse."""
+    gate = shared.gate
+    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
+    if shared.layer_idx is not None:
+        return requests.attend_again(shared.layer_idx, query.transpose(1, 2), **options)
+    if getattr(module, "store_full_length_kv", False):
+        share(key, SharedKeys(gate, layer_idx=module.layer_idx))
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:
-        requests.check_windows(layer_idx, gate.windows)
         importance = importance_of(gate, value)
     if importance.shape[1] == 1:  # one for all heads
         importance = importance.expand(-1, value.shape[1], -1)
-    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return requests.attend(layer_idx, query.transpose(1, 2), key, value, importance, **options)
+    return requests.attend(module.layer_idx, query.transpose(1, 2), key, value, importance, **options)
 
 
 def _attend_packed(query, key, value, importance, documents: Documents, options):
@@ -222,7 +242,8 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Document
     return documents_of(numbers)
 
 
-def _check_arguments(module, attention_mask, kwargs) -> None:
+def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of an attention function that would be ignored, or that no layer of ours has."""
     name = type(module).__name__
     for argument, meaning in UNSUPPORTED.items():
         given = kwargs.get(argument)
@@ -230,7 +251,7 @@ def _check_arguments(module, attention_mask, kwargs) -> None:
             raise ValueError(f"{name} passes {meaning}, which flash_dmattn does not support")
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')
-    if get_gate(module) is None and getattr(module, "is_causal", None) is not True:
+    if get_gate(module) is None and not is_causal(module):
         raise ValueError(f"{name} is not causal self-attention, which flash_dmattn does not support")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
@@ -238,6 +259,17 @@ def _check_arguments(module, attention_mask, kwargs) -> None:
         raise ValueError(
             "attention_mask must have shape (B, S) with flash_dmattn, got "
             f"{tuple(attention_mask.shape)}: custom masks are not supported"
+        )
+
+
+def _refuse_unknown_prefix(module, query, attention_mask) -> None:
+    """The first tokens of a text are bidirectional or causal, as their mask says; without blocks nobody says it."""
+    num_tokens = query.shape[2]
+    if num_tokens > 1 and (attention_mask is None or attention_mask.shape[1] == num_tokens):
+        raise ValueError(
+            f"{type(module).__name__} calls itself bidirectional (use_bidirectional_attention), so the model must say "
+            "which tokens are the prefix, as PaliGemma does with token_type_ids (0 there), got none: transformers' own "
+            "implementations do not agree on it then"
         )
 
 

@@ -14,6 +14,7 @@ from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
 from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.gates.offload import materialize
+from flash_dmattn_hf.integration.fitting_weights import check_weights
 from flash_dmattn_hf.integration.lost_settings import warn_if_lost
 from flash_dmattn_hf.integration.preparation import (
     choose_for_text_part,
@@ -22,11 +23,11 @@ from flash_dmattn_hf.integration.preparation import (
     prepare,
     refuse_without_gates,
     remove_hook,
-    settings_of,
     submodels,
     uses_dynamic_masks,
 )
-from flash_dmattn_hf.names import GATE_NAME, NAMES, is_ours
+from flash_dmattn_hf.integration.ranks import initialize
+from flash_dmattn_hf.names import NAMES, is_ours
 
 
 def wrap_check_implementation(original: Callable) -> Callable:
@@ -72,31 +73,24 @@ def wrap_initialize_weights(original: Callable) -> Callable:
     """Initialises the gates whose parameters no checkpoint has given."""
 
     @wraps(original)
-    def initialize(self, module, *args, **kwargs):
+    def initialize_weights(self, module, *args, **kwargs):
         if isinstance(module, ImportanceGate) and not getattr(module, "_is_hf_initialized", False):
-            module.initialize()
+            initialize(module)
             module._is_hf_initialized = True
             return None
         return original(self, module, *args, **kwargs)
 
-    return initialize
+    return initialize_weights
 
 
 def wrap_from_pretrained(original: Callable) -> Callable:
-    """Takes `flash_dmattn={...}`, refuses tensor parallelism, and checks that the gates' weights fit."""
+    """Takes `flash_dmattn={...}`, and checks that the gates' weights fit."""
 
     @wraps(original)
     def from_pretrained(cls, *args, flash_dmattn=None, output_loading_info=False, **kwargs):
         with _load_time(flash_dmattn):
             model, info = original(cls, *args, output_loading_info=True, **kwargs)
-        if uses_dynamic_masks(model):
-            parallel = [name for name in ("tp_plan", "distributed_config") if kwargs.get(name) is not None]
-            if parallel:
-                raise ValueError(
-                    f"{parallel[0]} must be None with flash_dmattn, got {kwargs[parallel[0]]!r}: "
-                    "the importance needs all heads of a token on one device"
-                )
-        elif flash_dmattn is not None:
+        if flash_dmattn is not None and not uses_dynamic_masks(model):
             raise ValueError(
                 f'flash_dmattn={{...}} needs attn_implementation="{NAMES[0]}", got '
                 f'"{text_config_of(model)._attn_implementation}"'
@@ -197,32 +191,13 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
         if uses_dynamic_masks(model):
             raise ValueError(model._flash_dmattn_refusal)
         return
-    parameters = {
-        f"{name}.{GATE_NAME}.{parameter}"
-        for name, _, gate in attach.iter_gates(model)
-        if isinstance(gate, ImportanceGate)
-        for parameter, _ in gate.named_parameters()
-    }
-    missing = parameters & set(info["missing_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if f".{GATE_NAME}." in key)
-    mismatched = [entry for entry in info["mismatched_keys"] if _key_of(entry) in parameters]
-    if unexpected or mismatched or (missing and missing != parameters):
-        problems = {"has no": sorted(missing), "has unused": unexpected, "has misshapen": mismatched}
-        words = ", ".join(f"{verb} {keys[0]} (of {len(keys)})" for verb, keys in problems.items() if keys)
-        raise ValueError(
-            f"the checkpoint's importance weights must fit config.{SECTION}={settings_of(model).to_dict()}, "
-            f"but it {words}"
-        )
+    is_new = check_weights(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     for _, _, gate in attach.iter_gates(model):
-        if missing and isinstance(gate, ImportanceGate):
+        if is_new and isinstance(gate, ImportanceGate):
             materialize(gate)
     attach.freeze_unused(model)
-    if missing and uses_dynamic_masks(model):
+    if is_new and uses_dynamic_masks(model):
         _warn_untrained()
-
-
-def _key_of(entry: Any) -> str:
-    return entry if isinstance(entry, str) else entry[0]
 
 
 def _warn_untrained() -> None:

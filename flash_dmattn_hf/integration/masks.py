@@ -14,10 +14,11 @@ from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
+from flash_dmattn_hf.integration.blocks import is_marked, mark_blocks
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
-from flash_dmattn_hf.integration.mask_functions import MaskLimits, limits_of_mask
+from flash_dmattn_hf.integration.mask_functions import MaskLimits, meaning_of_mask
 from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
-from flash_dmattn_hf.names import NAMES
+from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES
 from flash_dmattn_hf.parallel.context import Shard, active
 
 _TAG = "_flash_dmattn_tag"
@@ -42,41 +43,64 @@ def dynamic_mask_mask(
         packed batch (as `mark_documents` gives it); or None.
 
     Returns None; (B, kv_offset + kv_length) bool if there is padding, if the mask slides or is chunked, or if there are
-    cached tokens, so that the attention function sees whether keys are missing; or the document numbers as they came. A
-    mask carries a tag (`tag_of`), by which the attention function checks that the layer sees as far as its mask does.
+    cached tokens, so that the attention function sees whether keys are missing; the document numbers as they came; or,
+    where new tokens form bidirectional blocks, what `mark_blocks` says of them. A mask carries a tag (`tag_of`), by
+    which the attention function checks that the layer sees as far as its mask does.
 
-    Raises ValueError for any mask that is not causal, sliding, chunked, padding or packed, and for a static cache.
+    Raises ValueError for any mask that is not causal, sliding, chunked, padding or packed, or such a one with blocks;
+    for blocks of packed documents and on several ranks; and for a static cache.
     """
-    limits = MaskLimits()
+    limits, numbers = MaskLimits(), None
     if mask_function is not masking_utils.causal_mask_function:
-        limits = limits_of_mask(mask_function, local_size, use_vmap)
+        limits, numbers = meaning_of_mask(mask_function, local_size, use_vmap)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
-            raise ValueError(
-                "flash_dmattn does not support a static cache: use the default cache of generate()"
-            )
+            raise ValueError("flash_dmattn does not support a static cache: use the default cache of generate()")
         raise ValueError(
             f"attention_mask must cover {q_offset + q_length} tokens (cached and new), got {kv_offset + kv_length}"
         )
-    shard = getattr(attention_mask, SHARD, None)
-    if shard is not None:
-        return _tag(attention_mask, limits, shard=shard)
+    if numbers is not None and attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ValueError(
+            "bidirectional blocks, such as images, are not supported in packed documents and inside context_parallel: "
+            "pad the texts, and leave the context"
+        )
+    if active.slot.content is not None:
+        return _tag_with_shard(attention_mask, limits)
     length = kv_offset + kv_length
     is_plain, is_full = limits == MaskLimits() and not q_offset, False
+    if numbers is not None:
+        marked = _mark_blocks(numbers, attention_mask, batch_size, q_offset, length)
+        if marked is not None:
+            is_full = attention_mask is None or bool(attention_mask.all())
+            return _tag(marked[0], limits, is_full, block_size=marked[1])
     if attention_mask is None:
         if is_plain or (torch.compiler.is_compiling() and not kv_offset):
             return None
         all_real = torch.ones((batch_size, length), dtype=torch.bool, device=kwargs.get("device"))
         return _tag(all_real, limits, is_full=True)
     if attention_mask.dtype == torch.bool:
-        if attention_mask.shape[-1] != length:
-            raise ValueError(
-                f"attention_mask must have {length} columns (cached and new tokens), got {attention_mask.shape[-1]}"
-            )
+        _check_length(attention_mask, length)
         is_full = not is_tracing(attention_mask) and bool(attention_mask.all())
         if is_full and is_plain:
             return None
     return _tag(attention_mask, limits, is_full)
+
+
+def _mark_blocks(
+    numbers: torch.Tensor, attention_mask: torch.Tensor | None, batch: int, num_cached: int, length: int
+) -> tuple[torch.Tensor, int] | None:
+    if attention_mask is not None:
+        _check_length(attention_mask, length)
+    if numbers.shape[1] < length:
+        raise ValueError(f"the numbers of blocks must cover {length} cached and new tokens, got {numbers.shape[1]}")
+    return mark_blocks(numbers.expand(batch, -1), attention_mask, num_cached, length)
+
+
+def _check_length(attention_mask: torch.Tensor, length: int) -> None:
+    if attention_mask.shape[-1] != length:
+        raise ValueError(
+            f"attention_mask must have {length} columns (cached and new tokens), got {attention_mask.shape[-1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,11 +108,13 @@ class MaskTag:
     """What a mask says beyond its entries: how far a query sees, and whether all tokens are real.
 
     shard: the rows of the forward, where several ranks hold the sequence.
+    block_size: tokens of the longest block, where the mask is one of `mark_blocks`.
     """
 
     limits: MaskLimits
     is_full: bool = False
     shard: Shard | None = None
+    block_size: int | None = None
 
 
 def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
@@ -96,12 +122,19 @@ def tag_of(mask: torch.Tensor | None) -> MaskTag | None:
     return getattr(mask, _TAG, None)
 
 
-def _tag(mask: torch.Tensor, limits: MaskLimits, is_full: bool = False, shard: Shard | None = None) -> torch.Tensor:
+def _tag(mask: torch.Tensor, limits: MaskLimits, is_full: bool = False, **more: Any) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return mask
     mask = mask.view(mask.shape)  # the caller's own tensor stays as it is
-    setattr(mask, _TAG, MaskTag(limits, is_full, shard))
+    setattr(mask, _TAG, MaskTag(limits, is_full, **more))
     return mask
+
+
+@torch.compiler.disable
+def _tag_with_shard(mask: torch.Tensor | None, limits: MaskLimits) -> torch.Tensor | None:
+    """Returns the mask of `find_shard` with its tag; as it came where it is another, which is refused later."""
+    shard = getattr(mask, SHARD, None)
+    return mask if shard is None else _tag(mask, limits, shard=shard)
 
 
 def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
@@ -117,11 +150,13 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         given = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - a call may leave parameters out
         # By their places: the fourth is `past_key_values` up to transformers 5.23, and `cache` from 5.24 on.
         config, inputs_embeds, attention_mask, cache, position_ids = [given.get(name) for name in names[:5]]
-        if getattr(config, "_attn_implementation", None) not in NAMES:
+        if getattr(config, "_attn_implementation", None) not in (*NAMES, DENSE_ON_RANKS):
             if active.slot.content is not None:
                 refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
+        if is_marked(attention_mask):
+            return True, attention_mask, None, None, None, None, None
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None

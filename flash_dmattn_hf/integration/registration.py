@@ -14,17 +14,21 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
+from transformers.distributed.mixin import DistributedMixin
+from transformers.integrations import deepspeed
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import generic, is_peft_available
 
 from flash_dmattn_hf.gates import doge, soft_selection
-from flash_dmattn_hf.integration import adapters, generation, loading
+from flash_dmattn_hf.integration import adapters, generation, loading, ranks
 from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
+from flash_dmattn_hf.integration.dense_shards import dense_attention_on_ranks
+from flash_dmattn_hf.integration.fitting_weights import wrap_zero3_loading
 from flash_dmattn_hf.integration.flash_name import wrap_flash_requested
 from flash_dmattn_hf.integration.kept_cache import wrap_generate
 from flash_dmattn_hf.integration.masks import dynamic_mask_mask, wrap_preprocess_mask_arguments
 from flash_dmattn_hf.integration.shards import wrap_loss_function
-from flash_dmattn_hf.names import NAMES
+from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES
 from flash_dmattn_hf.parallel import accelerate
 
 logger = logging.getLogger(__name__)
@@ -89,9 +93,11 @@ def _replace_everywhere(name: str, old: Callable, new: Callable) -> None:
 
 def register() -> None:
     """Makes `attn_implementation="flash_dmattn"` (and "dmattn") known to transformers. Idempotent."""
-    for name in NAMES:
-        AttentionInterface.register(name, dynamic_mask_attention_forward)
+    functions = dict.fromkeys(NAMES, dynamic_mask_attention_forward) | {DENSE_ON_RANKS: dense_attention_on_ranks}
+    for name, function in functions.items():
+        AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, dynamic_mask_mask)
+    ranks.register_style()
     for patch in _patches():
         patch.apply()
 
@@ -101,9 +107,10 @@ def unregister() -> None:
     for patch in reversed(_PATCHES):
         patch.undo()
     _PATCHES.clear()
-    for name in NAMES:
+    for name in (*NAMES, DENSE_ON_RANKS):
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
+    ranks.unregister_style()
 
 
 _PATCHES: list[Patch] = []
@@ -118,6 +125,7 @@ def _patches() -> list[Patch]:
             (PreTrainedModel, "post_init", loading.wrap_post_init),
             (PreTrainedModel, "_initialize_weights", loading.wrap_initialize_weights),
             (PreTrainedModel, "from_pretrained", loading.wrap_from_pretrained),
+            (DistributedMixin, "maybe_distribute_model", ranks.wrap_distribute),
             (PreTrainedModel, "_from_config", loading.wrap_load_time),
             (PreTrainedModel, "set_attn_implementation", loading.wrap_set_implementation),
             (PreTrainedConfig, "from_dict", loading.wrap_config_from_dict),
@@ -140,4 +148,5 @@ def _patches() -> list[Patch]:
             ]
         _PATCHES.extend(Patch(*entry) for entry in entries)
         _PATCHES.append(FunctionPatch(generic, "is_flash_attention_requested", wrap_flash_requested))
+        _PATCHES.append(FunctionPatch(deepspeed, "_load_state_dict_into_zero3_model", wrap_zero3_loading))
     return _PATCHES

@@ -25,6 +25,7 @@ _PROBLEMS = (
 )
 
 
+@torch.compiler.disable
 def find_shard(
     context: ContextParallel, position_ids: Any, mask: torch.Tensor | None, inputs_embeds: torch.Tensor, q_offset: Any
 ) -> torch.Tensor:
@@ -85,7 +86,7 @@ def check_shard(
     if shard is None:
         raise RuntimeError(
             "the mask of this forward did not reach its attention function, which context_parallel needs: "
-            "torch.compile, and whatever moves or replaces the mask, do not work with it"
+            "whatever moves or replaces the mask does not work with it"
         )
     if cache_layer is not None:
         raise ValueError(_PROBLEMS[2])

@@ -19,12 +19,14 @@ class SharedKeys(NamedTuple):
     """What the layers that share a key must know of it.
 
     gate: of the layer that made it, None if that keeps its own attention. importance: (B, Hi, S) of all keys, where no
-    cache is used. view: survivors and new tokens of a cache, or its slots after a step.
+    cache is used. view: survivors and new tokens of a cache, or its slots after a step. layer_idx: of the layer that
+    made it, where requests are served.
     """
 
     gate: Any | None
     importance: torch.Tensor | None = None
     view: CacheView | None = None
+    layer_idx: int | None = None
 
 
 def share(key: torch.Tensor, shared: SharedKeys) -> None:

@@ -11,7 +11,7 @@ from flash_dmattn import NEVER, Visibility, interval_attention, select_visible
 from flash_dmattn.decode import select_survivors
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.parallel.context import Shard
-from flash_dmattn_hf.parallel.exchange import exchange
+from flash_dmattn_hf.parallel.exchange import Exchange
 from flash_dmattn_hf.parallel.soft import cut_shard, deviation_of, moments, shown_softly
 
 
@@ -61,63 +61,104 @@ def attend_shard(
         key, value = (states.repeat_interleave(num_heads // key.shape[2], 2) for states in (key, value))
     rows = torch.arange(shard.first_row, shard.first_row + shard.num_rows, dtype=torch.int32, device=query.device)
     local = Keys(key, value, importance, rows.expand(batch, num_heads, -1))
-    if selection_temperature is None:
-        query, keys, _ = with_carried(shard, query, local, windows, windows.keep_window_size)
-        shown, soft = windows, None
-    else:
+    shown, most, shared = windows, windows.keep_window_size, None
+    if selection_temperature is not None:
         shown = shown_softly(shard, windows, selection_band)
         most = max(shown.keep_window_size, windows.keep_window_size + 1)  # the best evicted key decides about the cut
-        query, keys, spread = with_carried(shard, query, local, windows, most, moments(importance))
-        death = visible_in_shard(shard, keys, windows._replace(sliding_window=None)).death
-        soft = cut_shard(shard, keys.importance, keys.row, death, windows, selection_temperature, deviation_of(spread))
+        shared = moments(importance)
+    exchange = send_survivors(shard, local, windows, most, shared)
+    # Keys and values are on their way while the rank selects, which takes importances and rows alone.
+    carried = choose_carried(shard, exchange, windows, most)
+    ranked = carried.before(local)
+    visibility = visible_in_shard(shard, *ranked, shown)
+    if selection_temperature is not None:
+        death = visible_in_shard(shard, *ranked, windows._replace(sliding_window=None)).death
+    query, keys = receive(exchange, carried, query, local)
+    soft = None
+    if selection_temperature is not None:
+        spread = deviation_of(exchange.shared)
+        soft = cut_shard(shard, keys.importance, keys.row, death, windows, selection_temperature, spread)
     return interval_attention(
         query,
         keys.key,
         keys.value,
         keys.importance,
-        visible_in_shard(shard, keys, shown),
+        visibility,
         soft=soft,
         max_visible=min(shown.keep_window_size, NEVER),
         **options,
     )
 
 
-def with_carried(
-    shard: Shard, query: torch.Tensor, local: Keys, windows: Windows, most: int, shared: torch.Tensor | None = None
-) -> tuple[torch.Tensor, Keys, torch.Tensor | None]:
-    """Exchanges what outlives the ranks, at most `most` keys of a head, and puts that of those before to local keys.
+class Carried(NamedTuple):
+    """Which of the received keys outlive the ranks before this one, in the order of their rows.
 
-    The keys that outlive a rank are the survivors at the row after its last. Those of several ranks together hold the
-    survivors of all their rows, because the K best of a whole are among the K best of its parts.
-
-    shared: as in `exchange`. Returns query, the keys (in the order of their rows), and what all ranks have shared.
+    index: (B, Hi, c) int64, into the keys of all of these ranks together; importance: (B, Hi, c), without a gradient;
+    row: (B, Hi, c) int32, -1 for no key. On the first rank c is 0.
     """
-    first, end = shard.first_row, shard.first_row + shard.num_rows
-    first_begin, last_begin = shard.begins[:, 0], shard.begins[:, -1]
+
+    index: torch.Tensor
+    importance: torch.Tensor
+    row: torch.Tensor
+
+    def before(self, local: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns importance, without a gradient, and row of these keys and the local ones, (B, Hi, c + n)."""
+        importance = torch.cat([self.importance, local.importance.detach()], -1)
+        return importance, torch.cat([self.row, local.row], -1)
+
+
+def send_survivors(
+    shard: Shard, local: Keys, windows: Windows, most: int, shared: torch.Tensor | None = None
+) -> Exchange:
+    """Begins the exchange of what outlives the ranks, at most `most` keys of a head: the survivors at the row after.
+
+    shared: as in `Exchange`.
+    """
+    last_begin = shard.begins[:, -1]
     is_of_last = shard.begins == last_begin[:, None]
     outgoing = local._replace(row=local.row.where(is_of_last[:, None], -1))
-    sent = outgoing.take(_survivors(outgoing, last_begin, end, windows, most))
-    query, received, shared = exchange(shard.context, query, sent, shared)
+    end = shard.first_row + shard.num_rows
+    sent = outgoing.take(_survivors(outgoing.importance, outgoing.row, last_begin, end, windows, most))
+    return Exchange(shard.context, sent[:2], sent[2:], shared)
+
+
+def choose_carried(shard: Shard, exchange: Exchange, windows: Windows, most: int) -> Carried:
+    """Returns the survivors among the keys of the ranks before this one, at its first row.
+
+    What the ranks have sent holds the survivors of all their rows, because the K best of a whole are among the K best
+    of its parts.
+    """
+    importance, row = (part.permute(1, 2, 0, 3).flatten(2) for part in exchange.numbers)
     if not shard.context.rank:
-        return query, local, shared
-    states = (part.transpose(0, 1).flatten(1, 2) for part in received[:2])
-    numbers = (part.permute(1, 2, 0, 3).flatten(2) for part in received[2:])
-    arrived = Keys(*states, *numbers)
-    is_of_first = arrived.row >= first_begin[:, None, None]
-    arrived = arrived._replace(row=arrived.row.where(is_of_first, -1))
-    kept = _survivors(arrived, first_begin, first, windows, most)
-    carried = arrived.take(kept.gather(-1, arrived.row.gather(-1, kept).argsort(-1)))
-    states = (torch.cat(pair, 1) for pair in zip(carried[:2], local[:2], strict=True))
-    numbers = (torch.cat(pair, -1) for pair in zip(carried[2:], local[2:], strict=True))
-    return query, Keys(*states, *numbers), shared
+        return Carried(row.long(), importance, row)
+    first_begin = shard.begins[:, 0]
+    row = row.where(row >= first_begin[:, None, None], -1)
+    kept = _survivors(importance, row, first_begin, shard.first_row, windows, most)
+    index = kept.gather(-1, row.gather(-1, kept).argsort(-1))
+    return Carried(index, importance.gather(-1, index), row.gather(-1, index))
 
 
-def _survivors(keys: Keys, begin: torch.Tensor, next_row: int, windows: Windows, most: int) -> torch.Tensor:
+def receive(exchange: Exchange, carried: Carried, query: torch.Tensor, local: Keys) -> tuple[torch.Tensor, Keys]:
+    """Waits for keys and values, and returns query, and the carried keys and the local ones."""
+    query, (key, value, importance, row) = exchange.finish(query)
+    if not carried.index.shape[-1]:
+        return query, local
+    states = (part.transpose(0, 1).flatten(1, 2) for part in (key, value))
+    numbers = (part.permute(1, 2, 0, 3).flatten(2) for part in (importance, row))
+    arrived = Keys(*states, *numbers).take(carried.index)._replace(row=carried.row)
+    states = (torch.cat(pair, 1) for pair in zip(arrived[:2], local[:2], strict=True))
+    numbers = (torch.cat(pair, -1) for pair in zip(arrived[2:], local[2:], strict=True))
+    return query, Keys(*states, *numbers)
+
+
+def _survivors(
+    importance: torch.Tensor, row: torch.Tensor, begin: torch.Tensor, next_row: int, windows: Windows, most: int
+) -> torch.Tensor:
     """Returns the indices (B, Hi, min(k, most)) of the keys that row next_row of a document may need, best first."""
-    positions = (keys.row - begin[:, None, None]).where(keys.row >= 0, -1).int()
+    positions = (row - begin[:, None, None]).where(row >= 0, -1).int()
     # A cache may hold one key less, as the next token is local; here all messages have the size of the window.
     return select_survivors(
-        keys.importance.detach(),
+        importance.detach(),
         positions,
         (next_row - begin).int(),
         keep_window_size=most + (windows.local_window_size > 0),
@@ -126,25 +167,27 @@ def _survivors(keys: Keys, begin: torch.Tensor, next_row: int, windows: Windows,
     )
 
 
-def visible_in_shard(shard: Shard, keys: Keys, windows: Windows) -> Visibility:
-    """Returns the intervals (B, Hi, c + n) of carried and local keys, in rows counted from the first carried key on."""
+def visible_in_shard(shard: Shard, importance: torch.Tensor, row: torch.Tensor, windows: Windows) -> Visibility:
+    """Returns the intervals (B, Hi, c + n) of carried and local keys, in rows counted from the first carried key on.
+
+    importance, row: (B, Hi, c + n), as in `Keys`, the carried keys first and in order.
+    """
     selection = windows._asdict()
-    num_carried = keys.row.shape[-1] - shard.num_rows
+    num_carried = row.shape[-1] - shard.num_rows
     if not num_carried and not shard.has_documents:
-        return select_visible(keys.importance, **selection)
+        return select_visible(importance, **selection)
     begin = shard.begins[:, 0]
-    row = keys.row
     if shard.has_documents:
         is_of_first = torch.nn.functional.pad(shard.begins == begin[:, None], (num_carried, 0), value=True)[:, None]
         row = row.where(is_of_first, -1)
     positions = (row - begin[:, None, None]).where(row >= 0, -1).int()
     shift = (begin - shard.first_row + num_carried)[:, None, None]
-    birth, death = select_visible(keys.importance, positions=positions.contiguous(), **selection)
+    birth, death = select_visible(importance, positions=positions.contiguous(), **selection)
     birth, death = (birth + shift).clamp(min=0), (death + shift).clamp(0, NEVER).where(death < NEVER, NEVER)
     if shard.has_documents:
         death = torch.minimum(death, is_of_first.sum(-1, keepdim=True))
         birth = torch.minimum(birth, death)
-        others = _visible_in_own_documents(shard, keys.importance[..., num_carried:], selection)
+        others = _visible_in_own_documents(shard, importance[..., num_carried:], selection)
         birth, death = (
             torch.cat(
                 [

@@ -4,9 +4,7 @@ Key and value of a row that was evicted before a rank's first row are never need
 survivors of the ranks before it, at most keep_window_size keys per head, however long the sequence is.
 """
 
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from flash_dmattn_hf.parallel.exchange import Traffic
+from flash_dmattn_hf.parallel.failures import Failures
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
 active = ThreadSlot()
 """Its content is what the innermost `context_parallel` block of a thread has entered, None outside of one."""
-
-_numbers = itertools.count()
 
 
 def context_parallel(group: dist.ProcessGroup | None = None) -> "ContextParallel":
@@ -33,7 +30,7 @@ def context_parallel(group: dist.ProcessGroup | None = None) -> "ContextParallel
     - position_ids must be given to the model, those of the whole sequence, and shift_labels beside labels.
     - All ranks run the same forwards and backwards, in the same order. Every rank takes part in every exchange.
     - Packed documents, as position_ids say, sliding windows, gradient checkpointing and soft selection work as always.
-      Padding, a cache with tokens, and torch.compile are refused.
+      Padding and a cache with tokens are refused. In a compiled model the attention runs between the graphs.
 
     group: a process group; None: all processes. Raises RuntimeError where torch.distributed is not initialized.
 
@@ -61,7 +58,7 @@ class ContextParallel:
 
     def __enter__(self) -> "ContextParallel":
         if not self._before:
-            self._failure = f"flash_dmattn_hf/context_parallel/{self.group.group_name}/{next(_numbers)}"
+            self._failures = Failures("context_parallel", self.group)
         slot = active.slot
         self._before.append(slot.content)
         slot.content = self
@@ -69,8 +66,8 @@ class ContextParallel:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         active.slot.content = self._before.pop()
-        if error is not None and not isinstance(error, PeerFailure):
-            _store().set(self._failure, f"rank {self.rank}: {type(error).__name__}: {error}")
+        if error is not None:
+            self._failures.report(error)
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns this rank's rows of a batch that all ranks of the group have, for `model(**shard)`.
@@ -90,23 +87,9 @@ class ContextParallel:
         }
         return {**batch, **cut}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Around an exchange: raises PeerFailure if it fails because another rank has left the block with an error."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not _store().check([self._failure]):
-                raise
-            raise PeerFailure(f"context_parallel ends because {_store().get(self._failure).decode()}") from error
-
-
-class PeerFailure(RuntimeError):
-    """Another rank has failed, and has said why."""
-
-
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
+        return self._failures.watching()
 
 
 def complete(batch: dict[str, Any], world_size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The exchanges between ranks: tensors of several dtypes as one message, differentiable, and counted."""
+"""The exchanges between ranks: tensors of several dtypes in one message, differentiable, and counted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its name since torch 2.13, where the other one warns.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from flash_dmattn_hf.parallel.collectives import all_gather
 
 
 @dataclass
@@ -27,44 +26,77 @@ def gather_from_ranks(context: Any, tensor: torch.Tensor) -> torch.Tensor:
     """Returns the tensors of all ranks, (world_size, *shape); every rank gives one of the same shape and dtype."""
     gathered = tensor.new_empty((context.world_size, *tensor.shape))
     with context.watching():
-        _all_gather(gathered.view(-1), tensor.contiguous().view(-1), group=context.group)
+        all_gather(gathered.view(-1), tensor.contiguous().view(-1), group=context.group)
     return gathered
 
 
-def exchange(
-    context: Any, query: torch.Tensor, tensors: Sequence[torch.Tensor], shared: torch.Tensor | None = None
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
-    """Sends tensors to all ranks, as one message, and returns those of the ranks before this one.
+class Exchange:
+    """Sends tensors to all ranks, to get those of the ranks before this one: numbers at once, states in the background.
 
-    tensors: of any dtypes; their shapes are the same on all ranks. Each comes back as (rank, *shape). The gradient of
-    what others have received returns to its owner. A rank whose own tensors nobody uses, or who receives nothing, has
-    to take part in the backward as well: so the exchange hands on `query`, whose use is certain.
-    shared: what comes back from all ranks, (world_size, *shape), without a gradient; or None.
+    What the numbers decide can be computed before `finish`, while the states travel. All ranks make the same exchanges,
+    in the same order, with tensors of the same shapes.
 
-    Returns query, the list of what was received, and what all have shared.
+    states, numbers: tensors of any dtypes. shared: what comes back from all ranks, without a gradient; or None.
+
+    Of numbers and shared there is afterwards, without gradients, what was received: numbers, (rank, *shape) each, and
+    shared (world_size, *shape), or None.
     """
-    if shared is None:
-        query, *received = _Exchange.apply(context, query, False, *tensors)
-        return query, received, None
-    query, *received, shared = _Exchange.apply(context, query, True, *tensors, shared)
-    return query, received, shared
+
+    def __init__(
+        self,
+        context: Any,
+        states: Sequence[torch.Tensor],
+        numbers: Sequence[torch.Tensor],
+        shared: torch.Tensor | None = None,
+    ) -> None:
+        self.context, self._sent = context, (*states, *numbers)
+        first = [*numbers] if shared is None else [*numbers, shared]
+        with torch.no_grad():
+            received = self._unpacked(self._gather(first)[0], first)
+            self._messages, self._work = self._gather(states, is_async=True)
+        context.traffic.num_exchanges += 1
+        self.shared = None if shared is None else received.pop()
+        self.numbers = [tensor[: context.rank] for tensor in received]
+        self._num_states = len(states)
+
+    def finish(self, query: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Waits for the states. Returns query, and what was received, states and numbers, each (rank, *shape).
+
+        The gradient of what others have received returns to its owner. A rank whose own tensors nobody uses, or who
+        receives nothing, has to take part in the backward as well: so the exchange hands on `query`, whose use is
+        certain.
+        """
+        query, *received = _Exchange.apply(self, query, *self._sent)
+        return query, received
+
+    def received(self) -> list[torch.Tensor]:
+        """Waits, and returns what was received, without gradients."""
+        with self.context.watching():
+            self._work.wait()
+        states = self._unpacked(self._messages, self._sent[: self._num_states])
+        return [*(tensor[: self.context.rank] for tensor in states), *self.numbers]
+
+    def _gather(self, tensors: Sequence[torch.Tensor], is_async: bool = False) -> tuple[torch.Tensor, Any]:
+        message = _pack([tensor[None] for tensor in tensors])[0]
+        self.context.traffic.num_bytes += message.numel()
+        messages = message.new_empty((self.context.world_size, *message.shape))
+        with self.context.watching():
+            work = all_gather(messages.view(-1), message, group=self.context.group, async_op=is_async)
+        return messages, work
+
+    @staticmethod
+    def _unpacked(messages: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return _unpack(messages, [(tensor.shape, tensor.dtype) for tensor in tensors])
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, context, query, is_last_shared, *tensors):
-        ctx.context = context
+    def forward(ctx, exchange, query, *tensors):
+        ctx.context = exchange.context
         ctx.kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
         ctx.has_gradient = [tensor.is_floating_point() for tensor in tensors]
         ctx.set_materialize_grads(False)
-        message = _pack([tensor[None] for tensor in tensors])[0]
-        context.traffic.num_exchanges += 1
-        context.traffic.num_bytes += message.numel()
-        received = _unpack(gather_from_ranks(context, message), ctx.kinds)
-        kept = len(received) - is_last_shared
-        received = [tensor[: context.rank] for tensor in received[:kept]] + received[kept:]
-        if is_last_shared:
-            ctx.has_gradient[-1] = False
+        received = exchange.received()
         without = [tensor for tensor, has in zip(received, ctx.has_gradient, strict=True) if not has]
         ctx.mark_non_differentiable(*without)
         return query.view_as(query), *received
@@ -82,7 +114,7 @@ class _Exchange(torch.autograd.Function):
                 parts.append(torch.zeros((context.rank, *shape), dtype=dtype, device=device) if zeros else gradient)
         returned = _unpack(_return_to_owners(context, _pack(parts)), kinds)
         sums = iter([part.sum(0, dtype=_precision(part.dtype)).to(part.dtype) for part in returned])
-        return None, dquery, None, *(next(sums) if has else None for has in ctx.has_gradient)
+        return None, dquery, *(next(sums) if has else None for has in ctx.has_gradient)
 
 
 def _return_to_owners(context: Any, messages: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import RequestState
 
-from flash_dmattn_hf.gates.attach import text_config_of
+from flash_dmattn_hf.gates.attach import iter_gates, text_config_of
 from flash_dmattn_hf.serving.layers import ServedLayer, served_layers
 from flash_dmattn_hf.serving.live_requests import LiveRequests, RowTokens
 from flash_dmattn_hf.serving.memory import SPARE_ROWS, bytes_per_request, count_rows, workspace_bytes
@@ -17,6 +17,7 @@ from flash_dmattn_hf.serving.rows import Rows
 
 DEFAULT_BATCH_TOKENS = 8192
 _PREFIX = "prefix"
+_ANY_LENGTH = 2**62
 
 
 def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], settings: Any) -> int:
@@ -26,9 +27,13 @@ def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], se
     """
     num_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
     num_logits = settings.max_requests_per_batch if model._supports_logits_to_keep() else num_tokens
+    workspace = workspace_bytes(layers, text_config_of(model), model.dtype, num_tokens, num_logits)
+    if any(settings.cuda_graph_booleans):  # they keep memory of their own for the largest step
+        num_steps = min(settings.max_requests_per_batch, num_tokens)
+        workspace += workspace_bytes(layers, text_config_of(model), model.dtype, num_steps, num_steps)
     return count_rows(
         bytes_per_request(layers, model.dtype),
-        workspace_bytes(layers, text_config_of(model), model.dtype, num_tokens, num_logits),
+        workspace,
         share=settings.max_memory_percent,
         num_rows=settings.num_blocks,
         most=settings.max_requests_per_batch + SPARE_ROWS,
@@ -55,7 +60,9 @@ class SlotCache(PagedAttentionCache):
     Raises ValueError when no request fits into memory, or the model has layers that grow with the text.
     """
 
-    max_blocks_per_request = max_decode_fast_path_length = read_cache_limit = 0
+    max_blocks_per_request = 1  # the block table of a step holds the row of each request
+    max_decode_fast_path_length = _ANY_LENGTH
+    read_cache_limit = 0
     max_tokens_read = 1  # of pages; the scheduler stops at 0
 
     def __init__(self, model: PreTrainedModel, settings: Any):
@@ -65,6 +72,7 @@ class SlotCache(PagedAttentionCache):
         self.bytes_per_sector = bytes_per_request(layers, self.dtype)
         self.num_blocks = self.num_sectors = count_requests(model, layers, settings)
         self.live_requests = LiveRequests(layers, self.num_blocks, self.dtype, self.device)
+        self._gates = [gate for _, _, gate in iter_gates(model) if gate.layer_idx in layers]
         self.rows = Rows(self.num_blocks)
         self.allow_block_sharing = self.use_prefix_sharing = settings.allow_block_sharing
         self.prefixes = Prefixes(settings.page_size)
@@ -133,12 +141,28 @@ class SlotCache(PagedAttentionCache):
         """Gives a child the row that its parent holds for it, with what the parent's own row holds."""
         self.live_requests.copy(*self.rows.hand_over(parent_id, child_id))
 
-    def begin(self, requests: list[Any]) -> None:
-        """Says which requests the next forward is about: FutureRequestStates in the order of their tokens."""
+    def fill_block_table(
+        self, request_id: str, past_length: int, query_length: int, block_table: torch.Tensor
+    ) -> None:
+        """Leaves the table to `begin`, which writes the rows of all requests at once."""
+
+    def begin(self, requests: list[Any], block_table: torch.Tensor | None) -> None:
+        """Says which requests the next forward is about.
+
+        requests: FutureRequestStates in the order of their tokens. block_table: where a step reads the rows of requests
+        that bring one token each, (1, B, 1) int32, filled with -1; None when some bring more. Raises ValueError when
+        the windows of a layer have changed.
+        """
+        for gate in self._gates:
+            self.live_requests.check_windows(gate.layer_idx, gate.windows)
+        rows = [self.rows.held[request.state.request_id][0] for request in requests]
+        if block_table is not None:
+            block_table[0, : len(rows), 0] = torch.tensor(rows, dtype=torch.int32, device=self.device)
+            self.live_requests.begin_step(block_table[0, :, 0])
+            return
         batch = []
-        for request in requests:
+        for row, request in zip(rows, requests, strict=True):
             num_before = request.state.position_offset - request.query_length  # it was counted beforehand
-            row = self.rows.held[request.state.request_id][0]
             batch.append(RowTokens(row, num_before, request.query_length))
         self.live_requests.begin(batch)
 

@@ -14,15 +14,21 @@ from flash_dmattn_hf.gates.importance import get_gate
 
 
 class ServedLayer(NamedTuple):
-    """One attention layer: its windows, the heads of its slots and their head dim."""
+    """One attention layer: its windows, the heads of its slots, the head dims of keys and values.
+
+    is_shared: whether later layers use its keys.
+    """
 
     windows: Windows
     num_heads: int
     head_dim: int
+    value_dim: int
+    is_shared: bool
 
     def make_slots(self, num_rows: int, dtype: torch.dtype, device: torch.device | str) -> Slots:
         """Returns empty slots for so many requests."""
-        return make_slots(num_rows, self.num_heads, self.windows.keep_window_size, self.head_dim, dtype, device)
+        num_slots = self.windows.keep_window_size
+        return make_slots(num_rows, self.num_heads, num_slots, self.head_dim, dtype, device, self.value_dim)
 
     def bytes_per_request(self, dtype: torch.dtype) -> int:
         """Returns the bytes of one request's slots, exactly."""
@@ -33,29 +39,25 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
     """Returns the attention layers of a model by layer_idx.
 
     Layers of dynamic masks have their windows. Native sliding-window layers have as many slots as their window has
-    tokens. Raises ValueError for a layer whose memory would grow with the text, or that is not attention.
+    tokens. Those that use the keys of an earlier layer have none and are not returned. Raises ValueError for a layer
+    whose memory would grow with the text, or that is not attention.
     """
     config = text_config_of(model)
     layers: dict[int, ServedLayer] = {}
+    sharing = set()
     for name, module, owner in attention_modules(model):
         if getattr(module, "config", owner) is not config:
             continue
-        if getattr(module, "is_kv_shared_layer", False) or getattr(module, "sinks", None) is not None:
-            raise ValueError(
-                f"continuous batching needs layers with keys of their own and without attention sinks, got {name} of "
-                f"{type(model).__name__}"
-            )
-        if (gate := get_gate(module)) is not None:
-            if gate.is_latent or getattr(module, "head_dim", gate.head_dim) != gate.head_dim:
-                raise ValueError(
-                    f"continuous batching needs values of the head dim of their keys, got {name} of "
-                    f"{type(model).__name__}, whose head dims differ or whose cache holds latents"
-                )
+        is_shared = getattr(module, "store_full_length_kv", False)
+        if getattr(module, "is_kv_shared_layer", False):
+            sharing.add(module.layer_idx)
+        elif (gate := get_gate(module)) is not None:
             num_heads = max(gate.num_kv_heads, gate.num_importance_heads)
-            layers[module.layer_idx] = ServedLayer(gate.windows, num_heads, gate.head_dim)
+            head_dims = _key_dim(module, gate), gate.head_dim
+            layers[module.layer_idx] = ServedLayer(gate.windows, num_heads, *head_dims, is_shared)
         else:
-            layers[module.layer_idx] = _native_layer(name, module)
-    missing = sorted(set(range(config.num_hidden_layers)) - set(layers))
+            layers[module.layer_idx] = _native_layer(name, module, is_shared)
+    missing = sorted(set(range(config.num_hidden_layers)) - set(layers) - sharing)
     if missing:
         raise ValueError(
             f"continuous batching needs attention in every layer, got {type(model).__name__}, whose layers {missing} "
@@ -64,7 +66,7 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
     return layers
 
 
-def _native_layer(name: str, module: Any) -> ServedLayer:
+def _native_layer(name: str, module: Any, is_shared: bool) -> ServedLayer:
     shape = read_shape(module)
     window = shape.sliding_window
     if window is None:
@@ -72,4 +74,10 @@ def _native_layer(name: str, module: Any) -> ServedLayer:
             f"continuous batching needs an importance gate or a sliding window in every layer, got {name} without "
             "either: its keys grow with the text"
         )
-    return ServedLayer(Windows(window, 0, window, None), shape.num_kv_heads, shape.head_dim)
+    windows = Windows(window, 0, window, None)
+    return ServedLayer(windows, shape.num_kv_heads, _key_dim(module, shape), shape.head_dim, is_shared)
+
+
+def _key_dim(module: Any, shape: Any) -> int:
+    """Returns the head dim of the keys; shape: what knows that of the values, and whether the layer makes latents."""
+    return module.qk_head_dim if shape.is_latent else getattr(module, "head_dim", shape.head_dim)

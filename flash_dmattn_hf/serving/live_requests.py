@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flash_dmattn.calls import Slots
 from flash_dmattn.slots import decode_step
-from flash_dmattn_hf.cache.eviction import EvictingLayer
+from flash_dmattn_hf.cache.eviction import CacheView, EvictingLayer, view_of_slots
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.serving.layers import ServedLayer
 
@@ -36,12 +37,13 @@ class LiveRequests:
         self.slots = {index: layer.make_slots(num_rows, dtype, device) for index, layer in layers.items()}
         self.device = torch.device(device)
         self._chunks: list[tuple[int, RowTokens]] = []
+        self._views: dict[int, list[CacheView]] = {}  # of layers whose keys others use: what each chunk sees
         self._rows = self._places = None
         self._num_tokens = 0
 
     def begin(self, batch: Sequence[RowTokens]) -> None:
         """Says whose tokens the next forward brings, one request after the other in its only row."""
-        places, rows, self._chunks, start = [], [], [], 0
+        places, rows, self._chunks, self._views, start = [], [], [], {}, 0
         for tokens in batch:
             if tokens.num_new == 1:
                 places.append(start)
@@ -53,6 +55,14 @@ class LiveRequests:
         self._rows = torch.tensor(rows, dtype=torch.int32, device=self.device) if rows else None
         self._places = torch.tensor(places, device=self.device) if rows and self._chunks else None
 
+    def begin_step(self, rows: torch.Tensor) -> None:
+        """Says that the next forward brings one token for each of these rows, none for those that are -1.
+
+        rows: (B,) int32. It is read when the layers attend, in replays of a CUDA graph, too.
+        """
+        self._chunks, self._views, self._places = [], {}, None
+        self._num_tokens, self._rows = len(rows), rows
+
     def attend(
         self,
         layer_idx: int,
@@ -61,43 +71,81 @@ class LiveRequests:
         value: torch.Tensor,
         importance: torch.Tensor,
         **options: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends, each token to what its request holds in this layer, and evicts.
 
-        query: (1, T, H, D). key, value: (1, Hkv, T, D). importance: (1, Hi, T). options: `softmax_scale`, `softcap` and
-        `add_importance_bias` of `flash_dmattn.interval_attention`. Returns out (1, T, H, D).
+        query: (1, T, H, D). key: (1, Hkv, T, D), value: (1, Hkv, T, Dv). importance: (1, Hi, T).
+        options: `softmax_scale`, `softcap` and `add_importance_bias` of `flash_dmattn.interval_attention`.
+        Returns out (1, T, H, Dv) and lse (1, H, T).
         Raises ValueError when T is not the number of tokens that `begin` was told.
         """
         if query.shape[:2] != (1, self._num_tokens):
             raise ValueError(f"query must hold the {self._num_tokens} tokens of this batch, got {tuple(query.shape)}")
         layer, slots = self.layers[layer_idx], self.slots[layer_idx]
-        single = None if self._rows is None else self._step(layer, slots, query, key, value, importance, options)
-        if not self._chunks:
-            return single.transpose(0, 1)
-        out = torch.empty_like(query)
-        if single is not None:
-            out[0, self._places] = single.squeeze(1)
+        options = {"return_lse": True, **options}
+        single, parts, views = None, [], []
+        if self._rows is not None:
+            single = self._step(layer, slots, query, key, value, importance, options)
         for start, tokens in self._chunks:
             here = slice(start, start + tokens.num_new)
             chunk = EvictingLayer(layer.windows)
-            chunk.borrow(type(slots)(*(state[tokens.row : tokens.row + 1] for state in slots)), tokens.num_before)
+            chunk.borrow(Slots(*(state[tokens.row : tokens.row + 1] for state in slots)), tokens.num_before)
             chunk.take(key[:, :, here], value[:, :, here], importance[:, :, here])
-            out[:, here] = chunk.attend(query[:, here], **options)
-        return out
+            view = chunk.view()
+            parts.append(view.attend(query[:, here], layer.windows.keep_window_size, **options))
+            chunk.evict()
+            views.append(view)
+        if layer.is_shared:
+            self._views[layer_idx] = views
+        return self._put_together(single, parts)
 
-    def _step(self, layer, slots, query, key, value, importance, options) -> torch.Tensor:
-        """One more token for each of the rows; returns (B, 1, H, D)."""
-        tokens = [query[0], key[0].transpose(0, 1), value[0].transpose(0, 1)]  # (T, heads, D)
-        importance = importance[0].transpose(0, 1)
-        if self._places is not None:
-            *tokens, importance = (states[self._places] for states in (*tokens, importance))
-        query, key, value = (states.unsqueeze(1) for states in tokens)
+    def attend_again(self, layer_idx: int, query: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attends to what the tokens of this forward saw in an earlier layer, whose keys this one shares.
+
+        layer_idx: of that layer. query, options, what is returned: as in `attend`.
+        """
+        layer, slots = self.layers[layer_idx], self.slots[layer_idx]
+        options = {"return_lse": True, **options}
+        most, single = layer.windows.keep_window_size, None
+        if self._rows is not None:
+            index = self._rows.clamp(min=0).long()
+            view = view_of_slots(Slots(*(state[index] for state in slots)), layer.windows, (self._rows >= 0)[:, None])
+            single = view.attend(self._singles(query[0]), most, **options)
+        parts = [
+            view.attend(query[:, start : start + tokens.num_new], most, **options)
+            for (start, tokens), view in zip(self._chunks, self._views[layer_idx], strict=True)
+        ]
+        return self._put_together(single, parts)
+
+    def _singles(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns those of single tokens, (B, 1, ...), of states (T, ...)."""
+        return (states if self._places is None else states[self._places]).unsqueeze(1)
+
+    def _put_together(self, single, parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns out (1, T, H, Dv) and lse (1, H, T) of all tokens, from those of single tokens and of chunks."""
+        if not parts:
+            return single[0].transpose(0, 1), single[1].permute(2, 1, 0)
+        out = parts[0][0].new_empty(1, self._num_tokens, *parts[0][0].shape[2:])
+        lse = parts[0][1].new_empty(1, out.shape[2], self._num_tokens)
+        if single is not None:
+            out[0, self._places] = single[0].squeeze(1)
+            lse[0][:, self._places] = single[1].squeeze(2).transpose(0, 1)
+        for (start, tokens), part in zip(self._chunks, parts, strict=True):
+            here = slice(start, start + tokens.num_new)
+            out[:, here], lse[:, :, here] = part
+        return out, lse
+
+    def _step(self, layer, slots, query, key, value, importance, options) -> tuple[torch.Tensor, torch.Tensor]:
+        """One more token for each of the rows; returns out (B, 1, H, Dv) and lse (B, H, 1)."""
+        query, key, value, importance = (
+            self._singles(states) for states in (query[0], *(t[0].transpose(0, 1) for t in (key, value, importance)))
+        )
         _, num_sinks, local_window, sliding_window = layer.windows
         return decode_step(
             query,
             key,
             value,
-            importance.unsqueeze(-1),
+            importance.transpose(1, 2),
             slots,
             num_sink_tokens=num_sinks,
             local_window_size=local_window,

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import (
@@ -14,12 +13,13 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
 
+from flash_dmattn_hf.gates.attach import tensor_parallel_size
 from flash_dmattn_hf.serving.cache import SlotCache
 from flash_dmattn_hf.serving.layers import served_layers
+from flash_dmattn_hf.serving.runner import SlotModelRunner
 from flash_dmattn_hf.serving.scheduler import SCHEDULERS, child_ids
 
 _OFF = {
-    "use_cuda_graph": "a forward of several requests is not captured",
     "use_async_batching": "a batch is made when the one before is done",
     "varlen_compile_config": "a forward of several requests is not compiled",
     "decode_compile_config": "a forward of several requests is not compiled",
@@ -30,33 +30,47 @@ _OFF = {
 """Settings of transformers that must be left out or off, and why."""
 
 
-def checked_settings(settings: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
-    """Returns a copy with everything off that slots do not have. ValueError for such a setting that is on."""
+def checked_settings(settings: ContinuousBatchingConfig, device: torch.device) -> ContinuousBatchingConfig:
+    """Returns a copy with everything off that slots do not have. ValueError for such a setting that is on.
+
+    device: of the model. `use_cuda_graph` becomes two bools; the second one says whether steps are captured.
+    """
     for name, reason in _OFF.items():
         value = getattr(settings, name)
         if value not in (None, False, 0, (False, False)) or (name == "cpu_offload_space" and value is None):
             raise ValueError(f"{name} must be left out with flash_dmattn, got {value!r}: {reason}")
     if settings.scheduler_type not in SCHEDULERS:
         raise ValueError(f"scheduler_type must be one of {list(SCHEDULERS)}, got {settings.scheduler_type!r}")
+    if isinstance(settings.use_cuda_graph, tuple) and settings.use_cuda_graph[0]:
+        raise ValueError(
+            "use_cuda_graph must be True, False or (False, True) with flash_dmattn, got "
+            f"{settings.use_cuda_graph}: a forward with part of a prompt is not captured"
+        )
+    is_on = settings.use_cuda_graph is None or any(settings.cuda_graph_booleans)
     settings = copy.deepcopy(settings)
-    settings.use_cuda_graph, settings.use_async_batching, settings.max_blocks_per_request = (False, False), False, 0
+    settings.use_cuda_graph = False, is_on and device.type == "cuda"
+    settings.use_async_batching, settings.max_blocks_per_request = False, 0
     return settings
 
 
 class SlotBatchProcessor(ContinuousBatchProcessor):
-    """Runs forwards over a `SlotCache`."""
+    """Runs forwards over a `SlotCache`.
 
-    @torch.no_grad()
-    def _generation_step(self, model: nn.Module) -> None:
-        io = self.inputs_and_outputs
-        self.cache.begin(io.requests_in_batch)
-        inputs = io.get_model_kwargs()
-        # Ready-made, so that no model looks for documents in the positions: the cache knows whose tokens these are.
-        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model_device)
-        if io.compute_stream is not None:
-            io.compute_stream.wait_stream(torch.cuda.current_stream(self.model_device))
-        self.model_runner.compute_batch(model, inputs)
-        io.retrieve_device_outputs()
+    asks_for_graphs: whether the user wants steps in CUDA graphs; None: where the model allows it.
+    options: of transformers' ContinuousBatchProcessor.
+    """
+
+    def __init__(self, asks_for_graphs: bool | None, **options: Any):
+        super().__init__(**options)
+        self.model_runner = SlotModelRunner(
+            asks_for_graphs,
+            logit_processor=self.logit_processor,
+            cb_config=self.cb_config,
+            inputs_and_outputs=self.inputs_and_outputs,
+            cache=self.cache,
+            do_sample=self.do_sample,
+            return_logprobs=self.return_logprobs,
+        )
 
     def update_batch(self) -> None:
         """Also forks requests into their children, for each of which a row was kept."""
@@ -72,8 +86,8 @@ class SlotBatchProcessor(ContinuousBatchProcessor):
 class SlotBatchingManager(ContinuousBatchingManager):
     """A ContinuousBatchingManager for a model that runs through flash_dmattn.
 
-    Raises ValueError for settings that slots do not have, a model whose layers grow with the text and, when it starts
-    or warms up, for memory into which not one request fits.
+    Raises ValueError for settings that slots do not have, a model whose layers grow with the text or are split over
+    ranks and, when it starts or warms up, for memory into which not one request fits.
     """
 
     def __init__(
@@ -83,8 +97,15 @@ class SlotBatchingManager(ContinuousBatchingManager):
         continuous_batching_config: ContinuousBatchingConfig,
         workload_hints: Any = None,
     ):
+        if (num_ranks := tensor_parallel_size(model)) > 1:
+            raise ValueError(
+                f"continuous batching needs a whole model with flash_dmattn, got one split over {num_ranks} ranks: "
+                "call model.generate() on a padded batch"
+            )
         served_layers(model)
-        settings = checked_settings(continuous_batching_config)
+        settings = checked_settings(continuous_batching_config, model.device)
+        is_open = continuous_batching_config.use_cuda_graph is None
+        self._asks_for_graphs = None if is_open else any(continuous_batching_config.cuda_graph_booleans)
         super().__init__(model, generation_config, settings, workload_hints)
         self.continuous_batching_config.varlen_compile_config = None
         self.continuous_batching_config.decode_compile_config = None
@@ -106,6 +127,7 @@ class SlotBatchingManager(ContinuousBatchingManager):
         settings, config = copy.deepcopy(self.continuous_batching_config), self.model.config.get_text_config()
         cache = SlotCache(self.model, settings)
         self._use_prefix_sharing = cache.use_prefix_sharing
+        settings.max_requests_per_batch = min(settings.max_requests_per_batch, cache.num_blocks)
         update_cb_config_after_cache_creation(
             cb_config=settings, num_blocks=cache.num_blocks, max_batch_tokens=cache.max_batch_tokens
         )
@@ -117,6 +139,7 @@ class SlotBatchingManager(ContinuousBatchingManager):
             sliding_window=getattr(config, "sliding_window", None), _attn_implementation="flash_attention_2"
         )
         return SlotBatchProcessor(
+            self._asks_for_graphs,
             cache=cache,
             config=without_masks,
             generation_config=self.generation_config,

@@ -21,11 +21,13 @@ def workspace_bytes(
     layers: Mapping[int, ServedLayer], config: Any, dtype: torch.dtype, num_tokens: int, num_logits: int
 ) -> int:
     """Returns about what a forward of so many tokens needs while it runs, logits for `num_logits` of them included."""
-    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    num_heads = config.num_attention_heads
+    hidden, num_heads = config.hidden_size, config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    if not isinstance(inner, int):  # of each layer
+        inner = max(inner)
     most = max(
-        num_tokens * (num_heads + 4 * layer.num_heads) * layer.head_dim
-        + 2 * (layer.windows.keep_window_size + num_tokens) * layer.num_heads * layer.head_dim
+        num_tokens * (num_heads + 4 * layer.num_heads) * max(layer.head_dim, layer.value_dim)
+        + (layer.windows.keep_window_size + num_tokens) * layer.num_heads * (layer.head_dim + layer.value_dim)
         for layer in layers.values()
     )
     activations = (num_tokens * (4 * hidden + 3 * inner) + most) * dtype.itemsize

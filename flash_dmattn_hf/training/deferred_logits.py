@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from flash_dmattn_hf.thread_slot import ThreadSlot
 
+_NEEDS_WHOLE_WEIGHT = "the chunked loss needs the whole weight of the output layer, got one sharded over devices"
+
 
 @dataclass(frozen=True)
 class DeferredLogits:
@@ -46,9 +48,7 @@ class DeferredLogits:
         """
         hidden, weight, bias = self.hidden, self.weight, self.bias
         if isinstance(weight, DTensor) or weight.dim() != 2 or _is_freed(weight):
-            raise ValueError(
-                "the chunked loss needs the whole weight of the output layer, got one sharded over devices"
-            )
+            raise ValueError(_NEEDS_WHOLE_WEIGHT)
         if self.autocast is not None:
             hidden, weight = hidden.to(self.autocast), weight.to(self.autocast)
             bias = None if bias is None else bias.to(self.autocast)
@@ -120,6 +120,8 @@ class DeferringLinear(nn.Linear):
         deferring = _deferring.slot.content
         if deferring is None or deferring[0] is not self:
             return super().forward(hidden)
+        if hasattr(self.weight, "ds_id"):  # ZeRO-3 takes it away after the layer, and again during its backward
+            raise ValueError(_NEEDS_WHOLE_WEIGHT)
         device_type, autocast = hidden.device.type, None
         if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
             autocast = torch.get_autocast_dtype(device_type)
@@ -131,7 +133,8 @@ class DeferringLinear(nn.Linear):
 def check_output_layer_of(model: nn.Module) -> nn.Linear:
     """Returns the output layer of a model of transformers. Raises ValueError if its output cannot be deferred."""
     head = model.get_output_embeddings()
-    if type(head) not in (nn.Linear, DeferringLinear) or "forward" in vars(head):
+    # One that deferred before FSDP2 sharded it is of a class made from DeferringLinear.
+    if not (type(head) is nn.Linear or isinstance(head, DeferringLinear)) or "forward" in vars(head):
         raise ValueError(
             f"the output layer of {type(model).__name__} must be a plain nn.Linear on one device for the chunked loss, "
             f"got {type(head).__name__}"
@@ -140,18 +143,33 @@ def check_output_layer_of(model: nn.Module) -> nn.Linear:
 
 
 @contextmanager
-def deferred_logits(model: nn.Module) -> Iterator[None]:
-    """Inside the block a forward of `model` in this thread, without labels, has `DeferredLogits` as its logits.
+def deferring_layer(model: nn.Module) -> Iterator[nn.Linear]:
+    """Inside the block the output layer of `model` can defer; one that FSDP2 shards inside can do so afterwards too.
 
-    model: a causal language model of transformers, or one inside a PeftModel. Raises ValueError as
+    model: a causal language model of transformers, or one inside a PeftModel. Yields the layer. Raises ValueError as
     `check_output_layer_of`.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = check_output_layer_of(model)
-    before, head.__class__ = type(head), DeferringLinear
-    head.defer(None, "torch")
+    is_plain = type(head) is nn.Linear
+    if is_plain:
+        head.__class__ = DeferringLinear
     try:
-        yield
+        yield head
     finally:
-        head.resume()
-        head.__class__ = before
+        if is_plain and type(head) is DeferringLinear:
+            head.__class__ = nn.Linear
+
+
+@contextmanager
+def deferred_logits(model: nn.Module) -> Iterator[None]:
+    """Inside the block a forward of `model` in this thread, without labels, has `DeferredLogits` as its logits.
+
+    model, and what is raised: as `deferring_layer`.
+    """
+    with deferring_layer(model) as head:
+        head.defer(None, "torch")
+        try:
+            yield
+        finally:
+            head.resume()

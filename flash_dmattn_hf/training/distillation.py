@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -13,10 +14,11 @@ from transformers.trainer_utils import TrainOutput
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.importance import Gate
 from flash_dmattn_hf.gates.soft_selection import hard_selection, soft_selection
-from flash_dmattn_hf.training.deferred_logits import DeferredLogits, deferred_logits
+from flash_dmattn_hf.parallel.context import ContextParallel, active
+from flash_dmattn_hf.training.deferred_logits import DeferredLogits, deferred_logits, deferring_layer
 from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES, DistillationArguments
 from flash_dmattn_hf.training.distillation_course import DistillationCourse
-from flash_dmattn_hf.training.distillation_loss import Distillation, chunked_distillation_loss
+from flash_dmattn_hf.training.distillation_loss import Distillation, TokenWeights, chunked_distillation_loss
 from flash_dmattn_hf.training.gate_preparation import check_gates, prepare_gates
 from flash_dmattn_hf.training.held_out import WINDOW_LOSS, HeldOut
 from flash_dmattn_hf.training.importance import IMPORTANCE_GROUP
@@ -92,6 +94,7 @@ class DistillationTrainer(Trainer):
             None if teacher is None else teacher.to(args.device),
             trains_backbone=trains_backbone,
             dtype=torch.bfloat16 if args.bf16 else None,
+            device=args.device if self.is_fsdp_enabled else None,  # FSDP2 moves the student later
         )
         self.held_out = held_out
         stage = "all" if trains_backbone else "importance"
@@ -108,10 +111,12 @@ class DistillationTrainer(Trainer):
         softly = soft_selection(self.model, temperature=self.temperature_of(0.0), band=self.args.selection_band)
         self.optimizer = self.lr_scheduler = None
         with ExitStack() as afterwards, self._softly:
+            afterwards.enter_context(deferring_layer(self.model))
             gates = [gate for _, _, gate in iter_gates(self.model)]
-            for parameter in (p for gate in gates for p in (gate.A, *gate.dt_proj.parameters())):
-                afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
-                parameter.requires_grad_(True)
+            for gate in gates:
+                for name, parameter in [("A", gate.A), *gate.dt_proj.named_parameters(prefix="dt_proj")]:
+                    afterwards.callback(_set_requires_grad, gate, name, parameter.requires_grad)
+                    parameter.requires_grad_(True)
             self._soft = self._softly.enter_context(softly)
             for gate in gates:
                 gate.A.requires_grad_(False)
@@ -125,7 +130,7 @@ class DistillationTrainer(Trainer):
         """AdamW over the backbone and dt_proj, whose inputs it sees standardised; each is clipped alone."""
         if self.optimizer is not None:
             return self.optimizer
-        gates = [parameter for layer in self._layers for parameter in layer[:2] if parameter is not None]
+        gates = [parameter for layer in self._layers for parameter in layer.parameters()]
         in_gates = {id(parameter) for _, _, gate in iter_gates(self.model) for parameter in gate.parameters()}
         backbone = [p for p in self.model.parameters() if p.requires_grad and id(p) not in in_gates]
         groups = [
@@ -172,6 +177,7 @@ class DistillationTrainer(Trainer):
         weights = inputs.pop("token_weights", None)
         if (mask := inputs.get("attention_mask")) is not None:
             weights = mask if weights is None else weights * mask
+        weights = None if weights is None else _token_weights(weights.float(), active.slot.content)
         with self.accelerator.autocast():
             expected = self.teacher.logits(inputs)
         with deferred_logits(self.model):
@@ -213,7 +219,8 @@ class DistillationTrainer(Trainer):
 
     def measure(self) -> None:
         """Measures the model on the held-out text, with the hard mask, and logs it."""
-        if self.held_out is None or not self.is_world_process_zero():
+        # With FSDP2 a forward needs all processes.
+        if self.held_out is None or not (self.is_world_process_zero() or self.accelerator.is_fsdp2):
             return
         known = [entry[WINDOW_LOSS] for entry in self.state.log_history if WINDOW_LOSS in entry]
         with hard_selection(), self.lr_scheduler.paused():
@@ -232,6 +239,7 @@ class _Conductor(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        _keep_output_layer(self.trainer.model)
         if state.global_step == 0:
             self.trainer.measure()
         self.share = lr_scheduler.share
@@ -270,10 +278,31 @@ def _refuse_half_precision(model: nn.Module) -> None:
             )
 
 
-def _loss(found: DeferredLogits, expected: DeferredLogits, weights: torch.Tensor | None) -> Distillation:
-    if weights is not None:
-        weights = weights.float()
-        weights = (weights * weights.shape[1] / weights.sum(1, keepdim=True).clamp_min(1e-9)).flatten()
+def _set_requires_grad(gate: Gate, name: str, value: bool) -> None:
+    gate.get_parameter(name).requires_grad_(value)  # by its name: FSDP2 replaces parameters
+
+
+def _keep_output_layer(model: nn.Module) -> None:
+    """Lets FSDP2 keep the output layer whole until the backward: the loss needs it when the forward is over."""
+    head = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_output_embeddings()
+    for module in (model, head):
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False, recurse=False)
+
+
+def _token_weights(weights: torch.Tensor, context: ContextParallel | None) -> TokenWeights:
+    """Returns the weights of the tokens that are here, (N,), so that every example counts the same.
+
+    weights: (B, S), of whole examples, of which a rank of `context` has a part of the tokens. What it divides by makes
+    the mean over the ranks that of the whole.
+    """
+    weights = weights * weights.shape[1] / weights.sum(1, keepdim=True).clamp_min(1e-9)
+    rank, size = (0, 1) if context is None else (context.rank, context.world_size)
+    own = weights.chunk(size, 1)[rank].flatten()
+    return TokenWeights(own, weights.sum() / size, (weights > 0).sum() / size)
+
+
+def _loss(found: DeferredLogits, expected: DeferredLogits, weights: TokenWeights | None) -> Distillation:
     names = ("hidden", "weight", "bias")
     return chunked_distillation_loss(
         **dict(zip(names, found.operands(), strict=True)),

@@ -38,6 +38,18 @@ class Distillation(NamedTuple):
     top1: torch.Tensor
 
 
+class TokenWeights(NamedTuple):
+    """How much every token of a batch counts, and what the sums over them are divided by.
+
+    own: (N,), of the tokens that are here. total, num_counted: (), the sum and number of weights above 0 of all tokens,
+    of which others may be elsewhere.
+    """
+
+    own: torch.Tensor
+    total: torch.Tensor
+    num_counted: torch.Tensor
+
+
 def chunked_distillation_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -48,7 +60,7 @@ def chunked_distillation_loss(
     *,
     operations: str = "",
     teacher_operations: str = "",
-    token_weights: torch.Tensor | None = None,
+    token_weights: torch.Tensor | TokenWeights | None = None,
     chunk_size: int | None = None,
 ) -> Distillation:
     """Returns the mean over the tokens of KL(softmax(teacher's logits) || softmax(student's logits)).
@@ -58,7 +70,8 @@ def chunked_distillation_loss(
     hidden: (N, hidden size). weight: (vocabulary, hidden size). bias: (vocabulary,) or None. All of one dtype.
     teacher_hidden, teacher_weight, teacher_bias: the same of the teacher, with the same N and vocabulary; no gradient.
     operations, teacher_operations: as in `chunked_cross_entropy`: "*x", "/x", "tanh", "float32".
-    token_weights: (N,) floating point of at least 0, of which not all are 0; None: 1 for every token.
+    token_weights: (N,) floating point of at least 0, of which not all are 0; None: 1 for every token. Or
+        `TokenWeights`, of which the total is not 0: the result is then the share of these tokens in the means of all.
     chunk_size: tokens per chunk; None: as many as make `CHUNK_ENTRIES` logits.
 
     Sums are in float32, in float64 for float64 inputs. Gradients of hidden, weight and bias are computed in the
@@ -74,6 +87,9 @@ def chunked_distillation_loss(
     count = hidden.shape[0]
     if teacher_hidden.shape[0] != count:
         raise ValueError(f"teacher_hidden must have {count} tokens as hidden does, got {teacher_hidden.shape[0]}")
+    divisors = None
+    if isinstance(token_weights, TokenWeights):
+        token_weights, *divisors = token_weights
     if token_weights is None:
         token_weights = hidden.new_ones(count, dtype=torch.float32)
     if token_weights.shape != (count,) or not token_weights.is_floating_point():
@@ -89,8 +105,8 @@ def chunked_distillation_loss(
     loss, kld, same = _distillation_op(
         hidden, weight, bias, *teacher, token_weights, operations, teacher_operations, size, *wanted
     )[:3]
-    num_counted = (token_weights > 0).sum()
-    return Distillation(loss / token_weights.sum(), kld / num_counted, same / num_counted)
+    total, num_counted = divisors or (token_weights.sum(), (token_weights > 0).sum())
+    return Distillation(loss / total, kld / num_counted, same / num_counted)
 
 
 @torch.library.custom_op("flash_dmattn_hf::chunked_distillation", mutates_args=())

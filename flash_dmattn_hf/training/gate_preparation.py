@@ -65,7 +65,7 @@ def prepare_gates(model: nn.Module, stretches: Iterable[torch.Tensor]) -> list[S
                 weight /= torch.where(spread > 0, spread, 1.0).unsqueeze(1)
             bias.copy_(LEVEL - weight.double() @ mean)
         std = std.clamp_min(SMALLEST_STD * std.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        layers.append(StandardizedLayer(weight, bias, mean, std))
+        layers.append(StandardizedLayer(gate.dt_proj, mean, std))
     return layers
 
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from flash_dmattn import Visibility, interval_attention, select_visible
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.divided import gather
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.gates.importance import Gate, get_gate, importance_of
 from flash_dmattn_hf.integration.observed_attention import observed_attention
@@ -207,8 +207,7 @@ class ImportanceCallback(TrainerCallback):
 
 def _all_A(model: nn.Module) -> torch.Tensor:
     parameters = [(module if is_native_doge(module) else gate).A for _, module, gate in iter_gates(model)]
-    wholes = [A.full_tensor() if isinstance(A, DTensor) else A for A in (A.detach() for A in parameters)]
-    return torch.cat([A.float().cpu() for A in wholes])
+    return torch.cat([gather(A).float().cpu() for A in parameters])
 
 
 def _first_example(dataset: Any) -> torch.Tensor:

@@ -11,15 +11,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class StandardizedLayer(NamedTuple):
-    """weight: (out, in). bias: (out,); None: the inputs are only scaled. mean, std: (in,), of the inputs."""
+    """layer: has a weight (out, in), and a bias (out,) or None: then the inputs are only scaled.
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    mean, std: (in,), of the inputs. FSDP2 may shard the layer, by its outputs, at any time.
+    """
+
+    layer: nn.Module
     mean: torch.Tensor
     std: torch.Tensor
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Returns the weight, and the bias if there is one."""
+        return [parameter for parameter in (self.layer.weight, self.layer.bias) if parameter is not None]
 
 
 def standardize_inputs(optimizer: torch.optim.Optimizer, layers: Sequence[StandardizedLayer]) -> None:
@@ -31,21 +38,23 @@ def standardize_inputs(optimizer: torch.optim.Optimizer, layers: Sequence[Standa
 
     @torch.no_grad()
     def to_standardized(*_: Any) -> None:
-        before[:] = [layer.weight.clone() for layer in layers]
-        for weight, bias, mean, std in layers:
-            if weight.grad is None:
+        before[:] = [_local(layer.weight).clone() for layer, _, _ in layers]
+        for layer, mean, std in layers:
+            if layer.weight.grad is None:
                 continue
-            if bias is not None and bias.grad is not None:
-                weight.grad -= torch.outer(bias.grad, mean.to(weight.grad))
-            weight.grad /= std.to(weight.grad)
+            gradient = _local(layer.weight.grad)
+            if layer.bias is not None and layer.bias.grad is not None:
+                gradient -= torch.outer(_local(layer.bias.grad), mean.to(gradient))
+            gradient /= std.to(gradient)
 
     @torch.no_grad()
     def back(*_: Any) -> None:
-        for old, (weight, bias, mean, std) in zip(before, layers, strict=True):
+        for old, (layer, mean, std) in zip(before, layers, strict=True):
+            weight = _local(layer.weight)
             change = (weight - old) / std.to(weight)
             weight.copy_(old + change)
-            if bias is not None:
-                bias -= change @ mean.to(weight)
+            if layer.bias is not None:
+                _local(layer.bias).sub_(change @ mean.to(weight))
 
     optimizer.register_step_pre_hook(to_standardized)
     optimizer.register_step_post_hook(back)
@@ -59,3 +68,8 @@ def clip_each_group(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
             torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
 
     optimizer.register_step_pre_hook(clip)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this process's part of a tensor, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -3,15 +3,17 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from flash_dmattn_hf.conversion.variants import dense
+from flash_dmattn_hf.conversion.variants import dense_switch
 from flash_dmattn_hf.evaluation.final_states import evaluating
 from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.names import is_ours
+from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, check_output_layer_of, deferred_logits
 
 
@@ -31,27 +33,36 @@ class Teacher:
 
 
 def make_teacher(
-    student: nn.Module, given: nn.Module | None, *, trains_backbone: bool, dtype: torch.dtype | None
+    student: nn.Module,
+    given: nn.Module | None,
+    *,
+    trains_backbone: bool,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
 ) -> Teacher:
     """Returns the teacher of a converted model.
 
     given: a model with the student's vocabulary; None: the student itself with its adapter off if it is a PeftModel, or
         if its backbone is frozen; a frozen copy of it otherwise.
-    dtype: of the copy's weights; None: the student's. Raises ValueError for another vocabulary.
+    dtype, device: of the copy; None: the student's. Nothing shards the copy: every process has all of it.
+    Raises ValueError for another vocabulary.
     """
     if given is not None:
         _check_vocabulary(student, given)
         given.requires_grad_(False)
         uses_masks = is_ours(text_config_of(given)._attn_implementation)
-        return Teacher(given, lambda: dense(given) if uses_masks else nullcontext())
+        densely = dense_switch(given)
+        return Teacher(given, lambda: densely() if uses_masks or active.slot.content else nullcontext())
     if hasattr(student, "disable_adapter"):
-        return Teacher(student, lambda: _without_adapter(student))
+        return Teacher(student, partial(_without_adapter, student, dense_switch(student.get_base_model())))
     if not trains_backbone:
-        return Teacher(student, lambda: dense(student))
+        return Teacher(student, dense_switch(student))
     frozen = copy.deepcopy(student).requires_grad_(False)
     if dtype is not None:
         cast_parameters(frozen, dtype)
-    return Teacher(frozen, lambda: dense(frozen))
+    if device is not None:
+        frozen.to(device)
+    return Teacher(frozen, dense_switch(frozen))
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
@@ -62,8 +73,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _without_adapter(model: nn.Module) -> Iterator[None]:
-    with dense(model.get_base_model()), model.disable_adapter():
+def _without_adapter(model: nn.Module, densely: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    with densely(), model.disable_adapter():
         yield
 
 

@@ -12,10 +12,7 @@ from cuda_build.units import EXPORTS, SOURCES, Unit, list_units
 
 LIBRARY_NAME = "libflash_dmattn_cuda.so"
 
-_FLAGS = (
-    "-O3 -std=c++17 --expt-relaxed-constexpr -Xptxas -v "
-    "-Xcompiler -fPIC,-Wall,-Wno-unknown-pragmas"
-)
+_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xptxas -v -Xcompiler -fPIC,-Wall,-Wno-unknown-pragmas"
 _RULES = """\
 ninja_required_version = 1.8
 

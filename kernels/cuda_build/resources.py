@@ -55,9 +55,7 @@ def parse_compiler_output(unit: str, text: str) -> list[Kernel]:
         used, spilled, shared = (pattern.search(report) for pattern in (_USED, _SPILLS, _SHARED))
         if used is None or spilled is None:
             raise RuntimeError(f"the compiler reports no registers or spills for {name} of {unit}")
-        kernels.append(
-            Kernel(unit, architecture, name, int(used[1]), int(shared[1]) if shared else 0, int(spilled[1]))
-        )
+        kernels.append(Kernel(unit, architecture, name, int(used[1]), int(shared[1]) if shared else 0, int(spilled[1])))
     return kernels
 
 

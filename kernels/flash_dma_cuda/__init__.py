@@ -8,9 +8,7 @@ import warnings
 
 from flash_dmattn.backends.cuda import library
 
-warnings.warn(
-    "flash_dma_cuda is deprecated and holds no functions: use flash_dmattn", DeprecationWarning, stacklevel=2
-)
+warnings.warn("flash_dma_cuda is deprecated and holds no functions: use flash_dmattn", DeprecationWarning, stacklevel=2)
 
 why_unavailable: str | None = library.why_unavailable()
 is_available: bool = why_unavailable is None

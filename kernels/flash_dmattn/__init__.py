@@ -7,6 +7,7 @@ attends over such intervals. `flash_dmattn_func` and its kin take any mask and a
 
 from flash_dmattn.attention import dynamic_mask_attention, interval_attention
 from flash_dmattn.backends.device import why_no_gpu
+from flash_dmattn.blocks import Blocks, find_blocks
 from flash_dmattn.dense.functions import (
     flash_dmattn_func,
     flash_dmattn_func_auto,
@@ -25,6 +26,7 @@ from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 
 __all__ = [
+    "Blocks",
     "CUDA_AVAILABLE",
     "FLEX_AVAILABLE",
     "NEVER",
@@ -34,6 +36,7 @@ __all__ = [
     "dynamic_mask_attention",
     "explain_backends",
     "explain_jobs",
+    "find_blocks",
     "flash_dmattn_func",
     "flash_dmattn_func_auto",
     "flash_dmattn_kvpacked_func",

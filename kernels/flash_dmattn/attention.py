@@ -2,13 +2,14 @@
 
 import torch
 
-from flash_dmattn import arguments
+from flash_dmattn import arguments, planned
 from flash_dmattn.arguments import accept_aliases
+from flash_dmattn.blocks import Blocks
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, check_backend_name, choose, differentiates_itself
 from flash_dmattn.interval_arguments import check_query_rows, check_soft, check_visibility
 from flash_dmattn.ops import run_attention
-from flash_dmattn.selection import select_visible
+from flash_dmattn.selection import clamp_windows, select_visible
 from flash_dmattn.soft_selection import cut_softly, num_visible
 from flash_dmattn.visibility import NEVER, SoftCut, Visibility
 
@@ -118,6 +119,7 @@ def dynamic_mask_attention(
     padding_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
+    blocks: Blocks | None = None,
     selection_temperature: float | torch.Tensor | None = None,
     selection_band: float | None = 1.5,
     dropout_p: float = 0.0,
@@ -136,6 +138,8 @@ def dynamic_mask_attention(
         and its query rows give out 0, lse -inf and no gradient, whatever stands in them.
     cu_seqlens: (num_docs + 1,) int32, document boundaries of a packed batch: B = 1, Sq = Sk.
     max_seqlen: the longest document; accepted because callers have it, no backend needs it.
+    blocks: runs of tokens that see each other, as `find_blocks` returns them for the same padding and documents. A
+        query then sees up to blocks.size - 1 keys more than keep_window_size, the later ones of its own block.
     selection_temperature: above 0, for training: the cut of the selection is a gate with a slope, so that a key near it
         has a gradient (`flash_dmattn.soft_selection` has the equation). In standard deviations of the importance over
         the sequence or document; a tensor () is not checked and gets no gradient. As it falls the gate becomes the hard
@@ -148,6 +152,21 @@ def dynamic_mask_attention(
     """
     if importance is None:
         raise ValueError("importance must be a tensor, got None")
+    windows = keep_window_size, num_sink_tokens, local_window_size, sliding_window, is_causal
+    signature = None
+    if (
+        (padding_mask is cu_seqlens is blocks is selection_temperature is dropout_seed is None)
+        and dropout_p == 0
+        and isinstance(query, torch.Tensor)
+        and query.device.type in planned.DEVICES
+    ):
+        options = (*windows, softmax_scale, softcap, add_importance_bias, max_seqlen, deterministic, backend)
+        signature = planned.signature_of(query, key, value, importance, options)
+    if signature is not None:
+        route = planned.find_route(signature, query, key, value)
+        if route is not None:
+            out, lse = route.attend(query, key, value, importance, return_lse)
+            return (out, lse) if return_lse else out
     arguments.check_attention(
         query, key, value, importance, softcap=softcap, backend=backend, allow_other_value_dim=True
     )
@@ -166,16 +185,18 @@ def dynamic_mask_attention(
         "padding_mask": padding_mask,
         "cu_seqlens": cu_seqlens,
     }
+    if blocks is not None:
+        selection["blocks"] = blocks
     arguments.check_soft_selection(selection_temperature, selection_band, is_causal)
     shown, soft, kept = keep_window_size, None, None
     if selection_temperature is not None and seqlen_k > keep_window_size:  # else nobody is ever evicted
         kept = select_visible(importance, **{**selection, "sliding_window": None})
-        windows = keep_window_size, num_sink_tokens, local_window_size
+        sizes = windows[:3]
         soft = cut_softly(
-            importance, kept.death, selection_temperature, seqlen_q, *windows, padding_mask, cu_seqlens, backend
+            importance, kept.death, selection_temperature, seqlen_q, *sizes, padding_mask, cu_seqlens, backend
         )
-        shown = NEVER if selection_band is None else min(num_visible(*windows, selection_band), NEVER)
-    is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None
+        shown = NEVER if selection_band is None else min(num_visible(*sizes, selection_band), NEVER)
+    is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None and blocks is None
     if is_plain and seqlen_k <= shown:
         arguments.check_selection(importance, **selection)
         visibility = None  # every key stays visible
@@ -183,6 +204,7 @@ def dynamic_mask_attention(
         visibility = kept
     else:
         visibility = select_visible(importance, **{**selection, "keep_window_size": shown})
+    num_later = 0 if blocks is None else blocks.size - 1  # keys of a row's own block that come after it
     query_positions = None
     if padding_mask is not None:
         rows = torch.arange(seqlen_k - seqlen_q, seqlen_k, dtype=torch.int32, device=query.device)
@@ -197,14 +219,20 @@ def dynamic_mask_attention(
         query_positions=query_positions,
         soft=soft,
         # Not causal, a packed document shows its w keys at once: rows can see the end of one and all of the next.
-        max_visible=min(shown if is_causal else 2 * shown, NEVER),
+        max_visible=min(shown + num_later if is_causal else 2 * shown, NEVER),
         softmax_scale=softmax_scale,
         softcap=softcap,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         deterministic=deterministic,
     )
-    out, lse = attend(call, backend)
+    route = None
+    if signature is not None:
+        route = planned.plan_route(signature, call, importance, (*clamp_windows(*windows[:4]), is_causal), backend)
+    if route is not None:  # also the first time: what is saved for the backward must not depend on that
+        out, lse = route.attend(query, key, value, importance, return_lse)
+    else:
+        out, lse = attend(call, backend)
     return (out, lse) if return_lse else out
 
 

@@ -171,6 +171,10 @@ class AttentionCall(OperatorCall):
             return replace(self, value=pad(self.value, (0, missing)))
         return replace(self, query=pad(self.query, (0, -missing)), key=pad(self.key, (0, -missing)))
 
+    def finish_dimportance(self, dimportance: torch.Tensor) -> torch.Tensor | None:
+        """Returns the gradient of the importance, 0 where that counts as another number (NaN, +inf), or None."""
+        return None if self.importance is None else torch.where(self.importance < torch.inf, dimportance, 0)
+
     def with_comparable_importance(self) -> "AttentionCall":
         """Returns the call without NaN and +inf in the importance, differentiably."""
         return self if self.importance is None else replace(self, importance=comparable(self.importance))
@@ -236,7 +240,8 @@ class DecodeCall(OperatorCall):
     query: (B, 1, H, D). key: (B, 1, Hkv, D), value: (B, 1, Hkv, Dv), query's dtype.
     importance: (B, Hc, 1) floating point, any value.
     padding_mask: (B, 1) bool, False where a row has no token; None: all have one.
-    rows: (B,) int32, the row of the slots that each token belongs to; None: its own. No row twice.
+    rows: (B,) int32, the row of the slots that each token belongs to, negative where there is none; None: its own. No
+        row twice.
     slots: the state, which the step changes.
     The other fields as in `flash_dmattn.slots.decode_step`.
     """

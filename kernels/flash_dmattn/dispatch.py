@@ -21,6 +21,7 @@ logger = logging.getLogger("flash_dmattn")
 ENVIRONMENT_VARIABLE = "FLASH_DMATTN_BACKEND"
 """Names the backend that "auto" stands for, when set."""
 
+_VARIABLES = (ENVIRONMENT_VARIABLE, "FLASH_DMATTN_DISABLE_CUDA", "FLASH_DMATTN_CUDA_ARCH")
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
@@ -146,6 +147,20 @@ def choose_backward(call, name: str) -> ModuleType:
     raise RuntimeError("no backend can serve this backward: " + "; ".join(refusals))
 
 
+def choose_planner(call, importance: torch.Tensor, name: str) -> ModuleType | None:
+    """Returns the backend that selects by this importance, attends and differentiates by a plan, or None.
+
+    call: of attention, whose intervals are selected if it has some. name: as in `choose`.
+    """
+    backend = choose(ATTENTION, call, name)
+    if not hasattr(backend, "plan_attention") or _ask(backend, "reject_plan", call, importance) is not None:
+        return None
+    selects = call.birth is not None
+    if selects and find(SELECTION, call.query.device, importance, None) is not backend:
+        return None
+    return backend
+
+
 def find(job: Job, device: torch.device, *call) -> ModuleType | None:
     """Returns the first backend that accepts a call by itself; None where the code beside the caller is to serve.
 
@@ -166,6 +181,11 @@ def find(job: Job, device: torch.device, *call) -> ModuleType | None:
     return None
 
 
+def environment() -> tuple[str | None, ...]:
+    """Returns the environment variables that a choice depends on, for those who remember one."""
+    return tuple([os.environ.get(name) for name in _VARIABLES])
+
+
 def prefer(job: Job, name: str, device: torch.device, *call) -> ModuleType | None:
     """Returns the backend of that name if it accepts a call, else the one that `find` returns."""
     asked = _resolve(name)
@@ -180,7 +200,12 @@ def can_call_directly(*tensors: torch.Tensor | None) -> bool:
 
     So it is for plain tensors without gradients when nothing traces, maps, profiles or intercepts.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    return not torch.is_grad_enabled() and is_eager(*tensors)
+
+
+def is_eager(*tensors: torch.Tensor | None) -> bool:
+    """Whether these are plain tensors, and nothing traces, maps, profiles or intercepts what is done with them."""
+    if torch.compiler.is_compiling():
         return False
     if is_in_torch_dispatch_mode() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False

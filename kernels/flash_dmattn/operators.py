@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 
 # Operators are defined here rather than by torch.library.custom_op, whose checks at every call cost a short one a tenth
 # of its time.
@@ -131,6 +132,16 @@ def spread_gradients(ctx, kind: type[OperatorCall], gradients: tuple[torch.Tenso
     for index, gradient in zip(kind.differentiable_indices, gradients, strict=True):
         spread[index] = gradient if ctx.needs_input_grad[index] else None
     return tuple(spread)
+
+
+class EagerFunction(torch.autograd.Function):
+    """An autograd function of positional arguments. Torch would look up the signature of its forward at every call."""
+
+    @classmethod
+    def apply(cls, *arguments):
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(arguments))
 
 
 def first_derivative(operator: torch._ops.OpOverload, *arguments) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ import torch
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, can_call_directly, choose, choose_backward
 from flash_dmattn.operators import (
+    EagerFunction,
     define_gradient,
     define_operator,
     fake_attention,
@@ -16,8 +17,6 @@ from flash_dmattn.operators import (
     save_call,
     spread_gradients,
 )
-
-_IMPORTANCE = AttentionCall.DIFFERENTIABLE.index("importance")
 
 
 def run_attention(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,16 +45,11 @@ def _attention(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _attention_backward(dout, dlse, out, stats, *arguments) -> tuple[torch.Tensor, ...]:
-    """Returns the gradients of what is differentiable, an empty tensor for that of None.
-
-    An importance that is not finite has gradient 0.
-    """
+    """Returns the gradients of what is differentiable, an empty tensor for that of None."""
     call, backend = AttentionCall.unflatten(arguments), arguments[-1]
     with torch.cuda.device_of(call.query):
         gradients = list(choose_backward(call, backend).backward(call, out, stats, dout, dlse))
         gradients += [None] * (len(AttentionCall.DIFFERENTIABLE) - len(gradients))  # the last may be left out
-        if call.importance is not None:
-            gradients[_IMPORTANCE] = torch.where(call.importance < torch.inf, gradients[_IMPORTANCE], 0)
         return tuple([stats.new_empty(0) if gradient is None else gradient for gradient in gradients])
 
 
@@ -90,7 +84,7 @@ interval_attention_backward_op = define_operator(
 define_gradient("interval_attention", _backward, _setup_context)
 
 
-class _EagerAttention(torch.autograd.Function):
+class _EagerAttention(EagerFunction):
     """The operator with its gradient, past the autograd of torch.library, which reads the schema for 0.2 ms a call."""
 
     @staticmethod

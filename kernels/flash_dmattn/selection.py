@@ -8,8 +8,9 @@ import torch
 from flash_dmattn import arguments
 from flash_dmattn.arguments import accept_aliases
 from flash_dmattn.axes import PrunedAxis, SegmentedAxis
+from flash_dmattn.blocks import Blocks, check_blocks
 from flash_dmattn.competition import eviction_positions, sort_competitors
-from flash_dmattn.dispatch import SELECTION, find
+from flash_dmattn.dispatch import SELECTION, find, is_eager
 from flash_dmattn.ranking import comparable
 from flash_dmattn.visibility import NEVER, Visibility
 
@@ -26,6 +27,7 @@ def select_visible(
     padding_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Visibility:
     """Computes which queries see which key, as one interval of query rows per key.
 
@@ -46,6 +48,9 @@ def select_visible(
         values are trusted, because checking them would wait for the device.
     positions: (B, Hi, Sk) int32, the true positions of a pruned set of keys in any order, distinct, -1 for an
         empty slot; or None when the keys are the whole sequence in order.
+    blocks: runs of tokens that see each other (`flash_dmattn.find_blocks`), or None. A query at t then sees such keys
+        p > t, too, whose block begins at t or before. No block may be longer than local_window_size, unless
+        Sk <= keep_window_size, nor than sliding_window.
 
     Returns birth and death, int32 (B, Hi, Sk), as row numbers of the key axis (as positions when `positions` is
     given): the key is visible to query rows birth <= t < death. `NEVER` stands for no death. A key that nobody
@@ -64,22 +69,32 @@ def select_visible(
         cu_seqlens=cu_seqlens,
         positions=positions,
     )
-    birth, death = _select_visible_op(
-        importance.detach(),
-        min(keep_window_size, NEVER),
-        min(num_sink_tokens, NEVER),
-        min(local_window_size, NEVER),
-        None if sliding_window is None else min(sliding_window, NEVER),
-        is_causal,
-        padding_mask,
-        cu_seqlens,
-        positions,
-    )
-    return Visibility(birth, death)
+    if blocks is not None:
+        check_blocks(
+            blocks,
+            importance,
+            keep_window_size=keep_window_size,
+            local_window_size=local_window_size,
+            sliding_window=sliding_window,
+            is_causal=is_causal,
+        )
+    tensors = (padding_mask, cu_seqlens, positions)
+    windows = clamp_windows(keep_window_size, num_sink_tokens, local_window_size, sliding_window)
+    arguments_of_op = (importance.detach(), *windows, is_causal, *tensors)
+    if is_eager(importance, *tensors):
+        with torch.no_grad():
+            birth, death = _select_visible(*arguments_of_op)
+    else:
+        birth, death = _select_visible_op(*arguments_of_op)
+    return Visibility(birth if blocks is None else blocks.births(birth, death), death)
 
 
-@torch.library.custom_op("flash_dmattn::select_visible", mutates_args=())
-def _select_visible_op(
+def clamp_windows(*sizes: int | None) -> tuple[int | None, ...]:
+    """Returns sizes of windows that fit into 32 bits; a longer window holds no more keys."""
+    return tuple([None if size is None else min(size, NEVER) for size in sizes])
+
+
+def _select_visible(
     importance: torch.Tensor,
     keep_window_size: int,
     num_sink_tokens: int,
@@ -97,6 +112,9 @@ def _select_visible_op(
         if backend is not None:
             return backend.select_visible(importance, *options)
         return _select_in_torch(importance, *options, positions)
+
+
+_select_visible_op = torch.library.custom_op("flash_dmattn::select_visible", _select_visible, mutates_args=())
 
 
 @_select_visible_op.register_fake

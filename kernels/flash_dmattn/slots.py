@@ -80,7 +80,8 @@ def decode_step(
     slots: the state, changed in place.
     padding_mask: (B, 1) bool, False for a row without a token, whose slots stay as they are and whose output is 0.
     rows: (B,) int32, no number twice: which row of the slots each token belongs to, so that the slots may have other
-        rows, in any order, which stay as they are; None: the slots have B rows, one per token.
+        rows, in any order, which stay as they are; -1 where there is no token, any number of times. None: the slots
+        have B rows, one per token.
     softmax_scale: None: D ** -0.5. softcap: 0 is off.
     return_lse: also return the natural-log sum of exp of the logits.
     backend: "auto" or one of `get_available_backends()`.
@@ -183,6 +184,6 @@ def _check_rows(rows: torch.Tensor, query: torch.Tensor, num_rows: int) -> None:
             f"{tuple(rows.shape)} on {rows.device}"
         )
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        numbers = rows.tolist()
+        numbers = [number for number in rows.tolist() if number != -1]
         if len(set(numbers)) < len(numbers) or not all(0 <= number < num_rows for number in numbers):
-            raise ValueError(f"rows must be different numbers from 0 to {num_rows - 1}, got {numbers}")
+            raise ValueError(f"rows must be different numbers from 0 to {num_rows - 1}, or -1, got {rows.tolist()}")

@@ -16,7 +16,14 @@ import torch
 from flash_dmattn import soft_cut
 from flash_dmattn.calls import CutCall
 from flash_dmattn.dispatch import SOFT_CUT, can_call_directly, prefer
-from flash_dmattn.operators import define_gradient, define_operator, first_derivative, run_slices, spread_gradients
+from flash_dmattn.operators import (
+    EagerFunction,
+    define_gradient,
+    define_operator,
+    first_derivative,
+    run_slices,
+    spread_gradients,
+)
 from flash_dmattn.selection import select_visible
 from flash_dmattn.visibility import SoftCut
 
@@ -158,7 +165,7 @@ soft_cut_backward_op = define_operator(
 define_gradient("soft_cut", _backward, _setup_context)
 
 
-class _EagerCut(torch.autograd.Function):
+class _EagerCut(EagerFunction):
     """The operator with its gradient, past the autograd of torch.library, as that of attention."""
 
     @staticmethod

@@ -1,41 +1,30 @@
 #!/usr/bin/env bash
-# Runs tests/clients: libraries that people use with transformers, each compared with sdpa. Needs no GPU.
+# Runs tests/clients: libraries that people use with transformers, each compared with sdpa, on the CPU.
 #
-#   scripts/checks/clients.sh [--record FILE] [PYTEST_ARGUMENT...]
-#
-#   --record FILE   also writes the versions of the libraries and the outcome of every test there
+#   scripts/checks/clients.sh                      all of them; docs/benchmarks/clients_cpu.txt becomes the record
+#   scripts/checks/clients.sh --record FILE        all of them; FILE becomes the record
+#   scripts/checks/clients.sh PYTEST_ARGUMENT...   what the arguments choose, without a record
 #
 # PYTHON chooses the interpreter (default python3), whose environment needs the extra: pip install -e '.[clients]'.
+# The record says the versions, and of every test whether it passed, failed or was skipped, and why.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-cd "$ROOT"
-record=
+record=$ROOT/docs/benchmarks/clients_cpu.txt
+command="scripts/checks/clients.sh${*:+ $*}"
 case ${1:-} in
-    -h | --help) sed -n '2,8p' "${BASH_SOURCE[0]}"; exit ;;
-    --record) record=${2:?--record needs a file}; shift 2 ;;
+    -h | --help) sed -n '2,9p' "${BASH_SOURCE[0]}"; exit ;;
+    --record)
+        [[ $# == 2 ]] || { echo "error: --record needs one file, and no other arguments" >&2; exit 2; }
+        record=$(realpath -- "$2"); shift 2 ;;
 esac
+cd "$ROOT"
 
-export FLASH_DMATTN_CLIENTS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-run() {
-    "${PYTHON:-python3}" - <<'EOF'
-from importlib import metadata
-
-for name in ("torch", "transformers", "accelerate", "trl", "datasets", "peft", "lm_eval", "sentence-transformers",
-             "torchao", "bitsandbytes", "fastapi", "deepspeed"):
-    try:
-        print(f"{name:22} {metadata.version(name)}")
-    except metadata.PackageNotFoundError:
-        print(f"{name:22} not installed")
-EOF
-    "${PYTHON:-python3}" -m pytest -p no:cacheprovider -rA --tb=line -q --disable-warnings --show-capture=no tests/clients "$@"
-}
-if [[ -n $record ]]; then
-    status=0
-    run "$@" >"$record.full" || status=$?
-    grep -E '^[a-z_-]+ +([0-9]|not installed)|^(PASSED|FAILED|SKIPPED|ERROR) |^[0-9]+ (passed|failed)|^=.* (passed|failed)' "$record.full" \
-        | tee "$record"
-    rm "$record.full"
-    exit "$status"
+export FLASH_DMATTN_CLIENTS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3}
+if [[ $# != 0 ]]; then
+    exec "$python" -m pytest -p no:cacheprovider -q --disable-warnings tests/clients "$@"
 fi
-run "$@"
+"$python" -m pytest -p no:cacheprovider -q --disable-warnings --tb=short \
+    -p scripts.checks.clients_record --clients-record "$record" --clients-command "$command" tests/clients

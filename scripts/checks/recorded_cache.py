@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from flash_dmattn import NEVER, select_visible
+from flash_dmattn import NEVER, Blocks, select_visible
 from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 
@@ -41,9 +41,9 @@ class RecordedLayer(DynamicMaskCacheLayer):
         self.num_steps.add_(1)
         return out
 
-    def view(self, padding_mask: torch.Tensor | None = None):
+    def view(self, padding_mask: torch.Tensor | None = None, blocks: Blocks | None = None):
         new = self._new
-        view = super().view(padding_mask)
+        view = super().view(padding_mask, blocks)
         self._new = new
         self._record(view.query_positions)
         self._new = None

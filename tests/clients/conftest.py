@@ -31,7 +31,7 @@ def text(start: int, count: int) -> str:
 
 def load(path, name: str, **options):
     """Loads the model of a folder with one of `CHOICES`."""
-    return AutoModelForCausalLM.from_pretrained(path, **CHOICES[name], **options)
+    return AutoModelForCausalLM.from_pretrained(path, **{**CHOICES[name], **options})
 
 
 @pytest.fixture(scope="session")

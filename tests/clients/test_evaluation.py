@@ -6,8 +6,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from .conftest import WINDOW, text
+from flash_dmattn_hf.cli import main
+
+from .conftest import CHOICES, WINDOW, load, text
+from .lm_eval_task import NAME, perplexity, perplexity_of, write_task
 
 SETTINGS = f'{{"keep_window_size":{WINDOW};"num_sink_tokens":4}}'
 ARGUMENTS = {
@@ -36,25 +40,45 @@ def test_lm_eval_takes_settings_as_a_string(dense):
     assert results["flash_dmattn"][1] == results["sdpa"][1]
 
 
-def test_lm_eval_through_the_launcher(dense, tmp_path):
+def test_lm_eval_through_the_launcher(dense, tokenizer, tmp_path):
+    """Its command line takes braces only where all arguments are one JSON object."""
     pytest.importorskip("lm_eval")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"t": text(i, 40)}) + "\n" for i in range(3)))
-    (tmp_path / "task.yaml").write_text(
-        f"task: words\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
-        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{t}}'\n"
-        "metric_list: [{metric: word_perplexity}]\n"
-    )
-    perplexities = []
-    for arguments in ARGUMENTS.values():
-        command = [sys.executable, "-m", "flash_dmattn_hf.cli", "run", "lm_eval", "--model", "hf", "--device", "cpu"]
-        command += ["--model_args", f"pretrained={dense},dtype=float32,max_length=48,{arguments}"]
-        command += ["--tasks", "words", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        (result,) = tmp_path.glob("out*.json")
-        perplexities.append(json.loads(result.read_text())["results"]["words"]["word_perplexity,none"])
-        result.unlink()
-    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-3)
+    task, out = write_task(tmp_path), tmp_path / "out.json"
+    arguments = {"pretrained": str(dense), "dtype": "float32", **CHOICES["flash_dmattn"]}
+    command = [sys.executable, "-m", "flash_dmattn_hf.cli", "run", "lm_eval", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", json.dumps(arguments), "--tasks", NAME, "--include_path", str(task)]
+    done = subprocess.run([*command, "--output_path", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.glob("out*.json")
+    expected = perplexity(load(dense, "sdpa"), tokenizer)
+    assert perplexity_of(json.loads(written.read_text())) == pytest.approx(expected, rel=1e-5)
+
+
+def test_lm_eval_of_a_distilled_model(dense, tokenizer, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "corpus.txt").write_text(text(0, 4000))
+    distilled = tmp_path / "distilled"
+    command = ["distill", str(dense), str(distilled), "--data", str(tmp_path / "corpus.txt"), "--steps", "2"]
+    command += ["--keep-window-size", "16", "--length", "128", "--batch-size", "1", "--tasks", "none"]
+    assert main([*command, "--stretches", "1", "--device", "cpu", "--quiet"]) == 0
+
+    def by_the_harness(**options):
+        arguments = {"pretrained": str(distilled), "dtype": "float32", **options}
+        tasks = TaskManager(include_path=str(write_task(tmp_path)), include_defaults=False)
+        return perplexity_of(
+            lm_eval.simple_evaluate("hf", arguments, tasks=[NAME], task_manager=tasks, device="cpu", bootstrap_iters=0)
+        )
+
+    by_itself = AutoModelForCausalLM.from_pretrained(distilled, dtype=torch.float32)
+    assert by_itself.config.flash_dmattn["keep_window_size"] == 16
+    beyond_the_window = perplexity(by_itself, tokenizer)
+    assert by_the_harness() == pytest.approx(beyond_the_window, rel=1e-5)
+    with pytest.warns(UserWarning, match="its attention is dense"):
+        native = perplexity(load(distilled, "sdpa"), tokenizer)
+    assert by_the_harness(flash_dmattn=CHOICES["flash_dmattn"]["flash_dmattn"]) == pytest.approx(native, rel=1e-5)
+    assert native != pytest.approx(beyond_the_window, rel=1e-3)
 
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])

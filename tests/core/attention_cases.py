@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flash_dmattn import find_blocks
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -87,7 +89,15 @@ def window(w, s=0, r=0, **more):
     return {"keep_window_size": w, "num_sink_tokens": s, "local_window_size": r, **more}
 
 
+def images(*rows, **places):
+    """Blocks from strings: letters that repeat are a block, dots are text."""
+    return find_blocks(
+        torch.tensor([[-1 if letter == "." else ord(letter) for letter in row] for row in rows]), **places
+    )
+
+
 PACKED = {"batch": 1, "seqlen_q": 30, "seqlen_k": 30}
+PADDED_ROWS = padding("00001111" * 2 + "1111101", "1" * 4 + "0" + "1" * 15 + "000")
 DOUBLE = {"dtype": torch.float64, "importance_dtype": torch.float64}
 
 CASES = [
@@ -150,6 +160,42 @@ CASES = [
         **PACKED,
         options=window(
             4, 1, 1, cu_seqlens=documents(12, 18), padding_mask=padding("1" * 9 + "000" + "1" * 11 + "0" * 7)
+        ),
+    ),
+    AttentionCase(
+        "blocks", options=window(9, 1, 5, blocks=images("..aaaaa.bb" + "." * 13, "cccddddd" + ".....e" * 2 + "fff"))
+    ),
+    AttentionCase(
+        "blocks-from-which-the-last-queries-come",
+        seqlen_q=6,
+        num_heads=4,
+        num_kv_heads=2,
+        options=window(9, 0, 6, softcap=2.0, blocks=images("." * 14 + "aaaaaa" + "...", "b" * 5 + "." * 14 + "cccc")),
+    ),
+    AttentionCase("blocks-all-keys-fit", options=window(30, blocks=images("." + "a" * 20 + "..", "a" * 23))),
+    AttentionCase(
+        "blocks-and-a-sliding-window",
+        options=window(9, 1, 5, sliding_window=6, blocks=images("." * 8 + "aaaaabbbbbccccc", "ab" * 11 + "c")),
+    ),
+    AttentionCase(
+        "blocks-and-padding",
+        options=window(
+            8,
+            1,
+            5,
+            padding_mask=PADDED_ROWS,
+            blocks=images("a" * 8 + "." * 15, "..bbbbbb.cccc" + "." * 10, padding_mask=PADDED_ROWS),
+        ),
+    ),
+    AttentionCase(
+        "blocks-in-packed-documents",
+        **PACKED,
+        options=window(
+            7,
+            1,
+            4,
+            cu_seqlens=documents(7, 1, 22),
+            blocks=images(".aaaabbbbcc" + "." * 19, cu_seqlens=documents(7, 1, 22)),
         ),
     ),
     AttentionCase("minus-infinity", special=[-math.inf], options=window(12)),

@@ -23,7 +23,7 @@ from flash_dmattn.backends.triton.soft_cut import _BLOCK, _cut, _cut_backward
 
 DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"}
 INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches contested".split()}
-INDICES |= {"arrivals_ptr", "lengths_ptr", "victims_ptr"}
+INDICES |= {"arrivals_ptr", "lengths_ptr", "rows_ptr", "victims_ptr"}
 INDICES |= {f"{name}_ptr" for name in "cut dying given_contested cu_seqlens".split()}
 OTHERS = {"padding_ptr": "*i1", "worst_ptr": "*i64", "scale_ptr": "*fp64", "seed_ptr": "*i64", "keep_scale": "fp32"}
 TOKEN = {"keys_ptr", "values_ptr"}
@@ -65,6 +65,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_so
         "SPLIT": SLOTS // 16,
         "SPLITS": 16,
         "HAS_PADDING": True,
+        "HAS_ROWS": True,
         "NUM_INPUTS": 8 * head_dim,
         "BLOCK": config.block_n,
         "HAS_EXP": True,

@@ -8,11 +8,14 @@ NEVER = 2**31 - 1
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def sees(t, j, positions, strengths, keep_window_size, num_sink_tokens, local_window_size, sliding_window):
-    """Whether the query at position t sees key j of the keys with these positions and strengths."""
+def sees(t, j, positions, births, strengths, keep_window_size, num_sink_tokens, local_window_size, sliding_window):
+    """Whether the query at position t sees key j of the keys with these positions, births and strengths.
+
+    births: the position from which each key can be seen: its own, or in a block that of the block's first token.
+    """
     p = positions[j]
     age = t - p
-    if age < 0:
+    if t < births[j]:
         return False
     if sliding_window is not None and age >= sliding_window:
         return False
@@ -64,12 +67,13 @@ def visible_keys(
     padding_mask=None,
     cu_seqlens=None,
     positions=None,
+    blocks=None,
     queries=None,
 ):
     """Which keys each query sees: bool (B, Hi, T, Sk).
 
     Queries are the Sk rows of the key axis (padded ones see nothing); with `positions`, the true positions
-    listed in `queries`.
+    listed in `queries`. blocks: with start (B, Sk), the row at which the block of each real key begins.
     """
     batch, num_heads, seqlen = importance.shape
     strengths = ranking_strengths(importance)
@@ -91,11 +95,12 @@ def visible_keys(
                 sequences = [(rows, [slots[row] for row in rows], asked)]
             for rows, numbers, asked in sequences:
                 own = [strengths[b][h][row] for row in rows]
+                births = numbers if blocks is None else [rows.index(blocks.start[b, row]) for row in rows]
                 for j, row in enumerate(rows):
                     for t, index in asked:
                         if is_causal:
                             options = (keep_window_size, num_sink_tokens, local_window_size, sliding_window)
-                            found = sees(t, j, numbers, own, *options)
+                            found = sees(t, j, numbers, births, own, *options)
                         else:
                             found = is_kept(j, numbers, own, keep_window_size, num_sink_tokens)
                         if found:
@@ -174,6 +179,7 @@ SELECTION_OPTIONS = {
     "is_causal",
     "padding_mask",
     "cu_seqlens",
+    "blocks",
 }
 
 

@@ -24,6 +24,12 @@ def tiled(name, **changes):
     return AttentionCase(name, **{**shape, **changes})
 
 
+def long_blocks(seqlen, size, text=5):
+    """Blocks of `size` tokens, one after another, with some text before each."""
+    place = torch.arange(seqlen)
+    return flash_dmattn.find_blocks(torch.where(place % (size + text) < text, -1, place // (size + text))[None])
+
+
 def scattered(batch, seqlen):
     """bool (B, Sk), padding between the tokens."""
     return torch.rand(batch, seqlen, generator=torch.Generator().manual_seed(seqlen)) > 0.3
@@ -65,6 +71,16 @@ TILED_CASES = [
         options=options(padding_mask=padding("0" * 60 + "1" * 90, "0" * 150)),
     ),
     tiled("packed", options=options(cu_seqlens=PACKED)),
+    tiled("blocks", seqlen_q=260, seqlen_k=260, options=options(local_window_size=24, blocks=long_blocks(260, 24))),
+    tiled(
+        "blocks-of-fewer-queries",
+        seqlen_q=70,
+        seqlen_k=200,
+        num_heads=6,
+        num_kv_heads=2,
+        options=options(local_window_size=24, blocks=long_blocks(200, 24)),
+    ),
+    tiled("one-long-block", options=options(keep_window_size=150, local_window_size=0, blocks=long_blocks(150, 140))),
     tiled("packed-not-causal", options=options(is_causal=False, local_window_size=0, cu_seqlens=PACKED)),
 ]
 
@@ -141,6 +157,21 @@ GPU_CASES = [
         for lanes in (4, 1)
     ),
     *(
+        tiled(
+            f"blocks-{size}-d{head_dim}{'-deterministic' if more else ''}",
+            seqlen_q=3000,
+            seqlen_k=3000,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=head_dim,
+            dtype=torch.bfloat16,
+            options=options(keep_window_size=512, local_window_size=300, blocks=long_blocks(3000, size), **more),
+        )
+        for size in (1, 7, 256, 300)
+        for head_dim in (64, 128, 256)
+        for more in ({}, {"deterministic": True})
+    ),
+    *(
         tiled(f"length-{length}", seqlen_q=length, seqlen_k=length, head_dim=128, dtype=torch.bfloat16)
         for length in (1, 127, 128, 129, 1000)
     ),
@@ -157,6 +188,8 @@ def make_inputs(case, seed):
         key, value = torch.where(real, key, torch.nan), torch.where(real, value, torch.inf)
     weights = torch.randn(case.batch, case.seqlen_q, case.num_heads, value.shape[3] + 1, generator=generator)
     chosen = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
+    if "blocks" in chosen:
+        chosen["blocks"] = chosen["blocks"]._replace(start=chosen["blocks"].start.to(DEVICE))
     return [tensor.to(DEVICE) for tensor in (query, key, value, importance)], chosen, weights.to(DEVICE)
 
 

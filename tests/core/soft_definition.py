@@ -61,14 +61,17 @@ def gates(importance, temperature, **selection):
 
 
 def attention(query, key, value, importance, temperature, band, *, softmax_scale=None, softcap=0.0,
-              add_importance_bias=True, sliding_window=None, **selection):  # fmt: skip
+              add_importance_bias=True, sliding_window=None, blocks=None, **selection):  # fmt: skip
     """Soft dynamic mask attention of the last Sq rows, float64, differentiable: out (B, Sq, H, D), lse (B, H, Sq)."""
     exempt = selection.get("num_sink_tokens", 0) + selection.get("local_window_size", 0)
     num_contested = selection["keep_window_size"] - exempt
     seqlen_q, seqlen_k = query.shape[1], key.shape[1]
     shown = seqlen_k + exempt if band is None else exempt + math.ceil(band * num_contested - 1e-9)
     visible = visible_keys(
-        importance.detach(), **{**selection, "keep_window_size": max(1, shown)}, sliding_window=sliding_window
+        importance.detach(),
+        **{**selection, "keep_window_size": max(1, shown)},
+        sliding_window=sliding_window,
+        blocks=blocks,
     )[:, :, seqlen_k - seqlen_q :]
     if shown == 0:
         visible = torch.zeros_like(visible)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from flash_dmattn import select_visible
+from flash_dmattn import Blocks, select_visible
 
 from .definition import NEVER, inside_intervals, visible_keys
 
@@ -30,11 +30,19 @@ CHUNKS = {
 VALUES = {"distinct": lambda x: x, "ties": torch.round, "constant": torch.zeros_like}
 
 
-class PrunedKeys:
-    """Per head the positions that may still be seen, in a random order of slots."""
+def max_size(births):
+    """Tokens of the longest block."""
+    return int(births.bincount().max())
 
-    def __init__(self, importance, options, rng):
-        self.importance, self.options, self.rng = importance, options, rng
+
+class PrunedKeys:
+    """Per head the positions that may still be seen, in a random order of slots.
+
+    births: (SEQLEN,) int32, the position at which the block of each key begins, or None without blocks.
+    """
+
+    def __init__(self, importance, options, rng, births=None):
+        self.importance, self.options, self.rng, self.births = importance, options, rng, births
         self.kept = [[] for _ in range(importance.shape[1])]
 
     def process(self, start, end):
@@ -46,6 +54,8 @@ class PrunedKeys:
         slots = torch.tensor([[*kept, *[-1] * (num_slots - len(kept))] for kept in self.kept])
         importance = torch.where(slots < 0, torch.nan, self.importance[0].gather(1, slots.clamp(min=0)))
         arguments = {**self.options, "positions": slots.int()[None]}
+        if self.births is not None:
+            arguments["blocks"] = Blocks(self.births[slots.clamp(min=0)][None], max_size(self.births))
         inside = inside_intervals(select_visible(importance[None], **arguments), range(start, end))[0]
         visible = torch.zeros(len(self.kept), end - start, SEQLEN + 1, dtype=torch.int64)
         visible.scatter_add_(2, slots.where(slots >= 0, SEQLEN)[:, None].expand_as(inside), inside.long())

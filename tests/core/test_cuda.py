@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import flash_dmattn
-from flash_dmattn import dispatch
-from flash_dmattn.backends.cuda import library, sm80_backward_launch
+from flash_dmattn import dispatch, planned
+from flash_dmattn.backends.cuda import library, sm80_backward
 from flash_dmattn.backends.cuda.target import ARCHITECTURE_VARIABLE, find_target
 from flash_dmattn.dispatch import explain_backends
 
@@ -125,6 +125,80 @@ def test_two_forwards_are_bitwise_equal(seed):
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
+PLANNED_CASES = [
+    tiled("planned", seqlen_q=900, seqlen_k=900, num_heads=8, num_kv_heads=2),
+    tiled("planned-dense", seqlen_q=900, seqlen_k=900, num_heads=8, options=options(keep_window_size=1000)),
+    tiled("planned-few-queries", batch=2, seqlen_q=37, seqlen_k=900, num_heads=4, num_kv_heads=2),
+    tiled("planned-dense-few-queries", batch=2, seqlen_q=37, seqlen_k=900, options=options(keep_window_size=1000)),
+    tiled("planned-per-query-head", seqlen_q=700, seqlen_k=700, num_heads=4, num_kv_heads=2, num_importance_heads=4),
+    tiled("planned-no-bias", seqlen_q=700, seqlen_k=700, options=options(add_importance_bias=False)),
+    tiled("planned-not-causal", seqlen_q=700, seqlen_k=700, options=options(is_causal=False, local_window_size=0)),
+    tiled("planned-sliding-window", seqlen_q=700, seqlen_k=700, options=options(sliding_window=100)),
+    tiled("planned-importance-bfloat16", seqlen_q=700, seqlen_k=700, importance_dtype=torch.bfloat16),
+    tiled("planned-infinite-ties", seqlen_q=700, seqlen_k=700, importance="infinite-ties"),
+]
+
+
+@pytest.mark.parametrize("case", PLANNED_CASES, ids=str)
+def test_a_planned_call_gives_the_bits_of_the_long_way(case, seed, monkeypatch):
+    """Gradients are compared to the bit only where they are added up in a fixed order."""
+    is_hopper = find_target(torch.device("cuda", 0)).is_for_sm90a
+    chosen = {**case.options, "deterministic": is_hopper}
+    case = replace(case, head_dim=128, dtype=torch.bfloat16, options=chosen)
+    with monkeypatch.context() as without:
+        without.setattr(planned, "DEVICES", set())
+        long_way = run(case, seed, "cuda")
+    planned._ROUTES.clear()
+    run(case, seed, "cuda")
+    assert [route is None for route in planned._ROUTES.values()] == [False]
+    monkeypatch.setattr(sys.modules["flash_dmattn.attention"], "attend", None)
+    by_plan = run(case, seed, "cuda")
+    without_gradients = run(case, seed, "cuda", gradients=False)
+    assert all(torch.equal(*pair) for pair in zip(by_plan[:2], long_way[:2], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(without_gradients, long_way[:2], strict=True))
+    for got, right in zip(by_plan[2:], long_way[2:], strict=True):
+        torch.testing.assert_close(
+            got, right, **({"rtol": 0, "atol": 0} if is_hopper else {"rtol": 2e-2, "atol": 2e-2})
+        )
+
+
+def test_a_planned_call_runs_in_a_cuda_graph(seed):
+    case = tiled("planned-graph", seqlen_q=700, seqlen_k=700, num_heads=8, num_kv_heads=2, head_dim=128)
+    tensors = [tensor.requires_grad_() for tensor in make_inputs(replace(case, dtype=torch.bfloat16), seed)[0]]
+    dout = torch.randn_like(tensors[0])
+
+    def work():
+        out = flash_dmattn.dynamic_mask_attention(*tensors, **case.options, backend="cuda")
+        return out, *torch.autograd.grad(out, tensors, dout)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    for got, expected in zip(captured, work(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_planned_call_takes_other_addresses_each_time(seed):
+    """Also those that no kernel can read, which another backend then does."""
+    memory = torch.randn(3, 1, 300, 2, 72, device=DEVICE, dtype=torch.bfloat16)
+    importance = torch.randn(1, 2, 300, device=DEVICE)
+    for start in (0, 8, 0, 1):
+        query, key, value = memory[..., start : start + 64].unbind()
+        got = flash_dmattn.dynamic_mask_attention(query, key, value, importance, keep_window_size=50)
+        expected = flash_dmattn.dynamic_mask_attention(
+            query.contiguous(), key.contiguous(), value.contiguous(), importance, keep_window_size=50
+        )
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
 def forbid_triton(monkeypatch):
     def refuse(*_):
         raise AssertionError("the backward of the Triton backend was called")
@@ -150,7 +224,7 @@ def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
 @pytest.mark.parametrize("architecture", ["80", "120"], ids=["sm80", "sm120"], indirect=True)
 @pytest.mark.parametrize("window", [300, 5000], ids=["listed", "dense"])
 def test_a_few_epochs_at_a_time_give_the_same_gradients(window, seed, monkeypatch):
-    monkeypatch.setattr(sm80_backward_launch, "_KEYS_OF_PROCESSOR", 1)
+    monkeypatch.setattr(sm80_backward, "_KEYS_OF_PROCESSOR", 1)
     forbid_triton(monkeypatch)
     case = tiled("rounds", batch=2, seqlen_q=3000, seqlen_k=3000, num_heads=6, num_kv_heads=2)
     case = replace(case, head_dim=128, dtype=torch.bfloat16, options=options(keep_window_size=window))

@@ -11,6 +11,8 @@ from flash_dmattn import NEVER, Visibility, select_visible
 from flash_dmattn.backends.cuda import library, lists
 from flash_dmattn.calls import AttentionCall
 
+from .kernel_cases import long_blocks
+
 WHY_NOT = library.why_not_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
@@ -133,6 +135,16 @@ def test_padding_and_documents():
     for is_causal in (True, False):
         birth, death = select(torch.randn(1, 2, seqlen), keep_window_size=200, cu_seqlens=bounds, is_causal=is_causal)
         check_lists(make_call(birth, death, None, 0, seqlen_q=seqlen), 32)
+
+
+@pytest.mark.parametrize("size", [1, 30, 256])
+def test_keys_of_blocks(size):
+    importance, blocks = torch.randn(1, 2, 2500), long_blocks(2500, size)
+    options = {"keep_window_size": 400, "num_sink_tokens": 2, "local_window_size": 256}
+    _, death = select(importance, **options)
+    birth = blocks.births(torch.arange(2500, dtype=torch.int32).expand(1, 2, -1), death)
+    call = make_call(birth, death, importance, 0, seqlen_q=2500, max_visible=400 + size - 1)
+    check_lists(call, 32)
 
 
 def test_keys_and_rows_in_any_order():

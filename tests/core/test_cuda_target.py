@@ -1,14 +1,12 @@
 """Which kernels of the CUDA library a GPU gets, how others or none are asked for, and what a partial build serves."""
 
-import ctypes
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from flash_dmattn.backends import cuda
-from flash_dmattn.backends.cuda import forward_launch, library, lists, sm80_backward_launch, target
+from flash_dmattn.backends.cuda import library, lists, sm80_backward, target
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.dispatch import ATTENTION, choose, explain_backends
 
@@ -99,7 +97,7 @@ def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch
     partial = SimpleNamespace(
         flash_dmattn_forward_tile_rows=lambda head_dim, is_bfloat16, is_for_sm90a: 128 if head_dim == 128 else 0
     )
-    monkeypatch.setattr(forward_launch, "load", lambda: partial)
+    monkeypatch.setattr(library, "load", lambda: partial)
     monkeypatch.setattr(library, "head_dims", lambda: (64, 128))
     monkeypatch.setattr(library, "why_not_on", lambda device: None)
     monkeypatch.setattr(lists, "reject", lambda call: None)
@@ -120,30 +118,7 @@ def test_a_kernel_that_was_not_built_is_left_to_the_next_engine(gpu, monkeypatch
         choose(ATTENTION, call, "cuda")
 
 
-def test_the_sm80_kernels_are_told_the_first_row(gpu, monkeypatch, call):
-    """Those for Hopper know it where a call leaves it out; these read it from memory."""
-    gpu("A100")
-    properties = SimpleNamespace(shared_memory_per_block_optin=163 * 1024, multi_processor_count=108)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-    shapes = SimpleNamespace(
-        flash_dmattn_forward_tile_rows=lambda *shape: 128, flash_dmattn_sm80_backward_tile_rows=lambda *shape: 128
-    )
-    first_rows = []
-
-    def launch(name, parameters, device):
-        assert parameters.entries is None and parameters.query_positions is None
-        first_rows.append(ctypes.cast(parameters.query_start, ctypes.POINTER(ctypes.c_int32))[0])
-
-    for module in (forward_launch, sm80_backward_launch):
-        monkeypatch.setattr(module, "load", lambda: shapes)
-        monkeypatch.setattr(module, "launch", launch)
-    last_queries = replace(call, query=call.query[:, -3:].contiguous(), query_start=None)
-    out, lse, stats = forward_launch.run_forward(last_queries, None)
-    sm80_backward_launch.run_backward(last_queries, out, stats, out, lse)
-    assert first_rows == [5, 5]
-
-
 def test_a_quarter_of_the_epochs_has_sums_of_dquery_unless_that_is_little_work():
-    assert sm80_backward_launch.count_epochs(64, 8 * 2112, 132) == 16
-    assert sm80_backward_launch.count_epochs(64, 2 * 2112, 132) == 32
-    assert sm80_backward_launch.count_epochs(8, 100, 132) == 8
+    assert sm80_backward.count_epochs(64, 8 * 2112, 132) == 16
+    assert sm80_backward.count_epochs(64, 2 * 2112, 132) == 32
+    assert sm80_backward.count_epochs(8, 100, 132) == 8

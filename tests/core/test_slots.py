@@ -227,6 +227,36 @@ def test_rows_of_more_slots(name, backend, dtype, small_programs):
         assert (other[untouched] == 7).all()
 
 
+@pytest.mark.parametrize("name", ["sinks-local", "several-blocks", "values-longer"])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_rows_without_a_token(name, backend, dtype, small_programs):
+    """Around two tokens three places without one, full of NaN: output 0, lse -inf, and no row changes."""
+    case, places = CASES[name], [3, 1]
+    *inputs, mask = draw(case, dtype)
+    sizes = inputs[3].shape[1], case.w, case.head_dim, dtype, DEVICE, case.value_dim
+    own, pool, empty = (make_slots(n, *sizes) for n in (2, 3, 1))
+    padded = [torch.full((5, *states.shape[1:]), torch.nan, dtype=states.dtype, device=DEVICE) for states in inputs]
+    for states, wide in zip(inputs, padded, strict=True):
+        wide[places] = states
+    wide_mask = torch.ones(5, case.length, dtype=torch.bool, device=DEVICE)
+    wide_mask[places] = mask
+    rows = torch.tensor([-1, 0, -1, 2, -1], dtype=torch.int32, device=DEVICE)
+    others = [0, 2, 4]
+    for expected, found in zip(
+        steps(case, own, *inputs, mask, backend, return_lse=True),
+        steps(case, pool, *padded, wide_mask, backend, rows=rows, return_lse=True),
+        strict=True,
+    ):
+        assert all(torch.equal(one, other[places]) for one, other in zip(expected, found, strict=True))
+        assert not found[0][others].any() and (found[1][others] == -torch.inf).all()
+    for state, other, nothing in zip(own, pool, empty, strict=True):
+        assert torch.equal(state, other[rows[places].long()]) and torch.equal(other[1:2], nothing)
+    every = [state.clone() for state in pool]
+    token = (*(states[:, :1] for states in padded[:3]), padded[3][:, :, :1])
+    out = decode_step(*token, pool, rows=torch.full_like(rows, -1), backend=backend, **case.windows)
+    assert not out.any() and all(map(torch.equal, every, pool))
+
+
 @pytest.mark.parametrize("backend", ["reference"] if NO_TRITON else ["reference", "triton"])
 @pytest.mark.parametrize("name", ["sinks-local", "several-blocks", "values-longer"])
 def test_lse_is_that_of_one_pass(name, backend, small_programs):
@@ -291,8 +321,9 @@ def fewer_importances():
         ({"padding_mask": torch.ones(2, 1)}, "padding_mask must be bool .* got torch.float32"),
         ({"rows": torch.zeros(2)}, r"rows must be int32 of shape \(2,\) .* got torch.float32"),
         ({"rows": torch.zeros(3, dtype=torch.int32)}, r"rows must be int32 of shape \(2,\) .* got torch.int32 \(3,\)"),
-        ({"rows": torch.tensor([1, 1], dtype=torch.int32)}, r"rows must be different .* from 0 to 1, got \[1, 1\]"),
-        ({"rows": torch.tensor([0, 2], dtype=torch.int32)}, r"rows must be different .* from 0 to 1, got \[0, 2\]"),
+        ({"rows": torch.tensor([1, 1], dtype=torch.int32)}, r"rows must be different .* 0 to 1, or -1, got \[1, 1\]"),
+        ({"rows": torch.tensor([0, 2], dtype=torch.int32)}, r"rows must be different .* 0 to 1, or -1, got \[0, 2\]"),
+        ({"rows": torch.tensor([0, -2], dtype=torch.int32)}, r"rows must be different .* or -1, got \[0, -2\]"),
         ({"num_sink_tokens": 4, "local_window_size": 2}, "must not exceed keep_window_size, got 4 . 2 > 5"),
         ({"softcap": -1.0}, "softcap must be 0 .off. or positive"),
     ],

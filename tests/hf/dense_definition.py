@@ -30,7 +30,10 @@ def importance_of(gate, tokens):
 
 
 def visible(importance, real, settings):
-    """(B, Hi, S, S) bool: may query t see key j, by counting for every pair the keys that beat j."""
+    """(B, Hi, S, S) bool: may query t see key j, by counting for every pair the keys that beat j.
+
+    Nothing is said against later keys: the mask of the model shows those of a block alone.
+    """
     w, s, r = settings.keep_window_size, settings.num_sink_tokens, settings.local_window_size
     position = real.long().cumsum(-1) - 1
     t, j = position[:, None, :, None], position[:, None, None, :]
@@ -41,7 +44,7 @@ def visible(importance, real, settings):
     old_enough = (j >= s) & (t - j >= r) & real[:, None, None, :]  # [t, i]: i competes at t
     count = (old_enough.double() @ beats.double().transpose(-1, -2)).long()  # [t, j]
     chosen = (j >= s) & (t - j >= r) & (count < w - s - r)
-    return ((j < s) | (t - j < r) | chosen) & (j <= t) & real[:, None, None, :]
+    return ((j < s) | (t - j < r) | chosen) & real[:, None, None, :]
 
 
 def dense_definition(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):

@@ -51,7 +51,7 @@ def record_graphs(monkeypatch, model, cache):
         for state, content in before:  # a capture runs nothing
             state.copy_(content)
 
-    monkeypatch.setattr(cuda_graph, "_capturing", capturing)
+    monkeypatch.setattr(cuda_graph, "capturing", capturing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(RecordedGraph, "num_replays", 0)
     forward = cuda_graph.StepForward(model, cuda_graph.CapturedForward(model))

@@ -46,10 +46,10 @@ class ReplayedLayer(DynamicMaskCacheLayer):
             self._check(self.positions, visible.unsqueeze(2), 1)
         return out
 
-    def view(self, padding_mask=None):
+    def view(self, padding_mask=None, blocks=None):
         size = self._num_new
         self._remember(padding_mask)
-        view = super().view(padding_mask)
+        view = super().view(padding_mask, blocks)
         assert self.history.shape[2] == self.num_rows
         if size > 1 or self.num_rows % self.stride == 0:
             birth, death = (bound.unsqueeze(2) for bound in view.visibility)

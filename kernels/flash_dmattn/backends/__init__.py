@@ -12,7 +12,8 @@ runs everywhere, or that refuses no call of a job, leaves out the function that 
     reject(call), forward(call) -> (out, lse, stats)                                as the operator returns them
     backward(call, out, stats, dout, dlse)                                          gradients of call.DIFFERENTIABLE in
                                                                                     its order, None where one is None;
-                                                                                    the last of them may be left out
+                                                                                    the last of them may be left out;
+                                                                                    0 for an importance of NaN or +inf
     reject_decoding(call), decode(call) -> out                                      changes the slots
     reject_selection(importance, positions), select_visible(importance, ...)
     reject_key_lists(call), build_key_lists(call, tile_size)
@@ -20,6 +21,8 @@ runs everywhere, or that refuses no call of a job, leaves out the function that 
     reject_token_importance(value, *parameters), token_importance(value, ...)
     reject_cut(call), cut(call) -> (score, threshold, contested_from, cut, scale)   as the operator returns them
     cut_backward(call, cut, scale, dscore, dthreshold) -> dimportance
+
+    reject_plan(call, importance), plan_attention(call, selection)                  see `flash_dmattn.planned`
 
 One whose backward does not serve all that its forward does has reject_backward(call): the next backend takes over, on
 the same saved tensors. One that differentiates itself has attend(call) -> (out, lse) in place of forward and

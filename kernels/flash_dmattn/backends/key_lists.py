@@ -98,14 +98,19 @@ def count_visible(birth: torch.Tensor, death: torch.Tensor) -> int:
     return max(1, int(alive.max())) if alive.numel() else 1
 
 
-def choose_capacity(call: AttentionCall, birth: torch.Tensor, death: torch.Tensor, epoch_size: int) -> int:
-    """Returns how many entries the longest list needs at most; without `call.max_visible` read back from the device."""
-    batch, seqlen_q = call.query.shape[:2]
-    num_lists, seqlen_k = birth.shape
+def choose_capacity(
+    call: AttentionCall, birth: torch.Tensor | None, death: torch.Tensor | None, epoch_size: int
+) -> int:
+    """Returns how many entries the longest list needs at most; without `call.max_visible` read back from the device.
+
+    birth, death: (R, Sk) int32, not looked at, and None at will, where `call.max_visible` is given.
+    """
+    seqlen_q, seqlen_k = call.query.shape[1], call.key.shape[1]
     if not call.is_ordered or seqlen_k == 0:  # rows in no order tell nothing about the keys of an epoch
         return seqlen_k
     if call.max_visible is not None:
         return min(seqlen_k, call.max_visible + epoch_size)
+    batch, num_lists = call.query.shape[0], birth.shape[0]
     births, deaths = _sorted_bounds(birth, death)
     steps = torch.arange(0, seqlen_q, epoch_size, device=birth.device)
     first = (call.first_rows()[:, None] + steps).repeat_interleave(num_lists // batch, dim=0)  # (R, epochs)

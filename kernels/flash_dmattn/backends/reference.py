@@ -79,7 +79,7 @@ def backward(
             dquery,
             _sum_to_kv_heads(dkey, call),
             _sum_to_kv_heads(dvalue, call),
-            None if call.importance is None else dimportance[..., :-1].to(call.importance.dtype).contiguous(),
+            call.finish_dimportance(dimportance[..., :-1]),
             None if call.soft is None else dscore[..., :-1].contiguous(),
             None if call.soft is None else dthreshold,
         )
@@ -223,9 +223,7 @@ def _keep_factor(call: AttentionCall, rows: slice, index: torch.Tensor) -> torch
     return keeps(seed, head, query, key, call.dropout_p).flatten(2, 3).double() / (1 - call.dropout_p)
 
 
-def _soft_gate(
-    soft: SoftCut, rows: slice, row: torch.Tensor, index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _soft_gate(soft: SoftCut, rows: slice, row: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns log sigmoid(score - threshold) and its slope for a tile's pairs, (B, Hi, T, L); 0 where none is gated.
 
     row: (B, 1, T, 1), the row numbers of the query rows `rows`. index: (B, Hi, L), the keys; Sk is filler.

@@ -32,12 +32,19 @@ def decode(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _decode_rows(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same over copies of some rows, which then go back to their places."""
-    rows = call.rows.long()
+    """The same over copies of some rows, which then go back to their places.
+
+    Where there is no token, the first that there is stands in: its row goes back once more, the same.
+    """
+    has_token = call.rows >= 0
+    place = torch.arange(len(has_token), device=has_token.device)
+    place = torch.where(has_token, place, has_token.int().argmax())
+    rows = call.rows[place].clamp(min=0).long()
     own = Slots(*(state[rows] for state in call.slots))
-    attended = decode(replace(call, slots=own, rows=None))
+    padding_mask = has_token.unsqueeze(1) if call.padding_mask is None else has_token.unsqueeze(1) & call.padding_mask
+    attended = decode(replace(call, slots=own, rows=None, padding_mask=padding_mask))
     for state, new in zip(call.slots, own, strict=True):
-        state.index_copy_(0, rows, new)
+        state.index_copy_(0, rows, new[place])
     return attended
 
 

@@ -7,9 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCAB_SIZE = 99
-HEAD_DIM = 16
-SLIDING_WINDOW = 10
+from checks.families.overrides import OVERRIDES, REQUIRED
+from checks.families.sizes import HEAD_DIM, SLIDING_WINDOW, VOCAB_SIZE
 
 SIZES: list[tuple[str, int]] = [
     (r"(?!type_).*vocab_size(_per_layer_input)?", VOCAB_SIZE),
@@ -45,86 +44,6 @@ SIZES: list[tuple[str, int]] = [
     (r"(eos_token_id)", 2),
 ]
 """Names of integer fields, and the size that a tiny model has there. The first that fits decides."""
-
-_HEAD_DIM = {"head_dim": HEAD_DIM}
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_SHARED_PAIRS = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_kv_shared_layers": 2,
-}
-_GEMMA3N = {**_SHARED_PAIRS, "intermediate_size": [32] * 4, "activation_sparsity_pattern": [0.0] * 4}
-_QSA = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": HEAD_DIM,
-    "indexer_budget": 8,
-    "indexer_compress_ratio": 4,
-    "ple_embed_dim": 64,
-}
-_ATTENTION_LAST = {"attn_layer_period": 2, "attn_layer_offset": 1}
-_LINEAR_AND_FULL = ["linear_attention", "full_attention"]
-
-REQUIRED: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
-}
-"""Model type -> arguments without which its config cannot be made at all."""
-
-_SLIDING_ONLY = {"sliding_window": 30}
-
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "blt": {
-        "encoder_hash_byte_group_vocab": 99,
-        "encoder_config": {"hidden_size_global": 64},
-        "decoder_config": {"hidden_size_global": 64},
-    },
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": dict.fromkeys(["sliding_attention", "full_attention"], _ROPE),
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 32},
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots3_note": {
-        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
-        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
-    },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "gemma3n_text": _GEMMA3N,
-    "gemma3n": {"text_config": _GEMMA3N},
-    "gemma4_text": _SHARED_PAIRS,
-    "gemma4": {"text_config": _SHARED_PAIRS},
-    "musicgen": {"decoder": {"num_codebooks": 1}},
-    "musicgen_melody": {"decoder": {"num_codebooks": 1}},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": _LINEAR_AND_FULL},
-    "hunyuan_v1_dense": _HEAD_DIM,
-    "hunyuan_v1_moe": _HEAD_DIM,
-    "jamba": _ATTENTION_LAST,
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 8},
-    "ministral": {**_HEAD_DIM, **_SLIDING_ONLY},
-    "mistral": _SLIDING_ONLY,
-    "nemotron": {**_HEAD_DIM, "num_key_value_heads": 2},
-    "qwen4_exp_text": _QSA,
-    "qwen4_exp": {"text_config": _QSA},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 30},
-    "reformer": {"axial_pos_shape": (16, 32), "axial_pos_embds_dim": (32, 32)},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "attention_hidden_size": 128,
-        "attention_head_dim": 32,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-        "num_hidden_layers": 3,
-    },
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
-    "zaya": {"num_experts_per_tok": 1},
-}
-"""Model type -> fields of its config that the rules cannot guess."""
 
 _PER_LAYER = re.compile(
     r"(layer_types|mlp_layer_types|layers_block_type|indexer_types|no_rope_layers|layer_rope_theta|intermediate_size|"
@@ -163,7 +82,7 @@ def shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         if "num_hidden_layers" in fields:
             result["num_hidden_layers"] = len(chosen)
     rope = fields.get("rope_parameters")
-    if isinstance(rope, dict) and "mrope_section" in rope:
+    if isinstance(rope, dict) and "rope_theta" in rope and _has_sections(config, rope):
         result["rope_parameters"] = {**rope, "mrope_section": _sections(rope, fields)}
     return result
 
@@ -199,6 +118,11 @@ def _representatives(lists: list[list]) -> list[int]:
     rows = list(zip(*lists, strict=False))
     chosen = sorted({rows.index(row) for row in rows})
     return chosen if len(chosen) > 1 else list(range(min(2, len(rows))))
+
+
+def _has_sections(config: PreTrainedConfig, rope: dict) -> bool:
+    """Whether positions of images have several axes, each with its share of a head; the model may have the default."""
+    return "mrope_section" in rope or "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ())
 
 
 def _sections(rope: dict, fields: dict) -> list[int]:

@@ -1,4 +1,4 @@
-"""The page of supported models: one table for every recorded version of transformers."""
+"""The page of supported models: for every recorded version of transformers a table per task."""
 
 import json
 from collections import Counter
@@ -11,11 +11,21 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 RECORDS = REPOSITORY / "docs" / "benchmarks"
 PAGE = REPOSITORY / "docs" / "supported_models.md"
 
+Records = dict[str, dict[str, dict[str, Any]]]
+"""Task -> model type -> record."""
+
+TITLES = {
+    "causal": "Causal language models",
+    "text": "Image-text models, text alone",
+    "image": "Image-text models, an image and text",
+}
+
 _HEAD = """# Supported models
 
-This page says of every causal language model of transformers whether it can use dynamic masks, and what was tried to
-find out. `python scripts/checks/walk_families.py` writes it. A tiny random model of every type is saved and loaded by
-name. No dropout is on.
+This page says of every causal language model and of every image-text model of transformers whether it can use dynamic
+masks, and what was tried to find out. `python scripts/checks/walk_families.py` writes it. A tiny random model of every
+type is saved and loaded by name. No dropout is on. Image-text models are tried twice: with text alone, and with an
+image, which is random pixels and the tokens that stand for them.
 
 | column | what must hold |
 | --- | --- |
@@ -23,18 +33,18 @@ name. No dropout is on.
 | equal | the logits of eager attention, while all tokens fit into the window |
 | definition | the logits of a mask written out in full, beyond the window |
 | padding | the logits of a mask written out in full, with left padding, up to the window and beyond |
-| packing | two documents in a row, told apart by `position_ids`, are as each alone |
+| packing | two documents in a row, told apart by `position_ids`, are as each alone; an image is in the first |
 | backward | the gradients of a mask written out in full, for all weights |
 | generate | the logits of generation with the constant-size cache are those without a cache |
 | reload | a saved model comes back with its gates |
-| static | the logits of generation with a static cache are those without one; a model that refuses it may be right |
 
 An outcome is "yes", "no" or "refused", which is an error with a reason. "as eager" means that eager attention does not
 do it either, such as recurrent layers that mix packed documents. "no positions" means that the model takes no
 `position_ids`.
 
 A model is *right* if every column holds, and *partly* right if one of them is refused. A *refused* model raises the
-sentence in the last column when it is loaded or first called. For one that is *not built*, no tiny model was made.
+sentence in the last column when it is loaded or first called. One that is *not tried* takes no images, or no text
+without an image. For one that is *not built*, no tiny model or no image was made.
 """
 
 
@@ -43,40 +53,44 @@ def path_of(version: str) -> Path:
     return RECORDS / f"families_{version}.json"
 
 
-def records_link(version: str) -> str:
-    """Where the page finds the records of a version."""
-    return path_of(version).relative_to(PAGE.parent).as_posix()
+def load(path: Path) -> tuple[list[dict[str, Any]], Records]:
+    """What ran (command, commit, date, versions, seconds), and the records; both empty if there is no such file."""
+    content = json.loads(path.read_text()) if path.exists() else {"walks": [], "records": {}}
+    return content["walks"], content["records"]
 
 
-def load(path: Path) -> dict[str, dict[str, Any]]:
-    """Model type -> record; empty if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def save(path: Path, records: dict[str, dict[str, Any]]) -> None:
-    path.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
+def save(path: Path, walks: list[dict[str, Any]], records: Records) -> None:
+    records = {task: dict(sorted(records[task].items())) for task in TITLES if task in records}
+    path.write_text(json.dumps({"walks": walks, "records": records}, indent=1) + "\n")
 
 
 def page() -> str:
     """The page made of all records, newest version first."""
     paths = sorted(RECORDS.glob("families_*.json"), key=_version, reverse=True)
-    return "\n".join([_HEAD, *(_section(path.stem.removeprefix("families_"), load(path)) for path in paths)])
+    return "\n".join([_HEAD, *(_section(path) for path in paths)])
 
 
 def _version(path: Path) -> tuple[int, ...]:
     return tuple(int(number) for number in path.stem.removeprefix("families_").split(".") if number.isdigit())
 
 
-def _section(version: str, records: dict[str, dict[str, Any]]) -> str:
+def _section(path: Path) -> str:
+    walks, records = load(path)
+    lines = [
+        f"## transformers {path.stem.removeprefix('families_')}",
+        "",
+        f"[What ran, and the records]({path.relative_to(PAGE.parent).as_posix()}): commit {walks[0]['commit']}, "
+        f"{walks[0]['date']}.",
+        "",
+    ]
+    return "\n".join([*lines, *(_table(title, records.get(task, {})) for task, title in TITLES.items())])
+
+
+def _table(title: str, records: dict[str, dict[str, Any]]) -> str:
     counts = Counter(record["verdict"] for record in records.values())
     total = ", ".join(f"{number} {verdict}" for verdict, number in counts.most_common())
     names = ["model type", "verdict", "gates", *COLUMNS, "reason"]
-    lines = [
-        f"## transformers {version}",
-        "",
-        f"{len(records)} model types: {total} ([records]({records_link(version)})).",
-        "",
-    ]
+    lines = [f"### {title}", "", f"{len(records)} model types: {total}.", ""]
     lines += [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for name, record in sorted(records.items()):
         tried = [record["tried"].get(column, "") for column in COLUMNS]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flash_dmattn_hf import load_importance
 from flash_dmattn_hf.cli import distill_progress, main
 from flash_dmattn_hf.cli.distill import UNFINISHED
 from flash_dmattn_hf.evaluation import agreement
@@ -60,6 +61,7 @@ def test_both_stages_end_in_an_ordinary_checkpoint_with_its_figures(folder, tmp_
     assert not any(torch.equal(after[name], weight) for name, weight in before.items())
 
     results = results_of(out)
+    assert not (out / "importance").exists()  # it would not fit the dense model
     rows = {row["mask"]: row for row in results["rows"]}
     names = ["dense", f"sinks + window, w = {WINDOW}", "calibrated", "importance trained", "all weights trained"]
     assert list(rows) == names and rows["dense"]["kld"] == 0
@@ -108,6 +110,8 @@ def test_the_importance_alone_leaves_the_backbone_as_it_is(folder, tmp_path, dty
     assert distill(folder, out, *options, dense=str(dtype)) == 0
     before, after = weights_of(folder / str(dtype)), weights_of(out)
     assert before.keys() < after.keys() and {tensor.dtype for tensor in after.values()} == {dtype}
+    again = load_importance(AutoModelForCausalLM.from_pretrained(folder / str(dtype), dtype=dtype), out / "importance")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in again.state_dict().items() if ".dma." in name)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     assert [row["mask"] for row in results_of(out)["rows"]][2:] == ["calibrated", "importance trained"]
 

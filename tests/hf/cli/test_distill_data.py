@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from flash_dmattn_hf.cli import common
 from flash_dmattn_hf.cli.distill_data import HELD_OUT, hold_out, read_data
 
 from ..cli_models import tokenizer
@@ -23,6 +24,19 @@ def read(*items, max_tokens=1000, column="text", split="train"):
     return read_data(
         CHARACTERS, list(map(str, items)), max_tokens=max_tokens, column=column, split=split, progress=False
     ).tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [7, 240, 241, 10_000])
+def test_pieces_that_are_tokenized_together_make_the_same_text(tmp_path, monkeypatch, max_tokens):
+    monkeypatch.setattr(common, "CHUNK", 3)
+    texts = ["".join(f"{i} lines of {name}\n" for i in range(20)) for name in "abc"] + ["", "end"]
+    paths = [tmp_path / str(i) for i in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    found = [tokens.tolist() for tokens in common.read_documents(CHARACTERS, paths, max_tokens)]
+    cut = next((i for i, text in enumerate(texts) if len(ids(text)) >= max_tokens), len(texts))
+    assert found == [ids(text)[:max_tokens] for text in texts[: cut + 1]]
+    assert common.read_tokens(CHARACTERS, paths[3], max_tokens).tolist() == []
 
 
 def test_files_and_directories_are_read_in_order(tmp_path):

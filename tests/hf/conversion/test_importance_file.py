@@ -113,6 +113,14 @@ def test_a_bfloat16_model_takes_a_float32_importance(saved):
     assert torch.equal(gate.A, load_file(saved / WEIGHTS)["layers.0.A"].bfloat16())
 
 
+def test_a_file_of_half_the_size(tmp_path):
+    model = with_importance()
+    save_importance(model, tmp_path, dtype=torch.bfloat16)
+    loaded, (_, _, gate) = load_importance(dense_model(), tmp_path), next(iter_gates(model))
+    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {torch.bfloat16}
+    assert torch.equal(next(iter_gates(loaded))[2].dt_proj.weight, gate.dt_proj.weight.bfloat16().float())
+
+
 @pytest.mark.parametrize("with_copy", [True, False], ids=["modules_to_save", "adapters only"])
 def test_peft_models_save_and_load_their_active_copy(with_copy, tmp_path):
     modules = {"modules_to_save": ["dma"]} if with_copy else {}

@@ -331,11 +331,6 @@ def test_unknown_load_time_values_are_an_error(plain):
         load(plain, flash_dmattn=512)
 
 
-def test_tensor_parallelism_is_refused(plain):
-    with pytest.raises(ValueError, match="tp_plan"):
-        load(plain, tp_plan="auto")
-
-
 def test_a_model_that_was_never_converted_stays_untouched(plain):
     model = AutoModelForCausalLM.from_pretrained(plain)
     assert model.config._attn_implementation == "sdpa"

@@ -73,9 +73,25 @@ FOREIGN = {
     "sliding_or_mask": lambda: create_sliding_mask(
         config_of(sliding_window=3), **arguments(or_mask_function=_everything)
     ),
-    "image_blocks": lambda: create_causal_mask(config_of(), **arguments(block_sequence_ids=_BLOCKS)),
-    "sliding_image_blocks": lambda: create_sliding_mask(
-        config_of(sliding_window=3), **arguments(block_sequence_ids=_BLOCKS)
+    "blocks_alone": lambda: create_causal_mask(
+        config_of(), **arguments(and_mask_function=masking_utils.blockwise_overlay(_BLOCKS))
+    ),
+    "blocks_and_another": lambda: create_causal_mask(
+        config_of(), **arguments(or_mask_function=_everything, block_sequence_ids=_BLOCKS)
+    ),
+    "blocks_of_two_kinds": lambda: create_causal_mask(
+        config_of(),
+        **arguments(or_mask_function=masking_utils.blockwise_overlay(_BLOCKS), block_sequence_ids=_BLOCKS),
+    ),
+    "hidden_blocks": lambda: create_causal_mask(
+        config_of(),
+        **arguments(
+            or_mask_function=masking_utils.blockwise_overlay(_BLOCKS),
+            and_mask_function=masking_utils.causal_mask_function,
+        ),
+    ),
+    "chunked_blocks": lambda: create_chunked_causal_mask(
+        config_of(attention_chunk_size=4), **arguments(or_mask_function=masking_utils.blockwise_overlay(_BLOCKS))
     ),
     "bidirectional": lambda: create_bidirectional_mask(config_of(), EMBEDS, None),
     "not_causal_config": lambda: create_causal_mask(config_of(is_causal=False), **arguments()),
@@ -97,7 +113,9 @@ def test_recognition_does_not_trust_the_flags():
     two = masking_utils.and_masks(masking_utils.causal_mask_function, _everything)
     chunked = masking_utils.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))
     two_kinds = masking_utils.and_masks(chunked, masking_utils.sliding_window_overlay(3))
-    for function in (two, two_kinds, _everything, masking_utils.sliding_window_overlay(3)):
+    sliding, blocks = masking_utils.sliding_window_overlay(3), masking_utils.blockwise_overlay(_BLOCKS)
+    hidden = masking_utils.and_masks(masking_utils.or_masks(sliding, blocks), masking_utils.causal_mask_function)
+    for function in (two, two_kinds, _everything, sliding, blocks, hidden):
         with pytest.raises(ValueError, match="packed masks only"):
             dynamic_mask_mask(2, 6, 6, mask_function=function, local_size=3, use_vmap=False)
     other = masking_utils.sliding_window_causal_mask_function(4)
@@ -145,12 +163,6 @@ def test_token_types_of_text_are_those_of_no_token_types():
         assert torch.equal(out.logits, expected.logits) and torch.equal(out.loss, expected.loss)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, token_type_ids=types, **options), model.generate(ids, **options))
-
-
-def test_token_types_of_an_image_are_refused():
-    ids = tokens()
-    with pytest.raises(ValueError, match="image-block"):
-        make_gemma3()(ids, token_type_ids=(ids > 50).long())
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])

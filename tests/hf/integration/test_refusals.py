@@ -178,10 +178,10 @@ def test_latent_attention_of_another_make_is_refused():
         attach(model, plan(model, DynamicMaskConfig()))
 
 
-def test_values_sharded_by_head_are_refused():
+def test_values_of_some_heads_are_refused():
     module = converted().model.layers[0].self_attn
     query, key = torch.zeros(1, 2, 5, 8), torch.zeros(1, 1, 5, 8)
-    with pytest.raises(ValueError, match="tensor parallelism"):
+    with pytest.raises(ValueError, match=r"value of layer 0 must have shape \(B, 2, S, 8\), got \(1, 1, 5, 8\)"):
         dynamic_mask_attention_forward(module, query, key, key, None)
 
 

@@ -1,7 +1,9 @@
 """What the ranks of a test do: a tiny model on a shard of the sequence, beside the same model on the whole of it."""
 
 import contextlib
+import threading
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from flash_dmattn_hf import (
     soft_selection,
     use_chunked_loss,
 )
+from flash_dmattn_hf.conversion.variants import dense as make_dense
+from flash_dmattn_hf.parallel import attention, exchange
 from flash_dmattn_hf.parallel.accelerate import cut_buffers
 
 from ..tiny import build, tiny_config, tokens
@@ -178,6 +182,8 @@ def refusals(rank: int) -> dict[str, str]:
             "no positions": lambda: model(own["input_ids"]),
             "constant cache": lambda: model(**cached),
             "dense model": lambda: dense(**own),
+            "dense with gradient": lambda: _run_densely(model, own),
+            "dense and packed": lambda: _run_densely(model, context.shard(make_batch(CASES["packed"])), grad=False),
             "dense layer": lambda: make_model(Case((10, 1, 3), settings={"layers": [0]}))(**own),
             "chunks": lambda: make_model(Case((10, 1, 3), "llama4_text"))(**own),
             "no shift_labels": lambda: model(**_without_shift_labels(own)),
@@ -190,6 +196,11 @@ def refusals(rank: int) -> dict[str, str]:
         for name, call in calls.items():
             said[name] = message_of(call)
     return said
+
+
+def _run_densely(model: torch.nn.Module, own: dict[str, Any], grad: bool = True) -> None:
+    with make_dense(model), torch.set_grad_enabled(grad):
+        model(**own)
 
 
 def _without_shift_labels(own: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +231,58 @@ def traffic(rank: int, lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
             model(**context.shard({"input_ids": input_ids, "labels": input_ids})).loss.backward()
         found.append((context.traffic.num_exchanges, context.traffic.num_bytes, context.traffic.gradient_bytes))
     return found
+
+
+def compiled(rank: int) -> dict[str, float]:
+    """Returns how far the gradients of a compiled model on the ranks are from those of the model, and its graphs.
+
+    Its layers are computed again in the thread of the backward, as on a GPU, which has not entered the block.
+    """
+    model = make_model(CASES["checkpointed"])
+    with context_parallel() as context:
+        own = context.shard(make_batch(CASES["checkpointed"]))
+        model(**own).loss.backward()
+        expected = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+        model.zero_grad()
+        loss = torch.compile(model, backend="aot_eager")(**own).loss
+        backward = threading.Thread(target=loss.backward)
+        backward.start()
+        backward.join()
+    got = gradients_of(model)
+    differences = {name: float((got[name] - gradient).abs().max()) for name, gradient in expected.items()}
+    return {**differences, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+def order_of_events(rank: int) -> list[str]:
+    """Returns what the layers of a forward do about their exchange, in its order."""
+    case, events = Case((10, 1, 3)), []
+    model = make_model(case)
+    all_gather, visible = exchange.all_gather, attention.visible_in_shard
+
+    def record_gather(*arguments, async_op=False, **options):
+        work = all_gather(*arguments, async_op=async_op, **options)
+        events.append("gather in the background" if async_op else "gather")
+        return _Recorded(work, events) if async_op else work
+
+    def record_selection(*arguments):
+        events.append("select")
+        return visible(*arguments)
+
+    with context_parallel() as context:
+        own = context.shard(make_batch(case))
+        with mock.patch.object(exchange, "all_gather", record_gather):
+            with mock.patch.object(attention, "visible_in_shard", record_selection):
+                model(**own)
+    return events[2:]  # without those of the mask
+
+
+class _Recorded(NamedTuple):
+    work: Any
+    events: list[str]
+
+    def wait(self) -> None:
+        self.events.append("wait")
+        self.work.wait()
 
 
 def fail_on_one_rank(rank: int) -> str:

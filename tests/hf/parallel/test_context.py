@@ -4,7 +4,17 @@ import pytest
 
 from flash_dmattn_hf import context_parallel
 
-from .jobs import CASES, compare, fail_on_one_rank, half_precision, positions_of_one_row, refusals, traffic
+from .jobs import (
+    CASES,
+    compare,
+    compiled,
+    fail_on_one_rank,
+    half_precision,
+    order_of_events,
+    positions_of_one_row,
+    refusals,
+    traffic,
+)
 from .processes import run_on_ranks
 
 
@@ -40,6 +50,17 @@ def test_an_exchange_has_the_same_bytes_for_every_length(tmp_path):
         assert found == [(layers, layers * one, returned)] * 3
 
 
+def test_keys_and_values_travel_while_the_rank_selects(tmp_path):
+    for found in run_on_ranks(2, tmp_path, order_of_events):
+        assert found == ["gather", "gather in the background", "select", "wait"] * 2
+
+
+def test_a_compiled_model_trains_between_its_graphs(tmp_path):
+    for found in run_on_ranks(2, tmp_path, compiled):
+        assert isinstance(found, dict), found
+        assert found.pop("graphs") > 2 and found and max(found.values()) < 1e-9, found
+
+
 def test_a_rank_that_fails_ends_the_others_with_its_reason(tmp_path):
     first, second = run_on_ranks(2, tmp_path, fail_on_one_rank)
     assert "ArithmeticError: the second layer is tired" in second
@@ -59,6 +80,8 @@ REFUSALS = {
     "no positions": "position_ids must be those of the whole sequence, got 0 to 23 on every rank",
     "constant cache": "does not support cached tokens",
     "dense model": 'context_parallel needs models with attn_implementation="flash_dmattn", got "sdpa"',
+    "dense with gradient": "dense attention inside context_parallel has no gradient",
+    "dense and packed": "dense attention to packed documents is not supported inside context_parallel",
     "dense layer": "layer 1 attends to all keys",
     "chunks": "layers that attend within chunks are not supported inside context_parallel",
     "no shift_labels": "labels must come with shift_labels inside context_parallel",

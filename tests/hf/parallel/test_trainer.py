@@ -1,5 +1,8 @@
 """`ParallelismConfig(cp_size=2)` in an unmodified Trainer, with FSDP2: the losses of one process."""
 
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -10,8 +13,8 @@ from transformers import Trainer
 from ..cli_models import tokenizer
 from ..tiny import tiny_model
 from .jobs import make_model
-from .processes import run_on_ranks
-from .trainer_jobs import CASE, losses_of, run_script, train, train_on_gpus, train_on_ranks
+from .processes import SECONDS, run_on_ranks
+from .trainer_jobs import CASE, ROOT, fail_while_training, losses_of, run_script, train, train_on_gpus, train_on_ranks
 
 pytest.importorskip("accelerate", minversion="1.10")
 
@@ -21,6 +24,28 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path):
     assert len(alone) == 6
     for found in run_on_ranks(2, tmp_path, train_on_ranks, str(tmp_path / "ranks")):
         assert found == pytest.approx(alone, abs=1e-6), found
+
+
+def test_a_rank_that_fails_ends_the_training_of_the_others_with_its_reason(tmp_path):
+    first, second = run_on_ranks(2, tmp_path, fail_while_training, str(tmp_path / "run"))
+    reason = "ArithmeticError: the second step is one too many"
+    assert reason in second and f"PeerFailure: context_parallel ends because rank 1: {reason}" in first
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_the_reason(tmp_path):
+    program = (
+        "import os, torch.distributed as dist\n"
+        "from hf.parallel.jobs import fail_on_one_rank\n"
+        "dist.init_process_group('gloo')\n"
+        "fail_on_one_rank(int(os.environ['RANK']))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py"]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FLASH_DMATTN_BACKEND": "reference"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=SECONDS)
+    assert done.returncode and "ArithmeticError: the second layer is tired" in done.stderr
 
 
 def test_the_training_script_shares_sequences(tmp_path):

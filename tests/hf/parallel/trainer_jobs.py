@@ -40,16 +40,11 @@ class Rows(torch.utils.data.Dataset):
 def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) -> Trainer:
     """Trains a tiny float32 model, on the CPU unless options say otherwise, and returns its Trainer."""
     if cp_size > 1:
-        options.update(
-            parallelism_config=ParallelismConfig(cp_size=cp_size),
-            fsdp=True,
-            fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
-        )
+        options.update(on_ranks(cp_size))
     arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
-        eval_strategy="steps",
         eval_steps=1,
         max_steps=STEPS,
         learning_rate=1e-2,
@@ -57,7 +52,7 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        **{"use_cpu": True, **options},
+        **{"use_cpu": True, "eval_strategy": "steps", **options},
     )
     if model is None:
         model = make_model(CASE).float()
@@ -66,6 +61,15 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
     return trainer
+
+
+def on_ranks(cp_size: int) -> dict[str, Any]:
+    """Returns the training arguments of several ranks that share every sequence."""
+    return {
+        "parallelism_config": ParallelismConfig(cp_size=cp_size),
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+    }
 
 
 def losses_of(trainer: Trainer) -> list[float]:
@@ -104,6 +108,22 @@ def train_on_ranks(rank: int, folder: str) -> list[float]:
     enter_environment(rank)
     let_fsdp_run_on_cpus()
     return losses_of(train(folder, cp_size=2))
+
+
+def fail_while_training(rank: int, folder: str) -> None:
+    """Rank 1 fails in the second step of a Trainer, while the others wait for its part of the weights."""
+    enter_environment(rank)
+    let_fsdp_run_on_cpus()
+    model, steps = make_model(CASE).float(), []
+
+    def fail(module, inputs):
+        steps.append(module)
+        if len(steps) > 1:
+            raise ArithmeticError("the second step is one too many")
+
+    if rank == 1:
+        model.model.layers[1].self_attn.register_forward_pre_hook(fail)
+    train(folder, cp_size=2, model=model, eval_strategy="no")
 
 
 def run_script(rank: int, model: str, text: str, output: str) -> list[float]:

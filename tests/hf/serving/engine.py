@@ -30,7 +30,11 @@ def alone(model, prompt: list[int], max_new_tokens: int) -> list[int]:
 
 
 class Engine:
-    """A manager without its thread."""
+    """A manager without its thread.
+
+    batches: what every forward brought its requests, (row, tokens before, tokens new) each. widths: its tokens, padding
+    included.
+    """
 
     def __init__(self, model, generation_config=None, **values):
         self.model = model
@@ -38,6 +42,9 @@ class Engine:
         self.processor = self.manager.batch_processor = self.manager._create_batch_processor()
         self.results = {}
         self.streamed = {}
+        self.batches = []
+        self.widths = []
+        self._begin, self.cache.begin = self.cache.begin, self._record
 
     @property
     def cache(self):
@@ -45,6 +52,16 @@ class Engine:
 
     def add(self, name: str, prompt: list[int], max_new_tokens: int, **options) -> None:
         self.manager.add_request(prompt, request_id=name, max_new_tokens=max_new_tokens, **options)
+
+    def _record(self, requests, block_table) -> None:
+        self.batches.append(
+            [
+                (self.cache.rows.held[state.request_id][0], state.position_offset - number, number)
+                for state, number in ((request.state, request.query_length) for request in requests)
+            ]
+        )
+        self.widths.append(self.processor.inputs_and_outputs.num_q_tokens)
+        self._begin(requests, block_table)
 
     def step(self) -> bool:
         """One forward; False when there is nothing to do."""

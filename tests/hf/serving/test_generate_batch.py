@@ -5,9 +5,12 @@ import random
 import pytest
 import torch
 
+from flash_dmattn_hf import dynamic_mask_config, iter_gates
 from tests.hf import gpu_models
+from tests.hf.converted import WINDOW, converted
 from tests.hf.generation_models import KINDS, VOCAB, make_model
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
+from tests.hf.tiny import VOCAB_SIZE, build, tiny_config
 
 pytestmark = needs_serving
 
@@ -17,10 +20,7 @@ def make_prompts(lengths, vocab=VOCAB, seed=0):
     return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
 
 
-LATENT = {"deepseek-v3", "deepseek-v3-shared"}
-
-
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - LATENT))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_generate_batch(kind):
     """Prompts shorter and longer than the window and than a batch; more of them than there are rows."""
     model, prompts = make_model(kind), make_prompts((3, 26, 1, 40, 17))
@@ -30,12 +30,50 @@ def test_generate_batch(kind):
     assert [result.generated_tokens for result in results.values()] == [alone(model, prompt, 6) for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", sorted(LATENT))
-def test_latent_attention_is_refused(kind):
-    with pytest.raises(ValueError, match="needs values of the head dim of their keys, got model.layers.0.self_attn"):
-        make_model(kind).generate_batch(
-            make_prompts((3,)), generation_config=greedy_config(), continuous_batching_config=batching()
-        )
+@pytest.mark.parametrize("sliding_window", [10, 6], ids=["gates", "native-sliding"])
+def test_attention_sinks(sliding_window):
+    """Far from zero: in chunks, in single tokens beside a chunk, and in steps."""
+    model, prompts = make_sink_model(sliding_window), make_prompts((3, 26, 1, 40, 17))
+    results = model.generate_batch(
+        prompts, generation_config=greedy_config(), continuous_batching_config=batching(num_blocks=3)
+    )
+    answers = [result.generated_tokens for result in results.values()]
+    assert answers == [alone(model, prompt, 6) for prompt in prompts]
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-torch.inf)
+    assert answers != [alone(model, prompt, 6) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"), [("gemma3n_text", None), ("gemma3n_text", [1]), ("gemma4_text", None)], ids=str
+)
+def test_keys_that_layers_share(family, layers):
+    """Gates and a native sliding layer make them; slots are those of the layers that do."""
+    model, prompts = converted(family, layers=layers), make_prompts((3, 26, 1, 40, 17), vocab=VOCAB_SIZE - 1)
+    model.generation_config.pad_token_id = model.config.eos_token_id = model.generation_config.eos_token_id = None
+    engine = Engine(model, num_blocks=3, use_cuda_graph=True)
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, 6)
+    engine.run()
+    for number, prompt in enumerate(prompts):
+        assert engine.results[str(number)].generated_tokens == alone(model, prompt, 6)
+    assert set(engine.cache.live_requests.slots) == {0, 1}
+
+
+def make_sink_model(sliding_window):
+    """A tiny gpt_oss, whose logits follow its attention more than its experts."""
+    torch.manual_seed(0)
+    with dynamic_mask_config(**WINDOW):
+        config = tiny_config("gpt_oss", sliding_window=sliding_window, vocab_size=VOCAB, eos_token_id=None)
+        model = build(config, attn_implementation="flash_dmattn").double().eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.normal_(std=2.0)
+            layer.self_attn.o_proj.weight.mul_(5)
+        for _, _, gate in iter_gates(model):
+            gate.A.normal_()
+            gate.dt_proj.weight.normal_()
+    return model
 
 
 def serve_at_random(model, vocab, num_requests, longest, max_new, **values):
@@ -72,16 +110,13 @@ def test_64_random_requests_with_arrivals_and_cancellations():
 
 def test_a_chunk_and_single_tokens_in_one_forward():
     model, (short, long) = make_model("llama-topk"), make_prompts((5, 60))
-    engine, batches = Engine(model), []
-    begin = engine.cache.live_requests.begin
-    engine.cache.live_requests.begin = lambda batch: (
-        batches.append([tokens.num_new for tokens in batch]) or begin(batch)
-    )
+    engine = Engine(model)
     engine.add("short", short, 8)
     engine.step()
     engine.add("long", long, 3)
     engine.run()
-    assert batches[:4] == [[5], [1, 23], [1, 23], [1, 14]]
+    news = [[new for _, _, new in batch] for batch in engine.batches]
+    assert news[:4] == [[5], [1, 23], [1, 23], [1, 14]]
     assert engine.results["short"].generated_tokens == alone(model, short, 8)
     assert engine.results["long"].generated_tokens == alone(model, long, 3)
 

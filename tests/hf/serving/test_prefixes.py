@@ -16,13 +16,6 @@ SHARED = 40
 """The longest multiple of a page of 4 tokens within the common prefix."""
 
 
-def record_tokens(engine):
-    """Request rows' tokens, forward by forward: (row, before, new)."""
-    batches, begin = [], engine.cache.live_requests.begin
-    engine.cache.live_requests.begin = lambda batch: batches.append([tuple(t) for t in batch]) or begin(batch)
-    return batches
-
-
 def check_results(engine, names):
     for name in names:
         assert engine.results[name].generated_tokens == alone(engine.model, PROMPTS[int(name)], 5), name
@@ -32,14 +25,13 @@ def check_results(engine, names):
 def test_prompts_that_come_together(kind):
     """One of them is prefilled from its beginning, the rest wait until its snapshot is there, and copy it."""
     engine = Engine(make_model(kind), num_blocks=8)
-    batches = record_tokens(engine)
     for number, prompt in enumerate(PROMPTS):
         engine.add(str(number), prompt, 5)
     engine.run()
     check_results(engine, map(str, range(4)))
-    assert sum(before == 0 for batch in batches for _, before, _ in batch) == 1
-    assert sum(before == SHARED and new > 0 for batch in batches for _, before, new in batch) == 4
-    assert batches[0] == [(batches[0][0][0], 0, 24)] and batches[1][0][1:] == (24, SHARED - 24)
+    assert sum(before == 0 for batch in engine.batches for _, before, _ in batch) == 1
+    assert sum(before == SHARED and new > 0 for batch in engine.batches for _, before, new in batch) == 4
+    assert [tokens[1:] for tokens in engine.batches[0]] == [(0, 24)] and engine.batches[1][0][1:] == (24, SHARED - 24)
     assert list(engine.cache.rows.snapshots.values()) and not engine.cache.rows.held
 
 
@@ -48,22 +40,21 @@ def test_prompts_that_come_later():
     engine = Engine(make_model("llama-sinks-local"))
     starts = []
     for number in range(3):
-        batches = record_tokens(engine)
+        num_before = len(engine.batches)
         engine.add(str(number), PROMPTS[number], 5)
         engine.run()
-        starts.append(batches[0][0][1])
+        starts.append(engine.batches[num_before][0][1])
         check_results(engine, [str(number)])
     assert starts == [0, 0, SHARED]
 
 
 def test_a_request_that_is_given_the_row_of_its_own_snapshot():
     engine = Engine(make_model("llama-sinks-local"), num_blocks=2)
-    batches = record_tokens(engine)
     for number in (0, 1):
         engine.add(str(number), PROMPTS[number], 5)
     engine.run()
     check_results(engine, ["0", "1"])
-    assert sum(before == SHARED for batch in batches for _, before, _ in batch) == 2  # the second started from it
+    assert sum(before == SHARED for batch in engine.batches for _, before, _ in batch) == 2  # the second, too
     assert not engine.cache.rows.snapshots and engine.cache.rows.num_available == 2
 
 

@@ -49,7 +49,7 @@ def test_inputs_are_those_of_the_tokens_after_the_sinks():
         inputs = torch.cat([of_stretch[number][2:] for of_stretch in values]).double()
         torch.testing.assert_close(layer.mean, inputs.mean(0), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer.std, inputs.std(0, correction=0), atol=1e-5, rtol=1e-4)
-        dt = inputs.float() @ layer.weight.T + layer.bias
+        dt = inputs.float() @ layer.layer.weight.T + layer.layer.bias
         torch.testing.assert_close(dt.mean(0), torch.full((2,), LEVEL), atol=1e-3, rtol=0)
 
 
@@ -74,7 +74,7 @@ def test_without_a_bias_the_weights_stay_and_inputs_are_measured():
     before = [gate.dt_proj.weight.detach().clone() for _, _, gate in iter_gates(model)]
     layers = prepare_gates(model, STRETCHES)
     for layer, weight in zip(layers, before, strict=True):
-        assert layer.bias is None and torch.equal(layer.weight, weight) and (layer.std > 0).all()
+        assert layer.layer.bias is None and torch.equal(layer.layer.weight, weight) and (layer.std > 0).all()
 
 
 def test_soft_selection_is_the_same_whatever_the_size_of_a():

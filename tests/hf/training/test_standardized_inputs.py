@@ -35,7 +35,7 @@ def test_the_steps_are_those_of_a_layer_that_reads_standardised_inputs(has_bias,
         if has_bias:
             explicit.bias.copy_(plain.bias + plain.weight @ mean)
     optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.0) for layer in (plain, explicit)]
-    standardize_inputs(optimizers[0], [StandardizedLayer(plain.weight, plain.bias, mean, std)])
+    standardize_inputs(optimizers[0], [StandardizedLayer(plain, mean, std)])
     for optimizer in optimizers if max_norm else ():
         clip_each_group(optimizer, max_norm)
     start = plain(x).detach()
@@ -48,7 +48,7 @@ def test_the_steps_are_those_of_a_layer_that_reads_standardised_inputs(has_bias,
 def test_a_layer_without_gradient_stays_as_it_is():
     layer, other = nn.Linear(4, 2), nn.Linear(4, 2)
     optimizer = torch.optim.AdamW([*layer.parameters(), *other.parameters()], lr=0.1)
-    standardize_inputs(optimizer, [StandardizedLayer(layer.weight, layer.bias, torch.ones(4), torch.ones(4))])
+    standardize_inputs(optimizer, [StandardizedLayer(layer, torch.ones(4), torch.ones(4))])
     before = layer.weight.detach().clone(), layer.bias.detach().clone()
     other(torch.ones(1, 4)).sum().backward()
     optimizer.step()
@@ -69,5 +69,5 @@ def test_state_and_checkpoints_are_those_of_the_plain_optimizer():
     layer = nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     plain = optimizer.state_dict()["param_groups"]
-    standardize_inputs(optimizer, [StandardizedLayer(layer.weight, layer.bias, torch.ones(4), torch.ones(4))])
+    standardize_inputs(optimizer, [StandardizedLayer(layer, torch.ones(4), torch.ones(4))])
     assert optimizer.state_dict()["param_groups"] == plain

@@ -4,12 +4,14 @@ import torch
 
 from flash_dmattn.backends import triton
 from flash_dmattn.backends.cuda import library, lists, target
+from flash_dmattn.backends.cuda.attention_plan import plan_attention, reject_plan  # noqa: F401
+from flash_dmattn.backends.cuda.backward_pass import reject_backward, run_backward  # noqa: F401
+from flash_dmattn.backends.cuda.forward_pass import run_forward, tile_rows
 from flash_dmattn.backends.cuda.lists import build_key_lists  # noqa: F401
 from flash_dmattn.backends.cuda.lists import reject as reject_key_lists  # noqa: F401
 from flash_dmattn.backends.cuda.selection import reject as reject_selection  # noqa: F401
 from flash_dmattn.backends.cuda.selection import select_visible  # noqa: F401
 from flash_dmattn.backends.device import why_no_gpu
-from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.calls import AttentionCall
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -23,8 +25,6 @@ def why_unavailable() -> str | None:
 
 
 def reject(call: AttentionCall) -> str | None:
-    from flash_dmattn.backends.cuda.forward_launch import tile_rows
-
     device = call.query.device
     if call.soft is not None:
         return "it has no soft selection"
@@ -57,27 +57,13 @@ def reject(call: AttentionCall) -> str | None:
 
 def forward(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats, as the operator does."""
-    from flash_dmattn.backends.cuda.forward_launch import run_forward, tile_size
-
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return triton.forward(call)
-    return run_forward(call, lists.build_key_lists(call, tile_size(call)) if is_listed(call) else None)
+    return run_forward(call)
 
 
 def backward(
     call: AttentionCall, out: torch.Tensor, stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     """Returns a gradient for each of call.DIFFERENTIABLE, None for what the call does not have."""
-    return *_backward_of(call).run_backward(call, out, stats, dout, dlse), None, None
-
-
-def reject_backward(call: AttentionCall) -> str | None:
-    return _backward_of(call).reject_backward(call)
-
-
-def _backward_of(call: AttentionCall):
-    """Returns the module with the backward for the GPU's architecture."""
-    from flash_dmattn.backends.cuda import sm80_backward_launch, sm90_backward_launch
-
-    is_for_sm90a = target.find_target(call.query.device).is_for_sm90a
-    return sm90_backward_launch if is_for_sm90a else sm80_backward_launch
+    return *run_backward(call, out, stats, dout, dlse), None, None

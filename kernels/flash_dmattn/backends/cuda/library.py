@@ -7,13 +7,14 @@ library links no torch and no Python, so one file serves all versions of both.
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from flash_dmattn.backends.device import why_no_gpu
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 """The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""
 
 DISABLING_VARIABLE = "FLASH_DMATTN_DISABLE_CUDA"
@@ -24,6 +25,19 @@ PATH = Path(__file__).resolve().parents[2] / "libflash_dmattn_cuda.so"
 
 GPUS = {"80": "A100, RTX 30, RTX 40", "90": "H100, H200", "100": "B200", "120": "RTX 50"}
 """The architectures that the library can be built for, and GPUs on which each of them runs."""
+
+
+_PARAMETERS, _TENSORS, _STREAM = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+_SIGNATURES = {
+    "flash_dmattn_select_workspace": ((_PARAMETERS,), ctypes.c_int64),
+    "flash_dmattn_select": ((_PARAMETERS, _STREAM), ctypes.c_int),
+    "flash_dmattn_lists_workspace": ((_PARAMETERS,), ctypes.c_int64),
+    "flash_dmattn_lists": ((_PARAMETERS, _STREAM), ctypes.c_int),
+    "flash_dmattn_forward_scratch": ((_PARAMETERS,), ctypes.c_int64),
+    "flash_dmattn_forward_pass": ((_PARAMETERS, _TENSORS, _STREAM), ctypes.c_int),
+    "flash_dmattn_backward_scratch": ((_PARAMETERS,), ctypes.c_int64),
+    "flash_dmattn_backward_pass": ((_PARAMETERS, _TENSORS, _STREAM), ctypes.c_int),
+}
 
 
 class LibraryUnavailable(RuntimeError):
@@ -91,16 +105,26 @@ def head_dims() -> tuple[int, ...]:
     return tuple(map(int, ask().decode().split()))
 
 
-def launch(name: str, parameters: ctypes.Structure, device: torch.device) -> None:
-    """Calls `name` with `parameters` on the current stream of `device`. Raises RuntimeError for a CUDA error."""
+@functools.cache
+def function(name: str) -> Callable[..., int]:
+    """Returns a function of the library that takes addresses, the last one of a stream where it launches anything."""
+    found = getattr(load(), name)
+    found.argtypes, found.restype = _SIGNATURES[name]
+    return found
+
+
+def launch(name: str, parameters: ctypes.Structure, device: torch.device, *tensors: bytes) -> None:
+    """Calls `name` with `parameters`, and packed addresses if it takes some, on the current stream of `device`.
+
+    Raises RuntimeError for a CUDA error.
+    """
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return launch(name, parameters, device)
-    library = load()
-    stream = torch.cuda.current_stream(device).cuda_stream
-    error = getattr(library, name)(ctypes.byref(parameters), ctypes.c_void_p(stream))
+            return launch(name, parameters, device, *tensors)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)  # without the object around it
+    error = function(name)(ctypes.byref(parameters), *tensors, stream)
     if error != 0:
-        explain = library.flash_dmattn_error_string
+        explain = load().flash_dmattn_error_string
         explain.restype = ctypes.c_char_p
         raise RuntimeError(f"{name} failed: {explain(error).decode()}")
 
@@ -108,6 +132,11 @@ def launch(name: str, parameters: ctypes.Structure, device: torch.device) -> Non
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """Returns the address of a tensor for a field of type c_void_p, or None."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Returns the address of a tensor to be packed, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _open(path: Path) -> ctypes.CDLL:

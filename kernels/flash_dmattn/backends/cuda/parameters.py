@@ -1,15 +1,12 @@
-"""What the attention kernels are launched with: the structs of kernels/csrc/params.h, and their shared fields.
+"""What the passes of the CUDA library are launched with: the structs of csrc/params.h and csrc/passes.h, mirrored.
 
-params.h explains the fields. Its structs share most of them, but each has its own order.
+The headers explain the fields. The structs of params.h share most of them, but each has its own order.
 """
 
 import ctypes
 
-import torch
-
-from flash_dmattn.backends.cuda.library import pointer
-from flash_dmattn.backends.key_lists import KeyLists
-from flash_dmattn.calls import AttentionCall
+from flash_dmattn.backends.cuda.lists import ListsParameters
+from flash_dmattn.backends.cuda.selection import SelectParameters
 
 
 def _pointers(*names: str) -> tuple:
@@ -78,42 +75,36 @@ class Sm80BackwardParameters(ctypes.Structure):
     )
 
 
-def addresses(**tensors: torch.Tensor | None) -> dict[str, int | None]:
-    """Returns the fields that hold these tensors, which must live until the launch."""
-    return {name: pointer(tensor) for name, tensor in tensors.items()}
+class ForwardPlanParameters(ctypes.Structure):
+    """Mirrors flash_dmattn_forward_plan."""
+
+    _fields_ = (
+        ("select", SelectParameters),
+        ("lists", ListsParameters),
+        ("forward", ForwardParameters),
+        *_integers("selects", "is_listed", "is_ordered", "has_bias"),
+    )
 
 
-def call_fields(call: AttentionCall, lists: KeyLists, query_start: torch.Tensor | None) -> dict[str, object]:
-    """Returns the fields that all three structs share.
+class BackwardPlanParameters(ctypes.Structure):
+    """Mirrors flash_dmattn_backward_plan."""
 
-    query_start: (B,) int32, the row of each sequence's first query, or None where the kernel does not read it. All
-    tensors, this one among them, must live until the launch.
-    """
-    batch, seqlen_q, num_heads, head_dim = call.query.shape
-    return {
-        **addresses(query=call.query, key=call.key, value=call.value, birth=call.birth, death=call.death),
-        **addresses(query_start=query_start, query_positions=call.query_positions),
-        **addresses(entries=lists.entries, biases=lists.biases, sections=lists.sections, stretches=lists.stretches),
-        "query_strides": _strides(call.query),
-        "key_strides": _strides(call.key),
-        "value_strides": _strides(call.value),
-        "softmax_scale": call.softmax_scale,
-        "softcap": call.softcap,
-        "batch": batch,
-        "seqlen_q": seqlen_q,
-        "seqlen_k": call.key.shape[1],
-        "num_interval_heads": call.num_interval_heads,
-        "interval_heads_per_kv_head": call.num_interval_heads // call.key.shape[2],
-        "group_size": num_heads // call.num_interval_heads,
-        "num_epochs": lists.num_epochs,
-        "epoch_size": lists.epoch_size,
-        "tiles_per_epoch": lists.tiles_per_epoch,
-        "tile_size": lists.tile_size,
-        "capacity": lists.capacity,
-        "head_dim": head_dim,
-        "is_bfloat16": call.query.dtype == torch.bfloat16,
-    }
+    _fields_ = (
+        ("lists", ListsParameters),
+        ("sm90", Sm90BackwardParameters),
+        ("sm80", Sm80BackwardParameters),
+        *_integers("is_for_sm90a", "is_listed", "is_ordered", "has_bias"),
+    )
 
 
-def _strides(tensor: torch.Tensor) -> ctypes.Array:
-    return (ctypes.c_int64 * 3)(*tensor.stride()[:3])
+FORWARD_TENSORS = (
+    *("query", "key", "value", "importance", "birth", "death", "query_start", "query_positions"),
+    *("out", "lse", "stats", "scratch"),
+)
+"""The fields of flash_dmattn_forward_tensors, all of them addresses."""
+
+BACKWARD_TENSORS = (
+    *("query", "key", "value", "importance", "birth", "death", "query_start", "query_positions"),
+    *("out", "dout", "dlse", "stats", "dquery", "dkey", "dvalue", "dimportance", "scratch"),
+)
+"""The fields of flash_dmattn_backward_tensors, all of them addresses."""

@@ -1,7 +1,6 @@
 """Selection by the CUDA library: about fifteen launches, no waiting for the device."""
 
 import ctypes
-import functools
 
 import torch
 
@@ -27,7 +26,7 @@ _SIZES = (
 )
 
 
-class _Parameters(ctypes.Structure):
+class SelectParameters(ctypes.Structure):
     """flash_dmattn_select_params of csrc/selection.h."""
 
     _fields_ = [
@@ -67,36 +66,49 @@ def select_visible(
         padding_mask = padding_mask.contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.int().contiguous()
-    parameters = _Parameters(
+    windows = (keep_window_size, num_sink_tokens, local_window_size, sliding_window)
+    num_docs = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    parameters = SelectParameters(
+        **size_fields((batch, num_heads, seqlen), importance.stride(), importance.dtype, *windows, is_causal, num_docs),
         importance=library.pointer(importance),
         padding_mask=library.pointer(padding_mask),
         cu_seqlens=library.pointer(cu_seqlens),
         birth=library.pointer(birth),
         death=library.pointer(death),
-        importance_strides=importance.stride(),
-        importance_type=_TYPES[importance.dtype],
-        batch=batch,
-        num_heads=num_heads,
-        seqlen=seqlen,
-        num_docs=1 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        num_kept=min(keep_window_size - local_window_size, NEVER),
-        num_sink_tokens=min(num_sink_tokens, NEVER),
-        local_window_size=local_window_size,
-        sliding_window=-1 if sliding_window is None else sliding_window,
-        is_causal=is_causal,
-        # Short segments are solved faster, but each has a threshold to be found.
-        segment_size=128 if seqlen <= 2**18 else 256,
     )
     with torch.cuda.device(importance.device):
-        parameters.workspace_bytes = _workspace_function()(ctypes.byref(parameters))
+        parameters.workspace_bytes = library.function("flash_dmattn_select_workspace")(ctypes.byref(parameters))
     workspace = torch.empty(parameters.workspace_bytes, dtype=torch.uint8, device=importance.device)
     parameters.workspace = library.pointer(workspace)
     library.launch("flash_dmattn_select", parameters, importance.device)
     return birth, death
 
 
-@functools.cache
-def _workspace_function():
-    function = library.load().flash_dmattn_select_workspace
-    function.restype = ctypes.c_int64
-    return function
+def size_fields(
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    dtype: torch.dtype,
+    keep_window_size: int,
+    num_sink_tokens: int,
+    local_window_size: int,
+    sliding_window: int | None,
+    is_causal: bool,
+    num_docs: int,
+) -> dict[str, object]:
+    """Returns the fields that are no addresses, for an importance of that shape, those strides and that dtype."""
+    batch, num_heads, seqlen = shape
+    return {
+        "importance_strides": strides,
+        "importance_type": _TYPES[dtype],
+        "batch": batch,
+        "num_heads": num_heads,
+        "seqlen": seqlen,
+        "num_docs": num_docs,
+        "num_kept": min(keep_window_size - local_window_size, NEVER),
+        "num_sink_tokens": min(num_sink_tokens, NEVER),
+        "local_window_size": local_window_size,
+        "sliding_window": -1 if sliding_window is None else sliding_window,
+        "is_causal": is_causal,
+        # Short segments are solved faster, but each has a threshold to be found.
+        "segment_size": 128 if seqlen <= 2**18 else 256,
+    }

@@ -97,7 +97,7 @@ def run_backward(
     dvalue = dvalue.to(call.value.dtype)
     if dthreshold is not None:
         dthreshold = dthreshold.unflatten(1, (heads, -1)).sum(2)
-    return dquery, dkey, dvalue, None if call.importance is None else dimportance, dscore, dthreshold
+    return dquery, dkey, dvalue, call.finish_dimportance(dimportance), dscore, dthreshold
 
 
 @triton.jit

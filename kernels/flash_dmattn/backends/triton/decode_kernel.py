@@ -105,7 +105,7 @@ def _decode(
     value_ptr,  # (B, 1, Hkv, Dv)
     importance_ptr,  # (B, Hc, 1)
     padding_ptr,  # (B, 1)
-    rows_ptr,  # (B,), which of the R rows of the slots; without it R = B
+    rows_ptr,  # (B,), which of the R rows of the slots, negative without a token; without it R = B
     keys_ptr,  # (R, Hc, w, D)
     values_ptr,  # (R, Hc, w, Dv)
     slot_importance_ptr,  # (R, Hc, w)
@@ -158,7 +158,11 @@ def _decode(
     kv_head = head_in_batch // HEADS_PER_KV
     state = head  # of which head of the slots
     if HAS_ROWS:
-        state = tl.load(rows_ptr + batch).to(tl.int64) * HEADS + head_in_batch
+        slots_row = tl.load(rows_ptr + batch).to(tl.int64)
+        if slots_row < 0:
+            _store_nothing(out_ptr, lse_ptr, head, split == 0, GROUP, GROUP_ROWS, VALUE_DIM, BLOCK_V)
+            return
+        state = slots_row * HEADS + head_in_batch
     now = tl.load(lengths_ptr + state)
     victim = tl.load(victims_ptr + state)
     is_real = now >= 0
@@ -272,6 +276,21 @@ def _decode(
         _put_together(
             out_ptr, lse_ptr, parts_ptr, sums_ptr, head, GROUP, GROUP_ROWS, VALUE_DIM, BLOCK_V, SPLITS, BLOCK_S
         )
+
+
+@triton.jit
+def _store_nothing(
+    out_ptr, lse_ptr, head, is_first, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Stores output 0 and lse -inf for a head's group, in one of its programs."""
+    lane = tl.arange(0, GROUP_ROWS)
+    dim = tl.arange(0, BLOCK_V)
+    is_lane = (lane < GROUP) & is_first
+    tl.store(lse_ptr + head * GROUP + lane, tl.full((GROUP_ROWS,), float("-inf"), tl.float32), mask=is_lane)
+    address = out_ptr + (head * GROUP + lane)[:, None] * VALUE_DIM + dim[None, :]
+    nothing = tl.zeros((GROUP_ROWS, BLOCK_V), out_ptr.dtype.element_ty)
+    tl.store(address, nothing, mask=is_lane[:, None] & (dim < VALUE_DIM)[None, :])
 
 
 @triton.jit

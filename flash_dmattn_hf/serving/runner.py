@@ -1,0 +1,78 @@
+"""How forwards run: steps, in which every request brings one token, in one CUDA graph for each padded number."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.utils import memory_pool_context, stream_context
+
+from flash_dmattn_hf.cache.cuda_graph import capturing
+
+logger = logging.getLogger(__name__)
+
+
+class SlotModelRunner(ModelRunner):
+    """Runs forwards over a `SlotCache`.
+
+    A step is a forward in which every request brings one token. It is padded to a power of 2, at most to the number of
+    requests that a batch can have; what is added has no row, so no slot changes for it. On a GPU a step is captured
+    when its number comes the first time, and replayed from then on. A forward with part of a prompt runs as it is.
+
+    asks_for_graphs: True: RuntimeError when a step cannot be captured; None: then steps run without; False: no padding.
+    options: of transformers' ModelRunner.
+    """
+
+    def __init__(self, asks_for_graphs: bool | None, **options: Any):
+        super().__init__(**options)
+        self.asks_for_graphs = asks_for_graphs
+        self.pads_steps = self.use_cuda_graph_decode or bool(asks_for_graphs)
+        # Ready-made, so that no model looks for documents in the positions: the cache knows whose tokens these are.
+        self._attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.cache.device)
+
+    def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
+        """Returns the number of tokens of the next forward, padded if it is a step, and that no pages are read."""
+        self.pad_inputs = self.pads_steps and use_decode_fast_path
+        return super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
+
+    def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
+        """Runs the forward of the batch that was prepared, and chooses its tokens.
+
+        batch_data: what the model is called with, as the inputs of transformers give it.
+        """
+        self.cache.begin(self.inputs_and_outputs.requests_in_batch, batch_data["block_table"])
+        batch_data["attention_mask"], batch_data["block_table"] = self._attention_mask, None
+        stream = self.inputs_and_outputs.compute_stream
+        if stream is not None:  # rows are emptied and copied on the other one
+            stream.wait_stream(torch.cuda.current_stream(self.cache.device))
+        super().compute_batch(model, batch_data)
+
+    @torch.no_grad()
+    def warmup(self, model: nn.Module) -> None:
+        """Captures a step for every padded number of requests, the largest first: the others share its memory."""
+        num_requests = self.cb_config.max_requests_per_batch
+        while num_requests and self.use_cuda_graph_decode:
+            self.run_one_warmup(model=model, num_q_tokens=num_requests, max_kv_read=None)
+            self.inputs_and_outputs.retrieve_device_outputs()
+            num_requests = 1 << (num_requests - 1).bit_length() >> 1
+
+    def _capture_graph(self, forward_fn: Callable[..., None], compute_stream: torch.cuda.Stream, *args: Any) -> None:
+        """Runs the step, and captures it for later ones."""
+        with stream_context(compute_stream), memory_pool_context(self.mem_pool):
+            forward_fn(*args)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with capturing(graph, self.cache.device, self.graph_pool_id, compute_stream):
+                forward_fn(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            message = f"the forward of {type(args[0]).__name__} cannot be captured in a CUDA graph"
+            if self.asks_for_graphs:
+                raise RuntimeError(f"{message}: leave use_cuda_graph out") from error
+            logger.warning("%s, so its steps are launched kernel by kernel: %s", message, error)
+            self.use_cuda_graph_decode = self.pads_steps = False
+            return
+        self.inputs_and_outputs.set_graph(graph)

@@ -1,0 +1,148 @@
+"""An image for any model that takes one, made without a processor: pixels, and the tokens that stand for them."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+FIRST = 6
+"""Where the tokens of an image begin: behind those that padding takes away."""
+MOST = 12
+"""How many tokens an image may have."""
+
+_TILE = {"pixels": (1, 3, 16, 16)}
+_TILES = {"pixels": (2, 3, 16, 16), "image_sizes": [16, 16]}
+_SIZED = {"pixels": (3, 32, 32), "image_sizes": [32, 32]}
+_QFORMER = {"qformer_input_ids": [5, 6, 7], "qformer_attention_mask": [1, 1, 1]}
+_POSITIONS = [[x, y] for y in range(6) for x in range(6)]
+_NAVIT = {"flat": (3, 8, 128), "along": 2, "target_sizes": [4, 4]}
+
+IMAGES: dict[str, dict[str, Any]] = {
+    "emu3": {"pixels": (3, 16, 16), "image_sizes": [16, 16]},
+    "chameleon": {"pixels": (3, 32, 32)},
+    "blip-2": {"pixels": (3, 16, 16)},
+    "deepseek_ocr2": {"pixels": (3, 32, 32)},
+    "deepseek_vl_hybrid": {"pixels": (3, 16, 16), "high_res_pixel_values": (3, 16, 16), "num_tokens": 4},
+    "fast_vlm": {"pixels": (3, 32, 32)},
+    "fuyu": {"pixels": (4, 192)},
+    "gemma3n": {"pixels": (3, 32, 32)},
+    "gemma4": {"pixels": (36, 192), "image_position_ids": _POSITIONS},
+    "gemma4_unified": {"pixels": (4, 1728), "image_position_ids": [[0, 0], [1, 0], [0, 1], [1, 1]]},
+    "granite4_vision": {**_TILES, "num_tokens": 3},
+    "granite_docling": {**_TILE, "pixel_attention_mask": [True]},
+    "idefics": {**_TILE, "image_attention_mask": [[1]] * 24},
+    "idefics2": _TILE,
+    "idefics3": _TILE,
+    "instructblip": {"pixels": (3, 16, 16), **_QFORMER},
+    "instructblipvideo": {"pixels": (4, 3, 16, 16), **_QFORMER},
+    "kimi_k25": {"flat": (16, 3, 8, 8), "image_grid_thw": [1, 4, 4]},
+    "lfm2_vl": {"pixels": (16, 192), "spatial_shapes": [4, 4], "pixel_attention_mask": [1] * 16},
+    "lighton_ocr": _SIZED,
+    "llava_next": _TILES,
+    "llava_next_video": _TILES,
+    "llava_onevision": _TILES,
+    "minicpm_ocr": _NAVIT,
+    "minicpmv4_6": _NAVIT,
+    "minicpmv4_7": _NAVIT,
+    "mistral3": _SIZED,
+    "molmo2": {
+        "pixels": (4, 192),
+        "image_token_pooling": [[0, 1], [2, 3]],
+        "image_grids": [1, 1, 1, 1],
+        "image_num_crops": 1,
+    },
+    "nemotron_h_omni": {"flat": (16, 192), "image_grid_hw": [4, 4]},
+    "paddleocr_vl": {"flat": (16, 3, 8, 8), "image_grid_thw": [1, 4, 4]},
+    "perception_lm": {"pixels": (1, 3, 32, 32)},
+    "qwen2_5_omni_thinker": {"start": 95},
+    "qwen3_omni_moe_thinker": {"start": 95},
+    "smolvlm": _TILE,
+    "video_llama_3": {"image_merge_sizes": 2},
+}
+"""Model type -> what `image_inputs` cannot guess.
+
+pixels, flat: the shape of one image; images are stacked, or put one behind another along their first dimension. Tuples
+under other names are shapes of further pixels; all else is what an image has under that name.
+"""
+
+
+NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo")
+"""Model types that take no text without an image."""
+
+
+def takes_images(cls: type) -> bool:
+    """Whether a model class has anything to do with images."""
+    return "pixel_values" in inspect.signature(cls.forward).parameters
+
+
+def image_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the inputs of a model with an image in every row, in place of some tokens of text.
+
+    input_ids: (B, T) tokens of text. Raises whatever the model raises, and ValueError if the image changes nothing.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    batch, token = input_ids.shape[0], _image_token(model.config)
+    line = dict(IMAGES.get(model.config.model_type, {}))
+    if not line.keys() & {"pixels", "flat"}:
+        line |= _guess(model.config, parameters)
+    start, num_tokens = line.pop("start", None), line.pop("num_tokens", None)
+    image = _image(line, batch, seed=0)
+    input_ids = input_ids.clone()
+    if token is not None:
+        num_tokens = num_tokens or _count_tokens(model, image) // batch
+        if not 0 < num_tokens <= MOST:
+            raise ValueError(f"an image must have at most {MOST} tokens, got {num_tokens}")
+        input_ids[:, FIRST : FIRST + num_tokens] = token
+    if start is not None:
+        input_ids[:, FIRST - 1] = start
+    inputs = {"input_ids": input_ids, **image}
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in parameters:
+            inputs[name] = (input_ids == token).long()
+    with torch.no_grad():
+        found, other = (model(**{**inputs, **_image(line, batch, seed=seed)}).logits for seed in (0, 1))
+    if not (found - other).abs().max() > 1e-6 * found.abs().max():
+        raise ValueError("another image must give other logits, got the same")
+    return inputs
+
+
+def _guess(config: PreTrainedConfig, parameters: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    if "image_grid_thw" not in parameters:
+        size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        return {"pixels": (3, size, size)}
+    side = 2 * (getattr(vision, "spatial_merge_size", None) or 2)
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
+    frames = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None) or 1
+    return {"flat": (side**2, channels * frames * vision.patch_size**2), "image_grid_thw": [1, side, side]}
+
+
+def _image(line: dict[str, Any], batch: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    along = line.get("along", 0)
+    result = {}
+    for name, value in line.items():
+        if name == "flat":
+            parts = [torch.randn(*value, generator=generator) for _ in range(batch)]
+            result["pixel_values"] = torch.cat(parts, along)[None] if along else torch.cat(parts)
+        elif isinstance(value, tuple) and "flat" not in line:
+            result["pixel_values" if name == "pixels" else name] = torch.randn(batch, *value, generator=generator)
+        elif name not in ("along", "pixels"):
+            result[name] = torch.tensor([value] * batch)
+    return result
+
+
+def _image_token(config: PreTrainedConfig) -> int | None:
+    """The token that stands for a part of an image; None for models that look at images by cross-attention."""
+    names = ("image_token_id", "image_token_index", "image_patch_id")
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _count_tokens(model: PreTrainedModel, image: dict[str, torch.Tensor]) -> int:
+    owner = next(part for part in (model.base_model, model) if hasattr(part, "get_image_features"))
+    with torch.no_grad():
+        found = owner.get_image_features(**image)
+    features = getattr(found, "pooler_output", None)
+    features = found.last_hidden_state if features is None else features
+    return sum(part.shape[:-1].numel() for part in (features if isinstance(features, (list, tuple)) else [features]))

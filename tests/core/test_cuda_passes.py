@@ -1,0 +1,174 @@
+"""The passes of the CUDA library give each kernel what it needs, by plan and the long way, without a GPU."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+import flash_dmattn
+from flash_dmattn import planned
+
+from .attention_cases import documents
+from .kernel_cases import DEVICE, make_inputs, options, scattered, tiled
+from .played_library import PlayedLibrary, compile_library
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="with a GPU the library itself is tested")
+
+DETERMINISTIC = tiled("deterministic", options=options(deterministic=True))
+SELECTED, DENSE = options(), options(keep_window_size=500)
+CASES = [
+    tiled("selected", options=SELECTED),
+    tiled("dense", options=DENSE),
+    tiled("dense-fewer-queries", seqlen_q=37, seqlen_k=200, options=DENSE),
+    tiled("fewer-queries", batch=2, seqlen_q=37, seqlen_k=200, num_heads=6, num_kv_heads=2, options=SELECTED),
+    tiled("per-query-head", num_heads=4, num_kv_heads=2, num_importance_heads=4, options=SELECTED),
+    tiled("no-bias", options=options(add_importance_bias=False)),
+    tiled("dense-no-bias", options=options(keep_window_size=500, add_importance_bias=False)),
+    tiled("dense-not-finite", importance="infinite-ties", options=DENSE),
+    tiled("not-finite", importance="infinite-ties", options=SELECTED),
+    tiled("softcap-and-scale", options=options(softcap=2.0, softmax_scale=0.3)),
+    tiled("not-causal", options=options(is_causal=False, local_window_size=0)),
+    tiled("sliding-window", batch=2, options=options(sliding_window=20)),
+    tiled("dense-sliding-window", options=options(keep_window_size=500, sliding_window=20)),
+    DETERMINISTIC,
+    tiled("one-token", seqlen_q=1, seqlen_k=1, options=options(keep_window_size=500)),
+    tiled("importance-bfloat16", importance_dtype=torch.bfloat16, options=SELECTED),
+]
+UNPLANNED = [
+    tiled("padded", batch=2, options=options(padding_mask=scattered(2, 150))),
+    tiled("packed", options=options(cu_seqlens=documents(3, 0, 47, 1, 99))),
+    tiled("importance-of-all-heads", num_heads=4, num_kv_heads=2, num_importance_heads=1, options=SELECTED),
+    tiled("values-shorter", head_dim=128, value_dim=64, options=SELECTED),
+    tiled("no-token", seqlen_q=0, seqlen_k=0, options=SELECTED),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return compile_library(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def played(request, loaded, monkeypatch):
+    library = PlayedLibrary(loaded)
+    library.install(monkeypatch, is_for_sm90a=request.param == "sm90")
+    return library
+
+
+@pytest.fixture
+def seed():
+    return int(os.environ["FLASH_DMATTN_TEST_SEED"])
+
+
+def suited(case):
+    """The case in a shape that the CUDA library serves."""
+    return replace(case, head_dim=max(case.head_dim, 64), dtype=torch.bfloat16)
+
+
+def results(case, seed, backend, *, needs_lse=True):
+    """Returns out, lse and the gradients of one call."""
+    inputs, chosen, weights = make_inputs(suited(case), seed)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    outputs = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, return_lse=needs_lse, backend=backend)
+    out = outputs[0] if needs_lse else outputs
+    loss = (out.double() * weights[..., :-1]).sum()
+    if needs_lse:
+        loss = loss + (outputs[1].masked_fill(outputs[1].isneginf(), 0) * weights[..., -1].transpose(1, 2)).sum()
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [
+        None if result is None else result.detach() for result in (out, outputs[1] if needs_lse else None, *gradients)
+    ]
+
+
+def assert_same(first, second, **tolerance):
+    for name, one, other in zip(("out", "lse", *"qkvs"), first, second, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+EQUAL = {"rtol": 0, "atol": 0}
+
+
+def on_both(*cases):
+    """Every case with the kernels of both kinds, except that those for sm80 leave deterministic gradients to Triton."""
+    kinds = {DETERMINISTIC.name: ("sm90",)}
+    pairs = [(case, kind) for case in cases for kind in kinds.get(case.name, ("sm90", "sm80"))]
+    return pytest.mark.parametrize(("case", "played"), pairs, ids=str, indirect=["played"])
+
+
+@on_both(*CASES, *UNPLANNED)
+def test_kernels_get_what_the_call_says(case, played, seed):
+    expected = results(case, seed, "reference")
+    if case.importance == "infinite-ties":
+        expected[1] = None  # of the order of the largest float32, and nothing more is promised
+    for _ in ("the long way", "by plan"):
+        got = results(case, seed, "cuda")
+        got[1] = None if expected[1] is None else got[1]
+        assert_same(got, expected, rtol=2e-2, atol=2e-2)
+
+
+@on_both(*CASES)
+def test_a_plan_gives_the_bits_of_the_long_way(case, played, seed, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr(planned, "DEVICES", set())
+        long_way = results(case, seed, "cuda"), results(case, seed, "cuda", needs_lse=False)
+        launches, played.launches = played.launches, []
+        assert not planned._ROUTES
+    results(case, seed, "cuda")
+    played.launches.clear()
+    monkeypatch.setattr(flash_dmattn.attention, "attend", None)
+    assert_same(results(case, seed, "cuda"), long_way[0], **EQUAL)
+    assert_same(results(case, seed, "cuda", needs_lse=False), long_way[1], **EQUAL)
+    assert played.launches == launches
+
+
+@on_both(*CASES)
+def test_a_plan_without_gradients_gives_the_same(case, played, seed):
+    inputs, chosen, _ = make_inputs(suited(case), seed)
+    with torch.no_grad():
+        first, *others = [
+            flash_dmattn.dynamic_mask_attention(*inputs, **chosen, return_lse=needs_lse, backend="cuda")
+            for needs_lse in (True, True, False)
+        ]
+    assert torch.equal(others[0][0], first[0]) and torch.equal(others[0][1], first[1])
+    assert torch.equal(others[1], first[0])
+
+
+@on_both(CASES[0])
+def test_the_first_call_saves_what_later_ones_save(case, played, seed):
+    """Non-reentrant checkpoints compare what is saved in the forward, without a plan yet, and in the recomputation."""
+    inputs, chosen, _ = make_inputs(suited(case), seed)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def attend(*tensors):
+        return flash_dmattn.dynamic_mask_attention(*tensors, **chosen, backend="cuda")
+
+    assert not planned._ROUTES
+    out = torch.utils.checkpoint.checkpoint(attend, *inputs, use_reentrant=False)
+    gradients = torch.autograd.grad(out.double().square().sum(), inputs)
+    expected = torch.autograd.grad(attend(*inputs).double().square().sum(), inputs)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+@on_both(CASES[0], CASES[1])
+def test_a_planned_gradient_has_no_gradient_itself(case, played, seed):
+    """It is computed the long way where somebody wants to differentiate it, and then refuses."""
+    inputs, chosen, _ = make_inputs(suited(case), seed)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    for _ in range(2):
+        out = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, backend="cuda")
+        loss = out.double().square().sum()
+        expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+        got = torch.autograd.grad(loss, inputs, create_graph=True)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(got[0].double().sum(), inputs[0])
+
+
+@on_both(*UNPLANNED)
+def test_other_calls_go_the_long_way(case, played, seed):
+    results(case, seed, "cuda")
+    assert set(planned._ROUTES.values()) <= {None}

@@ -1,0 +1,25 @@
+"""Distillation on two ranks that share every sequence: figures and weights of one process, with a dense teacher."""
+
+import pytest
+
+from .distillation_jobs import STUDENTS, distil, distil_on_ranks
+from .processes import run_on_ranks
+
+pytest.importorskip("accelerate", minversion="1.10")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return run_on_ranks(2, folder, distil_on_ranks, list(STUDENTS), str(folder / "run"))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_two_ranks_distil_as_one(on_two_ranks, tmp_path, name):
+    alone = distil(name, str(tmp_path))
+    assert len(alone["loss"]) == len(alone["kld"]) == 3 and len(alone["held_out/kld"]) == 2
+    for found in on_two_ranks:
+        assert isinstance(found, dict), found
+        assert found[name].keys() == alone.keys()
+        for key, expected in alone.items():
+            assert found[name][key] == pytest.approx(expected, abs=1e-5, rel=1e-5), key
