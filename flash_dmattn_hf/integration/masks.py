@@ -14,7 +14,7 @@ from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
-from flash_dmattn_hf.integration.blocks import is_marked, mark_blocks
+from flash_dmattn_hf.integration.blocks import mark_blocks
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, meaning_of_mask
 from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
@@ -84,6 +84,11 @@ def dynamic_mask_mask(
         if is_full and is_plain:
             return None
     return _tag(attention_mask, limits, is_full)
+
+
+def is_marked(mask: Any) -> bool:
+    """Whether a mask is one of `blocks.mark_blocks`."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 3 and mask.dtype == torch.int32
 
 
 def _mark_blocks(
