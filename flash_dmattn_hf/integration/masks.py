@@ -79,7 +79,7 @@ def dynamic_mask_mask(
     if attention_mask is None:
         if is_plain or (torch.compiler.is_compiling() and not kv_offset):
             return None
-        all_real = torch.ones((1, 1), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, length)
+        all_real = torch.ones((batch_size, length), dtype=torch.bool, device=kwargs.get("device"))
         return _tag(all_real, limits, is_full=True)
     if attention_mask.dtype == torch.bool:
         _check_length(attention_mask, length)
@@ -198,7 +198,7 @@ def _admit_padding(cache: Any, mask: torch.Tensor | None, q_length: int) -> torc
     """
     if not isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
         return mask
-    num_cached = cache.get_seq_length()
+    num_cached = cache.num_tokens
     if num_cached == 0 and any(layer.num_rows for layer in cache.mask_layers):
         raise ValueError(
             "the layer_idx of a model's layers must begin at 0 and the first layer must cache its tokens, got none: "
@@ -238,7 +238,7 @@ def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any
     if not (isinstance(cache, DynamicMaskCache) and cache.is_static and inputs_embeds.shape[1] == 1):
         return False
     is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
-    return is_plain and all(layer.is_initialized for layer in cache.layers)
+    return is_plain and all(layer.is_initialized for layer in cache.mask_layers)
 
 
 def _last_column(attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
