@@ -18,7 +18,7 @@ from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
-from flash_dmattn_hf.integration.masks import is_marked, tag_of
+from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import SharedKeys, share, shared_with
