@@ -101,7 +101,7 @@ PARTS = (
         "benchmark_selection.py --seqlens 4096 131072 1048576 --importance iid drift",
         "--device cpu --seqlens 64 128 --keep-window-size 64 --runs 1",
     ),
-    Part("soft_training", "benchmark_soft_training.py --seqlens 4096 8192 32768"),
+    Part("soft_training", "benchmark_soft_training.py --seqlens 4096 8192 32768 --warmup 2 --runs 4"),
     Part("model_prefill", "benchmark_model.py prefill"),
     Part(
         "attention_triton",
