@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
@@ -106,7 +105,7 @@ def load_importance(model: nn.Module, directory: str | Path) -> nn.Module:
     saved, model_given = read_importance(directory), model
     model = _base_of(model)
     _refuse_native(model)
-    if absent := next((n for n, p in model.named_parameters() if p.is_meta or isinstance(p, DTensor)), None):
+    if absent := next((n for n, p in model.named_parameters() if p.is_meta or is_divided(p)), None):
         raise ValueError(
             f"model must be in memory to take an importance, but {absent} is not as a whole: load it without offload, "
             "on one rank"
@@ -224,11 +223,6 @@ def _check_same(what: str, found: dict[int, dict[str, tuple]], expected: dict[in
 def _change_settings(model: PreTrainedModel, gates: list[Gate], saved: SavedImportance) -> None:
     """Gives a converted model the settings of a saved importance, if its gates are of that kind."""
     before, settings = gates[0].config, saved.settings
-    if any(is_divided(parameter) for gate in gates for parameter in _parameters_of(gate).values()):
-        raise ValueError(
-            "the gates of a model that is converted already must be whole to take an importance, but several processes "
-            "share them: load it before they do"
-        )
     for field in ("importance_input", "importance_heads"):
         if getattr(before, field) != getattr(settings, field):
             raise ValueError(

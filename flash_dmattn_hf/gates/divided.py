@@ -20,7 +20,7 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach().full_tensor()
     if not is_divided(parameter):
         return parameter.detach()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()

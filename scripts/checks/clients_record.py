@@ -71,5 +71,5 @@ def _reason(kind: str, report: Any) -> str:
     if kind == "passed":
         return f"  {report.duration:.0f} s"
     if kind == "skipped":
-        return f": {report.longrepr[2]}"
+        return f": {report.longrepr[2].removeprefix('Skipped: ')}"
     return f": {report.longrepr.reprcrash.message.splitlines()[0]}" if hasattr(report.longrepr, "reprcrash") else ""

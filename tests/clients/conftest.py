@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import flash_dmattn_hf  # noqa: F401 - registers the implementation
+from flash_dmattn_hf import iter_gates
 
 if os.environ.get("FLASH_DMATTN_CLIENTS") != "1":
     collect_ignore_glob = ["test_*.py"]
@@ -32,6 +32,14 @@ def text(start: int, count: int) -> str:
 def load(path, name: str, **options):
     """Loads the model of a folder with one of `CHOICES`."""
     return AutoModelForCausalLM.from_pretrained(path, **{**CHOICES[name], **options})
+
+
+def load_frozen(path, name: str):
+    """As `load`, with gates that stay 0: training then changes the same numbers, whatever was chosen."""
+    model = load(path, name)
+    for _, _, gate in iter_gates(model):
+        gate.requires_grad_(False)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -83,4 +83,5 @@ def test_a_trainer_with_zero3_saves_what_it_trained(dense, converted, tmp_path):
         before = load(converted, "flash_dmattn", flash_dmattn=SMALL).eval()
         assert before(input_ids=ids, labels=ids).loss.item() != pytest.approx(result["evaluation"][0], abs=1e-3)
     trained = {name: gate.A for name, _, gate in iter_gates(saved)}
+    assert result["norms"][-1] == pytest.approx(torch.cat([*trained.values()]).norm().item(), rel=1e-4)
     assert all(not torch.equal(gate.A, trained[name]) for name, _, gate in iter_gates(before))

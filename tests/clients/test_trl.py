@@ -6,7 +6,7 @@ import warnings
 import pytest
 from transformers import AutoModelForCausalLM
 
-from .conftest import CHOICES, load, text
+from .conftest import CHOICES, load_frozen, text
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -37,9 +37,9 @@ def test_sft(dense, tokenizer, tmp_path, packing):
     losses = {}
     for name in CHOICES:
         args = trl.SFTConfig(str(tmp_path / name), packing=packing, max_length=60, **COMMON)
-        trainer = trl.SFTTrainer(load(dense, name), args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer = trl.SFTTrainer(load_frozen(dense, name), args=args, train_dataset=rows, processing_class=tokenizer)
         losses[name], _ = train(trainer)
-    assert losses["flash_dmattn"] == pytest.approx(losses["sdpa"], abs=2e-3)
+    assert losses["flash_dmattn"] == pytest.approx(losses["sdpa"], abs=1e-4)
 
 
 def preferences():
@@ -51,7 +51,7 @@ def preferences():
 
 def dpo(dense, tokenizer, tmp_path, name, **options):
     args = trl.DPOConfig(str(tmp_path / name), **COMMON, **options)
-    return trl.DPOTrainer(load(dense, name), args=args, train_dataset=preferences(), processing_class=tokenizer)
+    return trl.DPOTrainer(load_frozen(dense, name), args=args, train_dataset=preferences(), processing_class=tokenizer)
 
 
 def test_dpo(dense, tokenizer, tmp_path):
@@ -59,7 +59,7 @@ def test_dpo(dense, tokenizer, tmp_path):
     for name, choice in CHOICES.items():
         losses[name], _ = train(dpo(dense, tokenizer, tmp_path, name, model_init_kwargs=choice))
     assert losses["sdpa"][0] == pytest.approx(math.log(2), abs=1e-3)
-    assert losses["flash_dmattn"] == pytest.approx(losses["sdpa"], abs=2e-3)
+    assert losses["flash_dmattn"] == pytest.approx(losses["sdpa"], abs=1e-4)
 
 
 def test_a_reference_of_dpo_without_the_settings_warns_what_to_write(dense, tokenizer, tmp_path):
@@ -84,9 +84,9 @@ def test_kto(dense, tokenizer, tmp_path):
     for name, choice in CHOICES.items():
         args = trl.KTOConfig(str(tmp_path / name), model_init_kwargs=choice, **COMMON)
         data = datasets.Dataset.from_list(rows)
-        trainer = trl.KTOTrainer(load(dense, name), args=args, train_dataset=data, processing_class=tokenizer)
+        trainer = trl.KTOTrainer(load_frozen(dense, name), args=args, train_dataset=data, processing_class=tokenizer)
         losses[name], _ = train(trainer)
-    assert losses["flash_dmattn"] == pytest.approx(losses["sdpa"], abs=2e-3)
+    assert losses["flash_dmattn"] == pytest.approx(losses["sdpa"], abs=1e-4)
 
 
 def test_grpo(dense, tokenizer, tmp_path):
@@ -102,7 +102,7 @@ def test_grpo(dense, tokenizer, tmp_path):
             **COMMON,
         )
         trainer = trl.GRPOTrainer(
-            load(dense, name),
+            load_frozen(dense, name),
             reward_funcs=lambda completions, **_: [float(len(set(c.split()))) for c in completions],
             args=args,
             train_dataset=rows,
@@ -110,4 +110,4 @@ def test_grpo(dense, tokenizer, tmp_path):
         )
         losses, logs = train(trainer)
         results[name] = [*losses, *(float(entry["reward"]) for entry in logs), *(float(e["kl"]) for e in logs)]
-    assert results["flash_dmattn"] == pytest.approx(results["sdpa"], abs=2e-3)
+    assert results["flash_dmattn"] == pytest.approx(results["sdpa"], abs=1e-4)

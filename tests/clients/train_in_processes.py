@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flash_dmattn_hf import iter_gates, save_importance, use_chunked_loss
-from tests.clients.conftest import load
+from flash_dmattn_hf import save_importance, use_chunked_loss
+from flash_dmattn_hf.training import ImportanceCallback
+from tests.clients.conftest import load, load_frozen
 
 STEPS, LEARNING_RATE = 3, 0.05
 SMALL = {"keep_window_size": 16, "local_window_size": 4}
@@ -37,16 +38,9 @@ def batch(step: int, rank: int) -> torch.Tensor:
 
 def models(dense: str, converted: str) -> dict[str, Callable[[], nn.Module]]:
     """Name -> how to load it: dense; the same with gates that stay 0; with gates that train, beyond their window."""
-
-    def frozen() -> nn.Module:
-        model = load(dense, "flash_dmattn")
-        for _, _, gate in iter_gates(model):
-            gate.requires_grad_(False)
-        return model
-
     return {
         "sdpa": lambda: load(dense, "sdpa"),
-        "flash_dmattn": frozen,
+        "flash_dmattn": lambda: load_frozen(dense, "flash_dmattn"),
         "converted": lambda: load(converted, "flash_dmattn", flash_dmattn=SMALL),
     }
 
@@ -113,11 +107,16 @@ def train_with_trainer(converted: str) -> dict[str, list]:
     model = load(converted, "flash_dmattn", flash_dmattn=SMALL)
     rows = [{"input_ids": ids, "labels": ids} for step in range(STEPS) for rank in (0, 1) for ids in batch(step, rank)]
     held_out = [{"input_ids": ids, "labels": ids} for rank in (0, 1) for ids in batch(STEPS, rank)]
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=held_out)
+    callback = ImportanceCallback(batch(STEPS, 0)[0])
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=held_out, callbacks=[callback])
     trainer.train()
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     trainer.save_model()
-    return {"losses": losses, "evaluation": [trainer.evaluate()["eval_loss"]]}
+    return {
+        "losses": [float(entry["loss"]) for entry in logs],
+        "norms": [entry["dma/A_norm"] for entry in logs],
+        "evaluation": [trainer.evaluate()["eval_loss"]],
+    }
 
 
 def refusals(converted: str) -> list[str]:

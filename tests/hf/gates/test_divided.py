@@ -3,7 +3,7 @@
 import sys
 import warnings
 from contextlib import contextmanager
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,8 +64,7 @@ def test_what_is_divided_is_known_by_its_shape():
 
 
 def test_metrics_gather_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", ModuleType("deepspeed.zero"))
-    sys.modules["deepspeed.zero"].GatheredParameters = gathered
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered)))
     model = converted()
     for _, _, gate in iter_gates(model):
         gate.A.data.uniform_(1, 2)
@@ -78,7 +77,7 @@ def test_importance_is_saved_and_loaded_whole_or_not_at_all(tmp_path):
     divided = divide_gates(converted())
     with pytest.raises(ValueError, match="A of layer 0 must be in memory as a whole to be saved"):
         save_importance(divided, tmp_path / "empty")
-    with pytest.raises(ValueError, match="must be whole to take an importance, but several processes share them"):
+    with pytest.raises(ValueError, match="must be in memory to take an importance, but .*dma.A is not as a whole"):
         load_importance(divided, tmp_path / "saved")
 
 
