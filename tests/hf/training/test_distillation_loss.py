@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_dmattn_hf.training.distillation_loss import chunked_distillation_loss
+from flash_dmattn_hf.training.distillation_loss import TokenWeights, chunked_distillation_loss
 from flash_dmattn_hf.training.output_layer import apply_operations
 
 OPERATIONS = {"none": "", "softcap": "/3.0,tanh,*3.0", "scale": "*0.5"}
@@ -56,6 +56,21 @@ def test_it_equals_the_whole_logits(operations, of_teacher, bias, chunk_size):
     torch.testing.assert_close(
         gradients(got.loss, student), gradients(expected[0], student), atol=1e-12, rtol=1e-12
     )
+
+
+def test_parts_of_the_tokens_add_up_to_all_of_them():
+    student, teacher, weights = make_inputs()
+    weights[:10] = 0.0  # nothing of the first part counts
+    expected = chunked_distillation_loss(**student, **teacher, token_weights=weights)
+    parts = []
+    for rows in (slice(0, 10), slice(10, COUNT)):
+        some = {name: value[rows] if name.endswith("hidden") else value for name, value in (student | teacher).items()}
+        own = TokenWeights(weights[rows], weights.sum(), (weights > 0).sum())
+        parts.append(chunked_distillation_loss(**some, token_weights=own))
+    assert parts[0].loss == 0 and parts[0].kld == 0
+    for name, whole_value in expected._asdict().items():
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), whole_value)
+    torch.testing.assert_close(gradients(parts[0].loss + parts[1].loss, student), gradients(expected.loss, student))
 
 
 @pytest.mark.parametrize("operations", OPERATIONS)
