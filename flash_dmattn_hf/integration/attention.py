@@ -18,7 +18,7 @@ from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
-from flash_dmattn_hf.integration.masks import tag_of
+from flash_dmattn_hf.integration.masks import is_marked, tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import SharedKeys, share, shared_with
@@ -84,7 +84,7 @@ def dynamic_mask_attention_forward(
         kwargs.pop("cache", None)
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
     tag, blocks = tag_of(attention_mask), None
-    if attention_mask is not None and attention_mask.dim() == 3 and attention_mask.dtype == torch.int32:
+    if is_marked(attention_mask):
         attention_mask, blocks = read_blocks(attention_mask, None if tag is None else tag.block_size)
     check_arguments(module, attention_mask, kwargs)
     if blocks is None and getattr(module, "is_causal", None) is False:
