@@ -1,4 +1,11 @@
-"""The picture of `benchmark_serving.py`: throughput and times against the length of the prompts."""
+"""The picture of `benchmark_serving.py`: throughput and times against the length of the prompts.
+
+    python scripts/serving_picture.py figures.json picture.png      of a run that was interrupted, too
+"""
+
+import sys
+
+from benchmark_report import load_json
 
 PANELS = [
     ("generated tokens / s, all at once", True, {"tokens_per_s": "o-"}),
@@ -35,3 +42,7 @@ def draw(report: dict, path: str) -> None:
     figure.suptitle(f"{where['device']}, {settings['shape']}, w = {settings['keep_window_size']} ({where['date']})")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    draw(load_json(sys.argv[1]), sys.argv[2])

@@ -13,11 +13,11 @@ from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
-from flash_dmattn_hf.integration.blocks import is_marked, last_blocks, read_blocks
+from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks
 from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
-from flash_dmattn_hf.integration.masks import tag_of
+from flash_dmattn_hf.integration.masks import is_marked, tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import (
@@ -73,6 +73,8 @@ def dynamic_mask_attention_forward(
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
     shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)
+    if shared.served is not None:  # which transformers passes to layers with keys of their own alone, from 5.24 on
+        requests = shared.served[0]
     gate = shared.gate
     if gate is None:
         refuse_missing_gate(module)
@@ -80,10 +82,10 @@ def dynamic_mask_attention_forward(
     else:
         windows, chunk_size = gate.windows, None
     if requests is not None:
-        del kwargs["cache"]
+        kwargs.pop("cache", None)
         attention_mask = None  # every request sees its own tokens, whatever transformers passes for all
     tag, blocks = tag_of(attention_mask), None
-    if is_marked(attention_mask):
+    if attention_mask is not None and attention_mask.dim() == 3 and attention_mask.dtype == torch.int32:
         attention_mask, blocks = read_blocks(attention_mask, None if tag is None else tag.block_size)
     check_arguments(module, attention_mask, kwargs)
     if blocks is None and getattr(module, "is_causal", None) is False:
@@ -188,10 +190,10 @@ def _attend_served(module, shared: SharedKeys, requests: LiveRequests, query, ke
     """Attends to the slots of the requests whose tokens these are, and lets those evict. Returns out and lse."""
     gate = shared.gate
     options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
-    if shared.layer_idx is not None:
-        return requests.attend_again(shared.layer_idx, query.transpose(1, 2), **options)
+    if shared.served is not None:
+        return requests.attend_again(shared.served[1], query.transpose(1, 2), **options)
     if getattr(module, "store_full_length_kv", False):
-        share(key, SharedKeys(gate, layer_idx=module.layer_idx))
+        share(key, SharedKeys(gate, served=(requests, module.layer_idx)))
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     else:

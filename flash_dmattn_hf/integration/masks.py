@@ -14,7 +14,7 @@ from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
-from flash_dmattn_hf.integration.blocks import is_marked, mark_blocks
+from flash_dmattn_hf.integration.blocks import mark_blocks
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, meaning_of_mask
 from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
@@ -86,6 +86,11 @@ def dynamic_mask_mask(
     return _tag(attention_mask, limits, is_full)
 
 
+def is_marked(mask: Any) -> bool:
+    """Whether a mask is one of `blocks.mark_blocks`."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 3 and mask.dtype == torch.int32
+
+
 def _mark_blocks(
     numbers: torch.Tensor, attention_mask: torch.Tensor | None, batch: int, num_cached: int, length: int
 ) -> tuple[torch.Tensor, int] | None:
@@ -155,7 +160,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
                 refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        if is_marked(attention_mask):
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 3:  # made by `mark_blocks` already
             return True, attention_mask, None, None, None, None, None
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)

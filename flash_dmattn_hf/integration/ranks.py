@@ -46,8 +46,7 @@ def wrap_distribute(original: Callable) -> Callable:
             distributed_config = _with_gates(model, distributed_config)
         model = original(cls, model, distributed_config, mesh)
         if distributed_config.tp_size > 1:
-            failures = Failures("tensor parallelism", dist.group.WORLD)
-            model.forward = MethodType(_watched(model.forward.__func__, failures), model)
+            model.forward = MethodType(_watched(model.forward.__func__), model)
         return model
 
     return maybe_distribute_model
@@ -59,19 +58,21 @@ def _with_gates(model: nn.Module, distributed_config: Any) -> Any:
     if not isinstance(given, dict):
         model._tp_plan = {**rules_of_gates(model, model.tp_plan, distributed_config.tp_size), **model.tp_plan}
         return distributed_config
-    # Since 5.18 or later, what a user gives changes single rules, unless it is empty. Before, it is the plan.
+    # Where transformers resolves plans, as 5.23 does, what a user gives changes single rules, unless it is empty. In
+    # 5.17 it is the whole plan.
     is_merged = hasattr(model, "_resolve_parallel_plans") and given
     rules = rules_of_gates(model, {**model.tp_plan, **given} if is_merged else given, distributed_config.tp_size)
     return dataclasses.replace(distributed_config, tp_plan={**rules, **given})
 
 
-def _watched(forward: Callable, failures: Failures) -> Callable:
+def _watched(forward: Callable) -> Callable:
     """Returns a forward whose error on one rank is the reason that the others give for theirs."""
 
     @functools.wraps(forward)
     def watched(*args, **kwargs):
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
+        failures = Failures("tensor parallelism", dist.group.WORLD)  # of this forward: later ones have other reasons
         try:
             with failures.watching():
                 return forward(*args, **kwargs)

@@ -11,6 +11,7 @@ from torch import nn
 
 from flash_dmattn_hf.cache.eviction import CacheView
 from flash_dmattn_hf.names import is_ours
+from flash_dmattn_hf.serving.live_requests import LiveRequests
 
 _TIE = "_flash_dmattn_shared"
 
@@ -19,14 +20,13 @@ class SharedKeys(NamedTuple):
     """What the layers that share a key must know of it.
 
     gate: of the layer that made it, None if that keeps its own attention. importance: (B, Hi, S) of all keys, where no
-    cache is used. view: survivors and new tokens of a cache. layer_idx: of the layer that made it, where requests are
-    served.
+    cache is used. view: survivors and new tokens of a cache. served: live requests and the layer that made the key.
     """
 
     gate: Any | None
     importance: torch.Tensor | None = None
     view: CacheView | None = None
-    layer_idx: int | None = None
+    served: tuple[LiveRequests, int] | None = None
 
 
 def share(key: torch.Tensor, shared: SharedKeys) -> None:

@@ -14,9 +14,9 @@ class PeerFailure(RuntimeError):
 
 
 class Failures:
-    """What the ranks of one group tell each other; all of them make it, and in the same order as other such objects.
+    """What the ranks of one group tell each other while they do one thing together, whose name is `what`.
 
-    what: the name of what they do together.
+    All of them make it, and in the same order as other such objects.
     """
 
     def __init__(self, what: str, group: dist.ProcessGroup) -> None:
@@ -31,7 +31,7 @@ class Failures:
         """
         if isinstance(error, PeerFailure):
             return
-        if isinstance(error, RuntimeError) and (reason := self._reason()):
+        if reason := self._reason(error):
             raise PeerFailure(reason) from error
         _store().set(self._key, f"rank {self._rank}: {type(error).__name__}: {error}")
 
@@ -41,12 +41,17 @@ class Failures:
         try:
             yield
         except RuntimeError as error:
-            if reason := self._reason():
+            if reason := self._reason(error):
                 raise PeerFailure(reason) from error
             raise
 
-    def _reason(self) -> str:
-        """Returns why another rank has failed, "" if none has said so, or nobody can be asked any more."""
+    def _reason(self, error: BaseException) -> str:
+        """Returns why another rank has failed, "" if none has said so, or nobody can be asked any more.
+
+        An error of a kind that no collective raises, such as that of memory that is not there, has no other reason.
+        """
+        if not (type(error) is RuntimeError or isinstance(error, dist.DistError)):
+            return ""
         try:
             if not _store().check([self._key]):
                 return ""

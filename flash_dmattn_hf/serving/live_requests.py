@@ -94,9 +94,9 @@ class LiveRequests:
             view = chunk.view()
             parts.append(view.attend(query[:, here], layer.windows.keep_window_size, **options))
             chunk.evict()
-            views.append(view)
-        if layer.is_shared:
-            self._views[layer_idx] = views
+            if layer.is_shared:
+                views.append(view)
+        self._views[layer_idx] = views
         return self._put_together(single, parts)
 
     def attend_again(self, layer_idx: int, query: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

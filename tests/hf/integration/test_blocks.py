@@ -1,4 +1,6 @@
-"""Images and prefixes whose tokens see each other: Gemma 3 and PaliGemma, against masks of transformers' own."""
+"""Images and prefixes whose tokens see each other: Gemma 3, Gemma 4, PaliGemma, against masks of transformers' own."""
+
+import inspect
 
 import pytest
 import torch
@@ -6,6 +8,9 @@ from transformers import (
     DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    GenerationMixin,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
 )
@@ -17,10 +22,9 @@ from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config, iter_gates, s
 from flash_dmattn_hf.integration.blocks import mark_blocks, read_blocks
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import MaskTag, tag_of
-from flash_dmattn_hf.versions import can_serve
 
 from ..dense_definition import by_definition
-from ..tiny import BASE, build, tiny_config, tokens
+from ..tiny import BASE, FAMILIES, build, tiny_config, tokens
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 """The norms of these models work in float32."""
@@ -252,12 +256,12 @@ def test_images_of_a_later_turn():
 
 @pytest.mark.parametrize("chunk", [6, 14, 16])
 def test_prefill_in_chunks_that_split_no_image(chunk):
-    """Chunks that split one are refused. Before transformers 5.23 such a prefill drops the token types."""
+    """Chunks that split one are refused."""
     model, batch = make("gemma3-long-sliding-window"), inputs("gemma3")
     batch = {name: x[:1] for name, x in batch.items()}
     batch["pixel_values"] = torch.cat([batch["pixel_values"]] * 2)
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
-    if not can_serve():
+    if "token_types" not in inspect.getsource(GenerationMixin._prefill):
         pytest.skip("this transformers drops the token types")
     if chunk == 16:  # the second image stands at 14 .. 17
         with pytest.raises(ValueError, match="must come in one forward.*leave out prefill_chunk_size"):
@@ -345,3 +349,25 @@ def test_a_soft_cut_trains_on_images():
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
     for _, _, gate in iter_gates(model):
         assert gate.dt_proj.weight.grad.abs().sum() > 0
+
+
+def test_layers_that_share_keys_see_images():
+    """Gemma 4, whose last layers take the keys of earlier ones, also with a cache."""
+    text = {**BASE, **FAMILIES["gemma4_text"], "sliding_window": 12, "use_bidirectional_attention": "vision"}
+    torch.manual_seed(0)
+    with dynamic_mask_config(**WINDOWS):
+        config = Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+        model = Gemma4ForConditionalGeneration._from_config(config, attn_implementation="flash_dmattn").double().eval()
+    with torch.no_grad():
+        for _, _, gate in iter_gates(model):
+            gate.A.normal_()
+            gate.dt_proj.weight.normal_()
+        ids, types, cache = tokens(2, 30), torch.zeros(2, 30, dtype=torch.long), DynamicMaskCache(model)
+        types[0, 3:8], types[0, 15:18], types[1, 20:25] = 1, 1, 1
+        logits = model(input_ids=ids, mm_token_type_ids=types, use_cache=False).logits
+        with by_definition(model):
+            expected = model(input_ids=ids, mm_token_type_ids=types, use_cache=False).logits
+        got = [model(input_ids=ids[:, :28], mm_token_type_ids=types[:, :28], past_key_values=cache).logits]
+        got += [model(input_ids=ids[:, step : step + 1], past_key_values=cache).logits for step in (28, 29)]
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    torch.testing.assert_close(torch.cat(got, dim=1), logits, **CLOSE)

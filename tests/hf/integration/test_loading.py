@@ -331,6 +331,12 @@ def test_unknown_load_time_values_are_an_error(plain):
         load(plain, flash_dmattn=512)
 
 
+def test_a_plan_in_one_process_splits_nothing(plain):
+    model = load(plain, tp_plan="auto")
+    assert len(list(iter_gates(model))) == 2
+    assert torch.equal(model(tokens()).logits, load(plain)(tokens()).logits)
+
+
 def test_a_model_that_was_never_converted_stays_untouched(plain):
     model = AutoModelForCausalLM.from_pretrained(plain)
     assert model.config._attn_implementation == "sdpa"

@@ -172,6 +172,11 @@ def test_four_dimensional_masks_raise(dtype):
         converted()(tokens(), attention_mask=mask)
 
 
+def test_three_dimensional_masks_raise():
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(B, S\).*custom masks are not supported"):
+        converted()(tokens(), attention_mask=torch.ones(2, 1, 24, dtype=torch.long))
+
+
 def test_masks_of_the_wrong_length_raise():
     with pytest.raises(ValueError, match="attention_mask"):
         converted()(tokens(), attention_mask=torch.ones(2, 20, dtype=torch.long), use_cache=False)

@@ -17,6 +17,7 @@ from ..tiny import tiny_model, tokens
 SNAPSHOT = """
 import sys, transformers
 import transformers.models.doge.modeling_doge, transformers.generation.continuous_batching
+from transformers.distributed.tensor_parallel import ParallelInterface
 import accelerate
 
 def snapshot():
@@ -32,7 +33,7 @@ def snapshot():
                         found[module_name, name, attribute] = id(inner)
             if type(value) is dict:
                 found[module_name, name, "keys"] = tuple(map(str, value))
-    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface, ParallelInterface):
         found[interface.__name__] = tuple(interface._global_mapping.items())
     return found
 """

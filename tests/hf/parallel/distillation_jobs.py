@@ -28,6 +28,7 @@ STUDENTS = {
     "importance": _importance,
     "all weights": lambda: (make_model(), {}),
     "adapter": _adapter,
+    "hidden states": lambda: (make_model(importance_input="hidden"), {}),
     "sliding, softcap": lambda: (make_model("gemma2"), {}),
     "given teacher": lambda: (make_model(), {"teacher": tiny_model("llama", initializer_range=0.3, seed=5)}),
 }

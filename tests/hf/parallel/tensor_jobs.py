@@ -1,6 +1,7 @@
 """What ranks do that share a model by tensor parallelism, beside the same model in one process."""
 
 import contextlib
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from flash_dmattn_hf import (
 from .. import gpu_models
 from ..tiny import build, tiny_config, tokens
 from .jobs import message_of
-from .trainer_jobs import enter_environment
+from .trainer_jobs import Rows, enter_environment, losses_of, train
 
 TP = {"tp_plan": "auto"}
 WINDOW = {"keep_window_size": 10, "num_sink_tokens": 1, "local_window_size": 3}
@@ -82,7 +83,14 @@ def save_model(case: Case, folder: Path, **config: Any) -> None:
     dist.barrier()
 
 
-def load(folder: Path, **options: Any) -> nn.Module:
+def save_dense(folder: Path) -> None:
+    """Writes a dense model in float64 from the first rank; all of them call it."""
+    if dist.get_rank() == 0:
+        build(tiny_config("llama", vocab_size=98)).double().save_pretrained(folder)
+    dist.barrier()
+
+
+def load(folder: Path | str, **options: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Passing `tp_plan` directly")
         return AutoModelForCausalLM.from_pretrained(
@@ -160,17 +168,15 @@ def start_dense(rank: int, folder: str) -> dict[str, tuple[float, float]]:
     Returns the largest difference from one process of their parameters, and that of the logits.
     """
     enter(rank)
-    if rank == 0:
-        build(tiny_config("llama", vocab_size=98)).double().save_pretrained(folder)
-    dist.barrier()
+    save_dense(Path(folder))
     return {heads: _start_dense(rank, folder, heads) for heads in ("kv", "shared")}
 
 
-def _start_dense(rank: int, folder: str, heads: str) -> tuple[float, float]:
+def _start_dense(rank: int, folder: str, heads: str, **distributed: Any) -> tuple[float, float]:
     settings = {**WINDOW, "importance_heads": heads, "initializer_std": 1.0, "dt_proj_bias": True}
     options = {"attn_implementation": "flash_dmattn", "flash_dmattn": settings}
     torch.manual_seed(rank)
-    split = load(folder, **TP, **options)
+    split = load(folder, **(distributed or TP), **options)
     torch.manual_seed(0)
     one = load(folder, **options)
     found = {name: whole(parameter) for name, parameter in split.named_parameters() if ".dma." in name}
@@ -180,10 +186,14 @@ def _start_dense(rank: int, folder: str, heads: str) -> tuple[float, float]:
 
 
 def share_sequence(rank: int, folder: str) -> dict[str, float] | str:
-    """Four ranks share layers (tensor parallelism), sequences and parameters (FSDP2); returns their differences."""
+    """Four ranks share layers (tensor parallelism), sequences and parameters (FSDP2); returns their differences.
+
+    Those of a dense model at its start are among them.
+    """
     enter(rank)
-    case, input_ids = Case(), tokens(2, 48)
-    save_model(case, Path(folder))
+    input_ids = tokens(2, 48)
+    save_model(Case(), Path(folder))
+    save_dense(Path(folder) / "dense")
     both = DistributedConfig(tp_size=2, fsdp_size=2)
     if said := message_of(lambda: load(folder, distributed_config=both)):
         return said
@@ -197,6 +207,8 @@ def share_sequence(rank: int, folder: str) -> dict[str, float] | str:
     rows = expected.logits.chunk(2, 1)[context.rank]
     gradients = {name: whole(parameter.grad) for name, parameter in split.named_parameters()}
     found = {name: distance(gradients[name], parameter.grad) for name, parameter in one.named_parameters()}
+    weights, logits = _start_dense(rank, f"{folder}/dense", "kv", distributed_config=both)
+    found |= {"weights at the start": weights, "logits at the start": logits}
     return {"logits": distance(out.logits, rows), "generated": float(generate(split) != generate(one)), **found}
 
 
@@ -220,9 +232,9 @@ def refusals(rank: int, folder: str) -> dict[str, str]:
     places = {name: Path(folder) / name for name in ("model", "uneven", "doge", "dense", "importance")}
     save_model(Case(), places["model"])
     save_model(Case(), places["uneven"], num_attention_heads=6, num_key_value_heads=3, hidden_size=48)
+    save_dense(places["dense"])
     if rank == 0:
         build(tiny_config("doge", vocab_size=98)).save_pretrained(places["doge"])
-        build(tiny_config("llama", vocab_size=98)).save_pretrained(places["dense"])
         save_importance(load(places["model"]), places["importance"])
     dist.barrier()
     split, dense = load(places["model"], **TP), load(places["dense"], **TP)
@@ -240,7 +252,7 @@ def refusals(rank: int, folder: str) -> dict[str, str]:
 
 
 def generate_on_gpus(rank: int, folder: str) -> dict[str, Any]:
-    """Returns the distance of float32 logits from one GPU, and the tokens of both, by cache implementation."""
+    """Returns how far float32 logits are from those of one GPU, the tokens of both, and the number of captures."""
     enter_environment(rank)
     if rank == 0:
         gpu_models.make_model(device="cpu").save_pretrained(folder)
@@ -249,7 +261,22 @@ def generate_on_gpus(rank: int, folder: str) -> dict[str, Any]:
     one = load(folder, dtype=torch.float32, device_map=f"cuda:{rank}")
     input_ids = gpu_models.make_tokens(2).to(f"cuda:{rank}")
     found: dict[str, Any] = {"logits": distance(split(input_ids).logits, one(input_ids).logits)}
+    captured = []
+    logger, handler = logging.getLogger("flash_dmattn_hf.cache.cuda_graph"), logging.Handler()
+    handler.emit = captured.append
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     for implementation in ("dynamic", "static"):
         options = {"max_new_tokens": 40, "do_sample": False, "cache_implementation": implementation}
         found[implementation] = [model.generate(input_ids, **options).tolist() for model in (split, one)]
-    return found
+    return {**found, "captured": len(captured)}
+
+
+def train_on_gpus(rank: int, folder: str) -> list[float]:
+    """Returns the losses of a Trainer in float32, whose model as many GPUs share as there are ranks."""
+    enter_environment(rank)
+    if rank == 0:
+        gpu_models.make_model(device="cpu").save_pretrained(f"{folder}/model")
+    dist.barrier()
+    model = load(f"{folder}/model", dtype=torch.float32, **TP)
+    return losses_of(train(folder, 1, model.train(), Rows(128, gpu_models.VOCABULARY), use_cpu=False))

@@ -14,6 +14,7 @@ from .tensor_jobs import (
     refusals,
     share_sequence,
     start_dense,
+    train_on_gpus,
 )
 
 
@@ -79,8 +80,11 @@ def test_what_cannot_be_split_is_refused_on_all_ranks(tmp_path):
             assert found[name].startswith("ValueError") and sentence in found[name], (name, found[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def two_gpus(test):
+    return pytest.mark.gpu(pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")(test))
+
+
+@two_gpus
 def test_two_gpus_generate_as_one(tmp_path):
     for found in run_on_ranks(2, tmp_path, generate_on_gpus, str(tmp_path / "model"), device="cuda"):
         assert isinstance(found, dict), found
@@ -88,3 +92,13 @@ def test_two_gpus_generate_as_one(tmp_path):
         for implementation in ("dynamic", "static"):
             split, one = found[implementation]
             assert split == one, implementation
+        assert found["captured"] == 2  # one step of each model
+
+
+@two_gpus
+def test_two_gpus_train_as_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (alone,) = run_on_ranks(1, tmp_path / "one", train_on_gpus, str(tmp_path / "alone"), device="cuda")
+    assert isinstance(alone, list) and len(alone) == 6, alone
+    for found in run_on_ranks(2, tmp_path, train_on_gpus, str(tmp_path / "both"), device="cuda"):
+        assert found == pytest.approx(alone, abs=1e-3), found

@@ -8,6 +8,7 @@ import torch
 from flash_dmattn_hf.versions import can_serve
 from tests.hf import gpu_models
 from tests.hf.generation_models import VOCAB, make_model
+from tests.hf.integration import test_gpu_sinks
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
 from tests.hf.serving.test_generate_batch import make_prompts, serve_at_random
 
@@ -136,9 +137,10 @@ def launch(runner, use_block_table: bool):
 class TestOnAGpu:
     pytestmark = on_gpu
 
-    def test_graphs_and_eager_steps_have_the_same_ids(self):
+    @pytest.mark.parametrize("make", [gpu_models.make_model, test_gpu_sinks.make_model], ids=["llama", "gpt_oss"])
+    def test_graphs_and_eager_steps_have_the_same_ids(self, make):
         """float32, both padded alike: what is replayed is what would be launched."""
-        model = gpu_models.make_model()
+        model = make()
         engine, replayed = serve(model)
         assert captured(engine) >= {1, 2, 4}
         with pytest.MonkeyPatch.context() as patch:
