@@ -1,9 +1,11 @@
 """Which versions of transformers this package was tested with, and the warning about others."""
 
+import inspect
 import warnings
 
 import transformers
 from packaging.version import Version
+from transformers import masking_utils
 
 TESTED = ("5.17.0", "5.23.0", "5.24.0")
 """Versions that the whole of tests/hf was run with, oldest first; pyproject.toml requires what lies between."""
@@ -16,6 +18,14 @@ FIRST_SERVING = "5.23.0"
 def can_serve(version: str = transformers.__version__) -> bool:
     """Whether a version of transformers can do continuous batching with flash_dmattn."""
     return Version(version).release >= Version(FIRST_SERVING).release
+
+
+def can_mask_chunks() -> bool:
+    """Whether generate() can make the masks of chunked layers before a forward, as it does for a static cache.
+
+    transformers 5.17 calls the function for it with an argument that it does not take.
+    """
+    return "block_sequence_ids" in inspect.signature(masking_utils.create_chunked_causal_mask).parameters
 
 
 FIRST_MESH = "5.23.0"

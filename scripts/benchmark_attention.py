@@ -4,8 +4,9 @@
 
 Times are what a layer pays: selection, key lists and kernel for the forward; key lists and kernels for the backward.
 "kernel" is the forward kernel alone, its lists given. "flex" is FlexAttention, compiled, with our intervals as mask and
-our importance as bias, its block mask given. Useful FLOP count visible (query, key) pairs only: forward 4 D H pairs,
-backward 2.5 times that.
+our importance as bias, its block mask given. An engine such as "cuda+sinks" has attention sinks, a learned logit per
+head; its times are compared with those of "cuda", if that is measured as well. Useful FLOP count visible (query, key)
+pairs only: forward 4 D H pairs, backward 2.5 times that.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flash_dmattn
 from benchmark_report import environment, header, median_milliseconds, save_json
+from flash_dmattn_hf.integration.sink_logits import with_sinks
 
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 IMPORTANCE = ("iid", "ar1", "drift", "constant")
@@ -120,7 +122,13 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
     is_on_gpu = arguments.device == "cuda"
     dout = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=inputs[0].dtype, device=arguments.device)
     context = contextlib.nullcontext()
-    wanted = inputs
+    backend, _, extra = engine.partition("+")
+    sinks = None
+    if extra == "sinks":
+        sinks = torch.randn(arguments.num_heads, device="cuda", requires_grad=True)
+    elif extra:
+        raise ValueError(f"an engine may have +sinks, got {engine}")
+    wanted = inputs if sinks is None else [*inputs, sinks]
     visible = min(arguments.keep_window_size, seqlen)
     pairs = visible * (visible + 1) / 2 + (seqlen - visible) * visible
     if engine in DENSE:
@@ -138,11 +146,13 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
         else:
 
             def forward():
-                return flash_dmattn.dynamic_mask_attention(
-                    *inputs, **options, backend=engine, deterministic=arguments.deterministic
-                )
+                settings = {**options, "backend": backend, "deterministic": arguments.deterministic}
+                if sinks is None:
+                    return flash_dmattn.dynamic_mask_attention(*inputs, **settings)
+                out, lse = flash_dmattn.dynamic_mask_attention(*inputs, **settings, return_lse=True)
+                return with_sinks(out, lse, sinks)
 
-        check(inputs, forward().detach(), options)
+        check(inputs, forward().detach(), options, sinks)
         if engine != "flex" and arguments.dropout > 0:
             options["dropout_p"] = arguments.dropout
     flop = 2 * (arguments.head_dim + inputs[2].shape[3]) * arguments.num_heads * arguments.batch * pairs
@@ -231,8 +241,11 @@ def kernel_milliseconds(forward, runs: int = 5) -> float:
     return sum(event.self_device_time_total for event in kernels) / 1e3 / runs
 
 
-def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict) -> None:
-    """Raises unless 64 rows spread over the sequence equal a float64 softmax over the sorted top keys."""
+def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict, sinks: torch.Tensor | None = None) -> None:
+    """Raises unless 64 rows spread over the sequence equal a float64 softmax over the sorted top keys.
+
+    sinks: (num_heads,) logit of each head's attention sink, or None.
+    """
     query, key, value, importance = (tensor.detach()[0] for tensor in inputs)
     seqlen, num_heads, head_dim = query.shape
     group = num_heads // key.shape[1]
@@ -248,7 +261,10 @@ def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict) -> None:
         seen = seen[:, seen_keys]
         logits = torch.einsum("hgd,nhd->hgn", query[row].view(-1, group, head_dim).double(), key[seen_keys].double())
         logits = logits * head_dim**-0.5 + importance[:, None, seen_keys].double()
-        weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+        logits = logits.masked_fill(~seen[:, None], -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks.detach().double().view(-1, group, 1)], -1)
+        weights = logits.softmax(-1)[..., : seen_keys.shape[0]]
         expected = torch.einsum("hgn,nhd->hgd", weights, value[seen_keys].double()).flatten(0, 1)
         error = (out[0, row].double() - expected).norm() / expected.norm()
         if not error < 1e-2:
@@ -256,7 +272,11 @@ def check(inputs: list[torch.Tensor], out: torch.Tensor, options: dict) -> None:
 
 
 def report(rows: list[dict]) -> None:
-    """Prints the rows of one length, and adds to each its ratio to the dense time of the same work."""
+    """Prints the rows of one length, and adds to each its ratio to the dense time of the same work.
+
+    Rows with sinks also get how their time compares with the same engine's without them.
+    """
+    times = {(row["engine"], row["importance"], row["work"]): row.get("milliseconds") for row in rows}
     dense = {row["work"]: row["milliseconds"] for row in rows if row["engine"] == "cudnn" and "failed" not in row}
     for row in rows:
         if "failed" in row:
@@ -267,6 +287,10 @@ def report(rows: list[dict]) -> None:
         rate = "" if row["useful_tflops"] is None else f"{row['useful_tflops']:.0f}"
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         ratio = f"{row['ratio_to_cudnn']:.2f}x" if "ratio_to_cudnn" in row else ""
+        plain, has_extra, _ = row["engine"].partition("+")
+        if has_extra and (without := times.get((plain, row["importance"], row["work"]))):
+            row["time_against_plain"] = row["milliseconds"] / without
+            ratio += f" {row['time_against_plain']:.2f} of {plain}"
         print(
             f"{row['seqlen']:>8} {row['importance']:>10} {row['engine']:>8} {row['work']:>10} "
             f"{row['milliseconds']:>9.3f} {rate:>12} {peak:>9} {ratio:>9}"

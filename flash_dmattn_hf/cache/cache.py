@@ -4,17 +4,19 @@ Its tokens were chosen by what the masks said of them, so the cache remembers th
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from flash_dmattn_hf.cache.latent import LatentCacheLayer
-from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
-from flash_dmattn_hf.cache.owner import gates_by_index, model_within
+from flash_dmattn_hf.cache.foreign import linear_states, move_layer, tensors_of
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
+from flash_dmattn_hf.cache.layers import put_layers
+from flash_dmattn_hf.cache.owner import model_within
 from flash_dmattn_hf.cache.state import load_state, state_of
 from flash_dmattn_hf.gates.attach import iter_gates
 
@@ -28,40 +30,21 @@ class DynamicMaskCache(DynamicCache):
     model: a model with flash_dmattn attached, or what holds one, such as PEFT's, compiled, DDP's and FSDP's models. Its
         other layers get transformers' own cache layers. The cache does not keep the model alive.
     static: lets `generate()` on a GPU capture the forward of one token as a CUDA graph, or compile it, as
-        `cache_implementation="static"` does. All layers of the model must be of constant size then.
+        `cache_implementation="static"` does. Layers with a native sliding window or chunks then get slots, too.
 
-    Raises ValueError when no layer of the model has an importance gate, or, for a static cache, one has none.
+    Raises ValueError when no layer of the model has an importance gate, and for a static cache of a model with a layer
+    whose keys grow with the text, or that keeps something outside the cache.
     """
 
     def __init__(self, model: nn.Module, *, static: bool = False):
         model = model_within(model)
         super().__init__(config=model.config.get_text_config(decoder=True))
-        gates = gates_by_index(model)
-        for index, layer in enumerate(self.layers):
-            if index not in gates:
-                continue
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                self.layers[index] = _layer_for(gates[index], static)
-            elif isinstance(layer, DynamicSlidingWindowLayer):
-                raise ValueError(
-                    f"layer {index} of model must have a cache of keys and values alone, got a {type(layer).__name__}, "
-                    "which drops keys that still compete"
-                )
-
+        put_layers(model, self.layers, static)
         self._last_updated = None
         self.padding = SeenPadding()
         self.is_static = static
-        if static and any(getattr(module, "is_kv_shared_layer", False) for module in model.modules()):
-            raise ValueError(
-                "a static cache needs layers with keys of their own, got one that shares those of an earlier layer: "
-                'use cache_implementation="dynamic"'
-            )
-        if static and len(self.mask_layers) < len(self.layers):
-            plain = next(index for index, layer in enumerate(self.layers) if layer not in self.mask_layers)
-            raise ValueError(
-                f"a static cache needs an importance gate in every layer of the model, got layer {plain} without one: "
-                'its keys grow with the text; use cache_implementation="dynamic"'
-            )
+        self._count: torch.Tensor | None = None
+        self._is_counted_outside = False
 
     @property
     def is_compileable(self) -> bool:
@@ -74,9 +57,50 @@ class DynamicMaskCache(DynamicCache):
         ready = all(layer.is_initialized and layer.num_rows and not layer.record_past for layer in self.mask_layers)
         return self.is_static and ready and not torch.is_grad_enabled()
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns what a step reads and writes: slots, states of transformers' own, the number of tokens."""
+        states = [] if self._count is None else [self._count]
+        for layer in self.layers:
+            states += layer.slots if isinstance(layer, OfferingLayer) else []
+            states += linear_states(layer) if isinstance(layer, LinearAttentionLayer) else []
+        return states
+
     def addresses(self) -> tuple[int, ...]:
-        """Where the slots of all layers are."""
-        return tuple(state.data_ptr() for layer in self.mask_layers for state in layer.slots)
+        """Where these tensors are."""
+        return tuple(state.data_ptr() for state in self.tensors())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens processed, padding included, as the host has counted them."""
+        return super().get_seq_length()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
+        """Returns the number of tokens processed, padding included; within `counted_outside` a tensor ().
+
+        Models may compute with it in their forward (llama4 does), and a captured forward must do so anew each time.
+        """
+        return self._count if self._is_counted_outside else super().get_seq_length(layer_idx)
+
+    @contextmanager
+    def counted_outside(self, device: torch.device) -> Iterator[None]:
+        """One forward of one token on `device`, whose count the host takes here instead of within it."""
+        if self._count is None or self._count.device != device:
+            with torch.inference_mode(False):
+                self._count = torch.zeros((), dtype=torch.long, device=device)
+            torch._dynamo.mark_static_address(self._count)
+        self._count.fill_(self.num_tokens)
+        self._set_counted_outside(True)
+        try:
+            yield
+            for layer in self.mask_layers:
+                layer.count_step()
+        finally:
+            self._set_counted_outside(False)
+
+    def _set_counted_outside(self, value: bool) -> None:
+        self._is_counted_outside = value
+        for layer in self.mask_layers:
+            layer.is_counted_outside = value
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -93,7 +117,7 @@ class DynamicMaskCache(DynamicCache):
                 f"cache was made, and a layer whose layer_idx is {layer_idx}"
             )
         layer = self.layers[layer_idx]
-        self._last_updated = layer if isinstance(layer, DynamicMaskCacheLayer) else None
+        self._last_updated = layer if isinstance(layer, OfferingLayer) else None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -122,19 +146,17 @@ class DynamicMaskCache(DynamicCache):
         self.padding.transform(lambda mask: mask[indices.to(mask.device)])
 
     @property
-    def mask_layers(self) -> list[DynamicMaskCacheLayer]:
-        """The layers of constant size."""
-        return [layer for layer in self.layers if isinstance(layer, DynamicMaskCacheLayer)]
+    def mask_layers(self) -> list[OfferingLayer]:
+        """The layers of slots: those with a gate and, in a static cache, native ones."""
+        return [layer for layer in self.layers if isinstance(layer, OfferingLayer)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers' tensors, transformers' own layers included."""
         total = 0
         for layer in self.layers:
-            if isinstance(layer, DynamicMaskCacheLayer):
-                total += layer.nbytes
-            else:
-                total += sum(state.nbytes for state in vars(layer).values() if isinstance(state, torch.Tensor))
+            is_ours = isinstance(layer, OfferingLayer)
+            total += layer.nbytes if is_ours else sum(state.nbytes for state in tensors_of(layer))
         return total
 
     @property
@@ -146,7 +168,7 @@ class DynamicMaskCache(DynamicCache):
     def belongs_to(self, model: PreTrainedModel) -> bool:
         """Whether the cache was built for this very model."""
         gates = {id(gate) for _, _, gate in iter_gates(model)}
-        return all(id(layer._gate()) in gates for layer in self.mask_layers)
+        return all(id(layer._gate()) in gates for layer in self.mask_layers if isinstance(layer, DynamicMaskCacheLayer))
 
     def to(self, device: torch.device | str | int | None = None, *, non_blocking: bool = False) -> "DynamicMaskCache":
         """Moves all layers that have a device to `device`, in place; None leaves them where they are.
@@ -156,12 +178,10 @@ class DynamicMaskCache(DynamicCache):
         if device is None:
             return self
         for layer in self.layers:
-            if isinstance(layer, DynamicMaskCacheLayer):
+            if isinstance(layer, OfferingLayer):
                 layer.to(device, non_blocking)
             else:
-                for name, state in vars(layer).items():
-                    if isinstance(state, torch.Tensor):
-                        setattr(layer, name, state.to(device, non_blocking=non_blocking))
+                move_layer(layer, device, non_blocking)
         return self
 
     def __reduce_ex__(self, protocol: int) -> Any:
@@ -205,12 +225,6 @@ class DynamicMaskCache(DynamicCache):
         """Undoes `activate_past_recording` for the layers of constant size."""
         for layer in self.mask_layers:
             layer.stop_past_recording()
-
-
-def _layer_for(gate: Any, is_static: bool) -> DynamicMaskCacheLayer:
-    """Returns an empty layer: with latents where all heads keep the same tokens and no step has to be captured."""
-    holds_latents = gate.is_latent and gate.num_importance_heads == 1 and not is_static
-    return (LatentCacheLayer if holds_latents else DynamicMaskCacheLayer)(gate)
 
 
 class SeenPadding:

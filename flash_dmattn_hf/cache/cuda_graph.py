@@ -33,8 +33,9 @@ class StepForward:
         if not (isinstance(cache, DynamicMaskCache) and cache.takes_captured_steps and _is_one_token(inputs)):
             return self.model(**inputs)
         _refuse_several_gpus(cache)
-        cache.to(inputs["input_ids"].device)
-        with counted_outside(cache):
+        device = inputs["input_ids"].device
+        cache.to(device)
+        with cache.counted_outside(device):
             return self.run(**inputs)
 
 
@@ -86,20 +87,6 @@ class CapturedForward:
 
 
 @contextmanager
-def counted_outside(cache: DynamicMaskCache) -> Iterator[None]:
-    """One forward of one token, whose count the host takes here instead of within it."""
-    for layer in cache.mask_layers:
-        layer.is_counted_outside = True
-    try:
-        yield
-        for layer in cache.mask_layers:
-            layer.count_step()
-    finally:
-        for layer in cache.mask_layers:
-            layer.is_counted_outside = False
-
-
-@contextmanager
 def capturing(
     graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None, stream: torch.cuda.Stream | None = None
 ) -> Iterator[None]:
@@ -127,7 +114,7 @@ def capturing(
 
 
 def _refuse_several_gpus(cache: DynamicMaskCache) -> None:
-    gpus = sorted({str(layer.keys.device) for layer in cache.mask_layers} - {"cpu"})
+    gpus = sorted({str(state.device) for state in cache.tensors()} - {"cpu"})
     if len(gpus) > 1:
         raise RuntimeError(
             f'cache_implementation="static" needs all layers on one GPU, got {", ".join(gpus)}: leave '

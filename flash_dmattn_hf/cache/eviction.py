@@ -60,11 +60,8 @@ def view_of_slots(slots: Slots, windows: Windows, padding_mask: torch.Tensor | N
     slots: after the step, of a layer with these windows. padding_mask: (B, 1) bool, True for real tokens, or None. The
     slots are shown as they are now: the next step changes them, when every layer that shares them has attended.
     """
-    is_empty = slots.positions < 0
-    birth = torch.where(is_empty, NEVER, slots.positions)
-    death = torch.full_like(birth, NEVER)
-    if (window := windows.sliding_window) is not None:
-        death = torch.where(slots.positions > NEVER - window, NEVER, slots.positions + window)
+    birth = torch.where(slots.positions < 0, NEVER, slots.positions)
+    death = end_of_window(slots.positions, windows.sliding_window)
     now = slots.lengths[:, :1] - 1
     if padding_mask is not None:
         now = torch.where(padding_mask, now, -1)
@@ -101,9 +98,13 @@ class EvictingLayer(SlotLayer):
         key, value, importance, positions = self._tail.behind(self.slots, num_kept)
         if blocks is not None:
             blocks = _by_position(blocks, query_positions, positions.shape[2])
-        visibility = select_visible(importance, positions=positions, blocks=blocks, **self.windows._asdict())
+        visibility = self._visibility(importance, positions, blocks)
         num_later = 0 if blocks is None else blocks.size - 1
         return CacheView(key, value, importance, visibility, query_positions, num_later)
+
+    def _visibility(self, importance: torch.Tensor, positions: torch.Tensor, blocks: Blocks | None) -> Visibility:
+        """Says who sees the keys of slots and tail: (B, Hc, n), positions -1 for keys of nobody; blocks by position."""
+        return select_visible(importance, positions=positions, blocks=blocks, **self.windows._asdict())
 
     def _next_positions(self, padding_mask: torch.Tensor | None) -> torch.Tensor:
         batch = self.lengths.shape[0]
@@ -160,6 +161,13 @@ class EvictingLayer(SlotLayer):
         out = self.view(padding_mask).attend(query, self.windows.keep_window_size, **options)
         self.evict()
         return out
+
+
+def end_of_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Returns the first positions that no longer see keys at these within a window of tokens, None for no window."""
+    if window is None:
+        return torch.full_like(positions, NEVER)
+    return torch.where(positions > NEVER - window, NEVER, positions + window)
 
 
 def _by_position(blocks: Blocks, query_positions: torch.Tensor, num_keys: int) -> Blocks:

@@ -1,6 +1,6 @@
 """The hand-over of new tokens from a cache layer to the attention function, which transformers does not give the cache.
 
-`DynamicMaskCacheLayer.update` offers its tokens, the attention function takes them. Both happen in one forward of one
+`OfferingLayer.update` offers its tokens, the attention function takes them. Both happen in one forward of one
 attention module, which nothing suspends in between, so an offer is kept per thread and not on a module.
 """
 
@@ -41,15 +41,16 @@ class HandOver(ThreadSlot):
         layer, *offered = offer
         if layer.gate is not gate:
             raise RuntimeError(
-                f"tokens for layer {layer.gate.layer_idx} of a DynamicMaskCache reached another attention module: the "
+                f"tokens for layer {layer.layer_idx} of a DynamicMaskCache reached another attention module: the "
                 "model is not the one the cache was made for, or its layers have changed since; make a new "
                 "DynamicMaskCache(model)"
             )
-        if not (torch.compiler.is_compiling() or gate.is_latent):  # keys and values are made of what was offered
+        makes_keys_afterwards = gate is not None and gate.is_latent  # of what was offered
+        if not (torch.compiler.is_compiling() or makes_keys_afterwards):
             for given, expected, name in zip((key, value), offered, ("key", "value"), strict=True):
                 if given is not expected and not _is_same(given, expected):
                     raise RuntimeError(
-                        f"layer {gate.layer_idx} changed its {name} between the cache and the attention function, "
+                        f"layer {layer.layer_idx} changed its {name} between the cache and the attention function, "
                         "which a DynamicMaskCache cannot follow"
                     )
         return layer

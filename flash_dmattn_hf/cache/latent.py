@@ -8,7 +8,6 @@ import torch
 
 from flash_dmattn import Blocks
 from flash_dmattn_hf.cache.eviction import CacheView
-from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.gates.importance import importance_of
 
@@ -20,8 +19,10 @@ class LatentCacheLayer(DynamicMaskCacheLayer):
     a step attends to does not stand in the slots.
     """
 
-    num_heads = 1
     takes_step = False
+
+    def _num_heads(self, key_states: torch.Tensor) -> int:
+        return 1
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -32,8 +33,8 @@ class LatentCacheLayer(DynamicMaskCacheLayer):
         """
         self._check_windows()
         self._make_room(key_states, value_states)
-        self._new, self._num_new = (key_states.to(self.dtype), value_states, None), key_states.shape[2]
-        hand_over.offer(self, key_states, value_states)
+        self._new = key_states.to(self.dtype), value_states, None
+        self._offer(key_states, value_states)
         seen = []
         for name, new in zip(("keys", "values"), self._new, strict=False):
             parts = getattr(self, name)[:, :, : self.num_kept], self._tail.rows.get(name), new

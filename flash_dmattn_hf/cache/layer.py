@@ -6,6 +6,7 @@ decide what later queries see, and neither can be recomputed once the heads have
 """
 
 import weakref
+from typing import Any
 
 import torch
 
@@ -14,80 +15,55 @@ from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.gates.importance import importance_of
 
 
-class DynamicMaskCacheLayer(EvictingLayer):
-    """The cache of one attention layer with an importance gate.
+class OfferingLayer(EvictingLayer):
+    """The cache of one attention layer.
 
     One forward is `update` (from the model), then, from the attention function, `step` for a single token, else
     `attend`. While the past is recorded all tokens wait in the tail until the next `crop`, which undoes tokens by
     dropping them.
 
-    Hc, the number of heads of the slots, is that of kv heads, or of query heads when importance is per query head. Of
-    latent attention (MLA) `update` gets latents, and `receive` the keys and values that the layer makes of them.
-
+    gate: of the attention module, None if it has none. layer_idx: of the attention module.
     record_past: while True nothing is evicted before the next `crop`, which can then undo every token since.
     """
 
-    def __init__(self, gate):
-        super().__init__(gate.windows)
-        self._gate = weakref.ref(gate)
+    gate: Any | None = None
 
-    @property
-    def gate(self):
-        """The gate of the attention module that this layer belongs to. RuntimeError when its model is gone."""
-        gate = self._gate()
-        if gate is None:
-            raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
-        return gate
+    def _num_heads(self, key_states: torch.Tensor) -> int:
+        """Returns Hc, the number of heads of the slots. key_states: (B, Hkv, T, D)."""
+        raise NotImplementedError
 
-    @property
-    def num_heads(self) -> int:
-        """Hc, the heads of the slots."""
-        return max(self.gate.num_kv_heads, self.gate.num_importance_heads)
+    def _importance_of(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns the importance (B, Hc, T) of tokens with these values (B, Hkv, T, Dv)."""
+        raise NotImplementedError
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         head_dims = key_states.shape[3], value_states.shape[3]
-        self._allocate(len(value_states), self.num_heads, head_dims, value_states.dtype, value_states.device)
+        num_heads = self._num_heads(key_states)
+        self._allocate(len(value_states), num_heads, head_dims, value_states.dtype, value_states.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes T tokens and offers them to the attention function.
 
-        key_states: (B, Hkv, T, D), value_states: (B, Hkv, T, Dv), or what latent attention caches. Returns them as they
-        are: what the tokens see is decided when they attend. Raises ValueError for another batch size than before or
-        when the gate's windows have changed since the first token, RuntimeError when the tokens before these were never
-        attended to by flash_dmattn.
+        key_states: (B, Hkv, T, D), value_states: (B, Hkv, T, Dv). Returns them as they are: what the tokens see is
+        decided when they attend. Raises ValueError for another batch size than before, RuntimeError when the tokens
+        before these were never attended to by flash_dmattn.
         """
-        self._check_windows()
-        if not self.gate.is_latent:
-            self.receive(key_states, value_states)
-        self._num_new = key_states.shape[2]
-        hand_over.offer(self, key_states, value_states)
+        self.check_attended()
+        self.receive(key_states, value_states)
+        self._offer(key_states, value_states)
         return key_states, value_states
 
-    def _check_windows(self) -> None:
-        gate = self.gate
-        self.check_attended()
-        if gate.windows != self.windows:
-            self._change_windows(gate)
+    def _offer(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._num_new = key_states.shape[2]
+        hand_over.offer(self, key_states, value_states)
 
     def receive(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Takes the keys (B, Hkv, T, D) and values (B, Hkv, T, Dv) of the new tokens, and computes their importance."""
         if not self.is_counted_outside:
             self._make_room(key, value)
-        importance = importance_of(self.gate, value)
-        if importance.shape[1] == 1:
-            importance = importance.expand(-1, self.num_heads, -1)
-        self._new = (key.to(self.dtype), value, importance)
-
-    def _change_windows(self, gate) -> None:
-        if self.num_rows:
-            raise ValueError(
-                f"the windows of layer {gate.layer_idx} must be {self.windows}, as when this DynamicMaskCache took its "
-                f"first token, got {gate.windows}; make a new DynamicMaskCache(model)"
-            )
-        self._release()
-        self.windows = gate.windows
+        self._new = (key.to(self.dtype), value, self._importance_of(value))
 
     def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes slots for the first tokens, and has those of later tokens on their device."""
@@ -162,3 +138,63 @@ class DynamicMaskCacheLayer(EvictingLayer):
             self.positions.masked_fill_(self.positions >= self.lengths.unsqueeze(-1), -1)
             self._refresh_victims()
         self.row_is_real[:, self.num_rows :] = True
+
+
+class DynamicMaskCacheLayer(OfferingLayer):
+    """The cache of one attention layer with an importance gate.
+
+    Hc, the number of heads of the slots, is that of kv heads, or of query heads when importance is per query head. Of
+    latent attention (MLA) `update` gets latents, and `receive` the keys and values that the layer makes of them.
+    """
+
+    def __init__(self, gate):
+        super().__init__(gate.windows)
+        self._gate = weakref.ref(gate)
+
+    @property
+    def gate(self):
+        """The gate of the attention module that this layer belongs to. RuntimeError when its model is gone."""
+        gate = self._gate()
+        if gate is None:
+            raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
+        return gate
+
+    @property
+    def layer_idx(self) -> int:
+        return self.gate.layer_idx
+
+    def _num_heads(self, key_states: torch.Tensor) -> int:
+        return max(self.gate.num_kv_heads, self.gate.num_importance_heads)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `OfferingLayer.update`; latents may come instead of keys and values.
+
+        Raises ValueError also when the gate's windows have changed since the first token.
+        """
+        self._check_windows()
+        if not self.gate.is_latent:
+            self.receive(key_states, value_states)
+        self._offer(key_states, value_states)
+        return key_states, value_states
+
+    def _check_windows(self) -> None:
+        gate = self.gate
+        self.check_attended()
+        if gate.windows != self.windows:
+            self._change_windows(gate)
+
+    def _change_windows(self, gate) -> None:
+        if self.num_rows:
+            raise ValueError(
+                f"the windows of layer {gate.layer_idx} must be {self.windows}, as when this DynamicMaskCache took its "
+                f"first token, got {gate.windows}; make a new DynamicMaskCache(model)"
+            )
+        self._release()
+        self.windows = gate.windows
+
+    def _importance_of(self, value: torch.Tensor) -> torch.Tensor:
+        importance = importance_of(self.gate, value)
+        num_heads = self.keys.shape[1]
+        return importance.expand(-1, num_heads, -1) if importance.shape[1] == 1 else importance

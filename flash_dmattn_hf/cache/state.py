@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.layer import OfferingLayer
+from flash_dmattn_hf.cache.native import NativeCacheLayer
 from flash_dmattn_hf.cache.slots import STATE
 
 _NUMBERS = ("num_rows", "cumulative_length")
@@ -26,7 +28,10 @@ def load_state(cache: Any, state: dict[str, Any]) -> None:
         _check_state_of_layer(layer, saved)
     cache.padding.mask = state.get("padding")
     for layer, saved in pairs:
-        _load_state_of_layer(layer, saved)
+        if _is_of_dynamic_window(layer, saved):
+            _go_on_from_window(layer, saved, cache.padding.mask)
+        else:
+            _load_state_of_layer(layer, saved)
 
 
 def _state_of_layer(layer: Any) -> dict[str, Any]:
@@ -35,7 +40,7 @@ def _state_of_layer(layer: Any) -> dict[str, Any]:
     Raises RuntimeError for tokens that were never attended to or can still be undone, TypeError for other layers.
     """
     state = {name: getattr(layer, name) for name in _NUMBERS if hasattr(layer, name)}
-    if isinstance(layer, DynamicMaskCacheLayer):
+    if isinstance(layer, OfferingLayer) and not isinstance(layer, LinearAttentionLayer):
         layer.check_attended()
         if layer.record_past:
             raise RuntimeError("tokens that can still be undone cannot be saved: call stop_past_recording() first")
@@ -51,12 +56,29 @@ def _state_of_layer(layer: Any) -> dict[str, Any]:
 
 def _check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     """Raises ValueError for the state of another kind of layer or one of other windows."""
-    windows = _windows_of(layer) if isinstance(layer, DynamicMaskCacheLayer) else None
-    if state.get("windows") != windows:
+    windows = _windows_of(layer) if isinstance(layer, OfferingLayer) else None
+    if state.get("windows") != windows and not _is_of_dynamic_window(layer, state):
         raise ValueError(f"state must be of a layer with the windows {windows}, got {state.get('windows')}")
 
 
-def _windows_of(layer: DynamicMaskCacheLayer) -> dict[str, int]:
+def _is_of_dynamic_window(layer: Any, state: dict[str, Any]) -> bool:
+    """Whether a layer of a static cache gets the state of the sliding or chunked layer of a dynamic one."""
+    return isinstance(layer, NativeCacheLayer) and "cumulative_length" in state
+
+
+def _go_on_from_window(layer: NativeCacheLayer, state: dict[str, Any], padding: torch.Tensor | None) -> None:
+    """padding: as `SeenPadding.mask`."""
+    layer.reset()
+    if not state["tensors"]:
+        return
+    keys, values = state["tensors"]["keys"], state["tensors"]["values"]
+    mask = torch.ones(keys.shape[0], state["cumulative_length"], dtype=torch.bool, device=keys.device)
+    if padding is not None:
+        mask[:, : padding.shape[1]] = padding
+    layer.go_on_from(keys, values, mask)
+
+
+def _windows_of(layer: OfferingLayer) -> dict[str, int]:
     """Returns what decides which keys a layer holds; its sliding window only hides them."""
     windows = layer.windows._asdict()
     del windows["sliding_window"]
@@ -70,7 +92,7 @@ def _load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     if tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
     for name, tensor in tensors.items():
-        if isinstance(layer, DynamicMaskCacheLayer):
+        if isinstance(layer, OfferingLayer):
             getattr(layer, name).copy_(tensor)
         else:
             setattr(layer, name, tensor.clone())

@@ -19,6 +19,9 @@ from flash_dmattn_hf.names import GATE_NAME, NAMES
 logger = logging.getLogger(__name__)
 
 
+_OTHER_PART = "it belongs to another part than the text model"
+
+
 @dataclass
 class AttachReport:
     """attached: names of the attention modules with a gate. skipped: name -> why it has none."""
@@ -62,7 +65,7 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
     text_config = text_config_of(model)
     for name, module, owner in attention_modules(model):
         if getattr(module, "config", owner) is not text_config:
-            result.skipped[name] = "it belongs to another part than the text model"
+            result.skipped[name] = _OTHER_PART
             continue
         verdict = judge(module, config, text_config)
         if verdict.kind == "attach":
@@ -198,8 +201,13 @@ def _make_gate(module: nn.Module, shape: AttentionShape, config: DynamicMaskConf
 
 
 def refusal(model: nn.Module, planned: AttachPlan) -> str:
-    """Returns the sentence that says why a model cannot be attached to."""
-    reasons = planned.refused or planned.skipped
+    """Returns the sentence that says why a model cannot be attached to; of its text model, if that has attention."""
+    reasons = planned.refused or {name: reason for name, reason in planned.skipped.items() if reason != _OTHER_PART}
+    if not reasons and planned.skipped:
+        return (
+            f"{type(model).__name__} cannot use flash_dmattn: none of its attention modules has the config of its text "
+            f"part, which is a {type(text_config_of(model)).__name__}"
+        )
     if not reasons:
         return f"model must have causal attention modules, got {type(model).__name__}, which has none"
     name, reason = next(iter(reasons.items()))

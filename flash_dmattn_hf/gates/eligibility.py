@@ -14,6 +14,7 @@ from flash_dmattn_hf.gates.hidden_states import takes_hidden_states
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What the source of a class mentions if it looks its attention function up by name."""
 
+_OTHER_STATES = frozenset({"key_value_states", "encoder_hidden_states", "cross_attention_states"})
 _CACHE_UPDATE = re.compile(r"(?:past_key_values?|cache)\.update\(\s*([^()]*?),?\s*\)")
 _HARMLESS_ARGUMENTS = frozenset(
     "query key value attention_mask scaling dropout softcap sliding_window is_causal position_ids "
@@ -66,6 +67,16 @@ def chooses_class_by_name(cls: type) -> bool:
     return re.search(pattern, _module_source(cls)) is not None
 
 
+def is_cross_attention(module: nn.Module) -> bool:
+    """True for attention to other tokens than its own, such as those of an encoder or an image.
+
+    Its class says so, or takes the states of other tokens and is not causal.
+    """
+    if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False) is True:
+        return True
+    return getattr(module, "is_causal", None) is False and _takes_other_states(type(module))
+
+
 def is_native_doge(module: nn.Module) -> bool:
     """True for the attention of transformers' own Doge, which has an importance of its own."""
     cls = type(module)
@@ -89,6 +100,9 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
     name = type(module).__name__
     if not uses_attention_interface(module):
         return _judge_without_interface(module, text_config)
+    if is_cross_attention(module):
+        reason = f"{name} is cross-attention or not causal: only causal self-attention has dynamic masks"
+        return Verdict("native", reason)
     if getattr(module, "config", None) is None:
         return Verdict("refuse", f"{name} has no config to read its shape from")
     if reason := _unsupported_feature(module):
@@ -139,8 +153,6 @@ def _unsupported_feature(module: nn.Module) -> str | None:
         return "is multi-head latent attention (MLA) without expand_kv, which is not supported"
     if getattr(config, "num_kv_shared_layers", 0) and not hasattr(module, "store_full_length_kv"):
         return "shares key and value between layers (num_kv_shared_layers) in a way that is not known"
-    if "Cross" in type(module).__name__:
-        return "is cross-attention, which is not supported"
     if len(calls := _interface_calls(source)) > 1:
         return "calls the attention interface more than once per layer, which is not supported"
     for name in re.findall(r"^\s*(\w+)=", calls[0] if calls else "", re.MULTILINE):
@@ -226,6 +238,11 @@ def _first(owner: Any, *names: str) -> int | None:
         if isinstance(value := getattr(owner, name, None), int):
             return value
     return None
+
+
+@cache
+def _takes_other_states(cls: type) -> bool:
+    return not _OTHER_STATES.isdisjoint(inspect.signature(cls.forward).parameters)
 
 
 @cache

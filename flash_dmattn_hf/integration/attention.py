@@ -10,21 +10,18 @@ from flash_dmattn import dynamic_mask_attention
 from flash_dmattn_hf.cache.eviction import view_of_slots
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, sliding_window_of
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, is_cross_attention, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks
 from flash_dmattn_hf.integration.chunks import attend_chunks
+from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
-from flash_dmattn_hf.integration.masks import is_marked, tag_of
+from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
-from flash_dmattn_hf.integration.shared_keys import (
-    SharedKeys,
-    share,
-    shared_with,
-)
+from flash_dmattn_hf.integration.shared_keys import SharedKeys, share, shared_with
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 from flash_dmattn_hf.parallel.attention import attend_shard
 from flash_dmattn_hf.parallel.context import active
@@ -70,6 +67,8 @@ def dynamic_mask_attention_forward(
             cu_seq_lens_k, s_aux, **kwargs,
         )  # fmt: skip
     gate = get_gate(module)
+    if gate is None and is_cross_attention(module):
+        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
     shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)
@@ -111,22 +110,23 @@ def dynamic_mask_attention_forward(
     if shard is not None or active.slot.content is not None:
         check_shard(shard, key, cache_layer, cu_seq_lens_q, chunk_size)
     documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
+    if gate is not None and not gate.was_called and not torch.compiler.is_compiling():
+        gate.was_called = True
+    if is_cached:
+        _refuse_documents(documents)
+        if shared.view is not None:
+            num_visible = windows.keep_window_size if gate is not None else windows.sliding_window or chunk_size
+            attended = shared.view.attend(query.transpose(1, 2), num_visible, **options)
+        else:
+            if gate is not None and gate.is_latent:
+                cache_layer.receive(key, value)
+            attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, blocks, options)
+        return _with_sinks(attended, s_aux), None
     if chunk_size is not None:
         attended = attend_chunks(query, key, value, attention_mask, documents, chunk_size, **options)
         return _with_sinks(attended, s_aux), None
     if gate is not None:
-        if not gate.was_called and not torch.compiler.is_compiling():
-            gate.was_called = True
-        options["add_importance_bias"] = gate.config.add_importance_bias
-        if is_cached:
-            _refuse_documents(documents)
-            if shared.view is not None:
-                attended = shared.view.attend(query.transpose(1, 2), windows.keep_window_size, **options)
-            else:
-                if gate.is_latent:
-                    cache_layer.receive(key, value)
-                attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, blocks, options)
-            return _with_sinks(attended, s_aux), None
         _refuse_missing_keys(gate, query, key, attention_mask)
         importance = importance_of(gate, value) if shared.importance is None else shared.importance
         shared = SharedKeys(gate, importance=importance)
@@ -134,7 +134,6 @@ def dynamic_mask_attention_forward(
             options.update(soft_options(gate))
     else:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
-        options["add_importance_bias"] = False
     if getattr(module, "store_full_length_kv", False):
         share(key, shared)
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -264,7 +263,7 @@ def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwar
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
             "attention_mask must have shape (B, S) with flash_dmattn, got "
-            f"{tuple(attention_mask.shape)}: custom masks are not supported"
+            f"{tuple(attention_mask.shape)}: bidirectional and custom masks are not supported"
         )
 
 

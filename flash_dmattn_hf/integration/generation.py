@@ -40,8 +40,9 @@ def is_active(model: PreTrainedModel) -> bool:
 def wrap_prepare_cache(original):
     """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache or a StaticCache.
 
-    The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", and for a
-    cache passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
+    The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", for "static"
+    where the model makes its own cache or `DynamicMaskCache` raises, and for a cache passed by the caller that is
+    neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
     """
 
     @functools.wraps(original)
@@ -54,6 +55,8 @@ def wrap_prepare_cache(original):
             keep_cache(self, model_kwargs)
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         static = generation_config.cache_implementation == "static"
+        if static:
+            _refuse_static(self)
         with _dynamic(generation_config):
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         name = name_of_cache(model_kwargs)
@@ -209,6 +212,20 @@ def _check_cache_implementation(name: str | None) -> None:
         raise ValueError(
             f"cache_implementation must be None, 'dynamic' or 'static' with flash_dmattn, got {name!r}: "
             f"{_REFUSED.get(name, 'it is not known')}"
+        )
+
+
+def _refuse_static(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model that transformers itself cannot generate with over a static cache."""
+    why = None
+    if not model._supports_default_dynamic_cache():
+        why = "makes a cache of a class of its own in its forward and takes no other"
+    elif model.config.model_type == "paligemma" and hasattr(model.config.get_text_config(), "layer_types"):
+        why = "does not take the masks of its sliding and full layers (PaliGemma 2) that generate() makes for it then"
+    if why is not None:
+        raise ValueError(
+            f"cache_implementation must not be 'static' for {type(model).__name__}, which {why}: leave "
+            "cache_implementation out"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flash_dmattn_hf.arguments import get_cache
+from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.names import is_ours
 
@@ -32,8 +33,7 @@ def refuse_packed_positions(module: nn.Module, args: tuple, kwargs: dict[str, An
     position_ids, cache = kwargs.get("position_ids"), get_cache(kwargs)
     if torch.compiler.is_compiling() or not isinstance(position_ids, torch.Tensor) or position_ids.dim() != 2:
         return
-    has_cached = cache is not None and cache.get_seq_length() > 0
-    if has_cached or not is_ours(module.config.get_text_config()._attn_implementation):
+    if _num_cached(cache) > 0 or not is_ours(module.config.get_text_config()._attn_implementation):
         return
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):
@@ -47,3 +47,10 @@ def refuse_packed_positions(module: nn.Module, args: tuple, kwargs: dict[str, An
             f"position_ids must rise by 1 for {type(module).__name__}, which does not tell its attention where "
             "packed documents begin: pad them instead"
         )
+
+
+def _num_cached(cache: Any) -> int:
+    """Returns the tokens of a cache, 0 without one; nothing is read from a GPU for it."""
+    if cache is None:
+        return 0
+    return cache.num_tokens if isinstance(cache, DynamicMaskCache) else cache.get_seq_length()

@@ -46,10 +46,13 @@ def dynamic_mask_mask(
     cached tokens, so that the attention function sees whether keys are missing; the document numbers as they came; or,
     where new tokens form bidirectional blocks, what `mark_blocks` says of them. A mask carries a tag (`tag_of`), by
     which the attention function checks that the layer sees as far as its mask does.
+    For a bidirectional mask, which cross-attention alone accepts, (B or 1, 1, 1, kv_length) bool.
 
     Raises ValueError for any mask that is not causal, sliding, chunked, padding or packed, or such a one with blocks;
     for blocks of packed documents and on several ranks; and for a static cache.
     """
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return _mask_of_others(attention_mask, kv_length, kwargs.get("device"))
     limits, numbers = MaskLimits(), None
     if mask_function is not masking_utils.causal_mask_function:
         limits, numbers = meaning_of_mask(mask_function, local_size, use_vmap)
@@ -76,7 +79,7 @@ def dynamic_mask_mask(
     if attention_mask is None:
         if is_plain or (torch.compiler.is_compiling() and not kv_offset):
             return None
-        all_real = torch.ones((1, 1), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, length)
+        all_real = torch.ones((batch_size, length), dtype=torch.bool, device=kwargs.get("device"))
         return _tag(all_real, limits, is_full=True)
     if attention_mask.dtype == torch.bool:
         _check_length(attention_mask, length)
@@ -89,6 +92,13 @@ def dynamic_mask_mask(
 def is_marked(mask: Any) -> bool:
     """Whether a mask is one of `blocks.mark_blocks`."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 3 and mask.dtype == torch.int32
+
+
+def _mask_of_others(attention_mask: torch.Tensor | None, length: int, device: Any) -> torch.Tensor:
+    """Which of an encoder's tokens all queries see."""
+    if attention_mask is None:
+        attention_mask = torch.ones((1, length), dtype=torch.bool, device=device)
+    return attention_mask[:, None, None]
 
 
 def _mark_blocks(
@@ -160,7 +170,8 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
                 refuse_dense(config)
             return original(*args, **kwargs)
         hand_over.withdraw()  # a forward begins: what one that was interrupted left is of no use
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 3:  # made by `mark_blocks` already
+        has_three_dims = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 3
+        if has_three_dims or tag_of(attention_mask) is not None:  # an outer model made it for an inner one
             return True, attention_mask, None, None, None, None, None
         if _is_static_step(inputs_embeds, attention_mask, cache):
             _admit_padding(cache, attention_mask, 1)
@@ -187,7 +198,7 @@ def _admit_padding(cache: Any, mask: torch.Tensor | None, q_length: int) -> torc
     """
     if not isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
         return mask
-    num_cached = cache.get_seq_length()
+    num_cached = cache.num_tokens
     if num_cached == 0 and any(layer.num_rows for layer in cache.mask_layers):
         raise ValueError(
             "the layer_idx of a model's layers must begin at 0 and the first layer must cache its tokens, got none: "
@@ -227,7 +238,7 @@ def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any
     if not (isinstance(cache, DynamicMaskCache) and cache.is_static and inputs_embeds.shape[1] == 1):
         return False
     is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
-    return is_plain and all(layer.is_initialized for layer in cache.layers)
+    return is_plain and all(layer.is_initialized for layer in cache.mask_layers)
 
 
 def _last_column(attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -100,13 +100,15 @@ def name_text_part(config: Any, attn_implementation: Any) -> Any:
 
 def leave_other_parts_native(config: Any) -> None:
     """Lets the parts of a composite model around the text model, such as a vision tower, choose for themselves."""
+    for part in _other_parts_with_ours(config):
+        part._attn_implementation = None
+
+
+def _other_parts_with_ours(config: Any) -> list[Any]:
     text_config = attach.text_part(config)
-    for key in config.sub_configs:
-        part = getattr(config, key, None)
-        if part is None or part is text_config or attach.text_part(part) is text_config:
-            continue
-        if is_ours(part._attn_implementation):
-            part._attn_implementation = None
+    parts = [getattr(config, key, None) for key in config.sub_configs]
+    parts = [part for part in parts if part is not None and attach.text_part(part) is not text_config]
+    return [part for part in parts if is_ours(part._attn_implementation)]
 
 
 def _watch_first_forward(model: nn.Module) -> None:
@@ -129,6 +131,10 @@ def _hand_back(model: PreTrainedModel, text_config: Any, previous: dict[int, str
             name = previous.get(id(part.config))
             name = None if is_ours(name) else name
             part.config._attn_implementation_internal = part.get_correct_attn_implementation(name, True)
+    models = {id(part.config) for part in submodels(model)}
+    for config in _other_parts_with_ours(model.config):  # towers that are no models of their own (Idefics)
+        if id(config) not in models:
+            config._attn_implementation_internal = model.get_correct_attn_implementation(None, True)
 
 
 def submodels(model: nn.Module) -> list[PreTrainedModel]:

@@ -20,7 +20,8 @@ class SharedKeys(NamedTuple):
     """What the layers that share a key must know of it.
 
     gate: of the layer that made it, None if that keeps its own attention. importance: (B, Hi, S) of all keys, where no
-    cache is used. view: survivors and new tokens of a cache. served: live requests and the layer that made the key.
+    cache is used. view: survivors and new tokens of a cache, or its slots after a step. served: live requests and the
+    layer that made the key.
     """
 
     gate: Any | None

@@ -55,6 +55,8 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     allowed = attention_mask
+    if attention_mask is None or attention_mask.is_floating_point():  # of cross-attention
+        allowed = torch.ones_like(logits, dtype=torch.bool) if attention_mask is None else attention_mask == 0
     gate = getattr(module, "dma", None)
     importance = None
     if gate is not None:

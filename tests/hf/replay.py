@@ -3,11 +3,12 @@
 import torch
 
 from flash_dmattn import NEVER, select_visible
-from flash_dmattn_hf.cache import cache
+from flash_dmattn_hf.cache import layers
 from flash_dmattn_hf.cache.latent import LatentCacheLayer
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 
 
-class ReplayedLayer(cache.DynamicMaskCacheLayer):
+class ReplayedLayer(DynamicMaskCacheLayer):
     """Keeps all importances beside the pruned ones and compares views with one-pass selection.
 
     stride: single tokens are compared at every stride-th row only, longer chunks always.
@@ -91,6 +92,6 @@ class ReplayedLatents(LatentCacheLayer, ReplayedLayer):
 
 def replay(monkeypatch):
     """Has every cache check its visible sets and its size at every step, and counts from 0."""
-    monkeypatch.setattr(cache, "DynamicMaskCacheLayer", ReplayedLayer)
-    monkeypatch.setattr(cache, "LatentCacheLayer", ReplayedLatents)
+    monkeypatch.setattr(layers, "DynamicMaskCacheLayer", ReplayedLayer)
+    monkeypatch.setattr(layers, "LatentCacheLayer", ReplayedLatents)
     monkeypatch.setattr(ReplayedLayer, "num_checked", 0)

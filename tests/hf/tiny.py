@@ -146,6 +146,14 @@ FAMILIES: dict[str, dict] = {
     "apertus": {},
     "bitnet": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
     "modernbert-decoder": {
         "layer_types": ["full_attention", "sliding_attention"],
         "local_attention": 10,

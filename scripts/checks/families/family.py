@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from checks.families.configs import tiny_config
 from checks.families.images import image_inputs
@@ -22,17 +21,20 @@ from hf.dense_definition import by_definition  # noqa: E402
 
 WIDE = {"keep_window_size": 24}
 NARROW = {"keep_window_size": 8, "num_sink_tokens": 2, "local_window_size": 3}
+NARROW_WITH_IMAGE = {"keep_window_size": 9, "num_sink_tokens": 1, "local_window_size": 5}
+"""An image whose tokens see each other must fit into the local window."""
 DOGE = {"keep_window_size": 8}  # its own mask has neither sinks nor a local window
 LENGTH = 24
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
 """Largest difference that passes, as a part of the largest logit: many models compute norms in float32 anyway."""
 
 TASKS = {
-    "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    "image": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "causal": AutoModelForCausalLM,
+    "text": AutoModelForImageTextToText,
+    "image": AutoModelForImageTextToText,
 }
-"""What is tried: a causal language model; a model of images and text, with text alone; the same with an image in it."""
+"""What is tried, and the class that loads it: a causal language model; a model of images and text, with text alone; the
+same with an image in it."""
 
 
 class Unequal(Exception):
@@ -48,8 +50,9 @@ class Family:
     def __init__(self, task: str, model_type: str, folder: Path):
         self.folder = folder
         self.has_image = task == "image"
+        self.narrow = NARROW_WITH_IMAGE if self.has_image else NARROW
         config = tiny_config(model_type)
-        self.cls = TASKS[task][CONFIG_MAPPING[model_type]]
+        self.auto, self.cls = TASKS[task], class_of(task, model_type)
         if not isinstance(config, self.cls.config_class):  # a composite config, and the class of a part of it
             parts = [getattr(config, name) for name in config.sub_configs]
             config = next((part for part in parts if isinstance(part, self.cls.config_class)), config)
@@ -89,9 +92,9 @@ class Family:
         """The saved model loaded by name, with an importance far from zero if some keys are to be dropped."""
         if id(windows) in self.loaded:
             return self.loaded[id(windows)]
-        is_doge = windows is NARROW and self.eager.config.model_type == "doge"
+        is_doge = windows is self.narrow and self.eager.config.model_type == "doge"
         model = self.load(self.folder / "eager", flash_dmattn=DOGE if is_doge else windows)
-        if windows is NARROW:
+        if windows is self.narrow:
             torch.manual_seed(1)
             with torch.no_grad():
                 for _, _, gate in iter_gates(model):
@@ -102,18 +105,20 @@ class Family:
         return model
 
     def load(self, folder: Path, **options: Any) -> PreTrainedModel:
-        options |= {"dtype": self.dtype, "attn_implementation": "flash_dmattn", "experts_implementation": "eager"}
-        return self.cls.from_pretrained(folder, **options).to(self.dtype).eval()
+        """A saved model, by default with our attention."""
+        options = {"attn_implementation": "flash_dmattn", "experts_implementation": "eager", **options}
+        return self.auto.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
 
     def gates(self) -> str:
         """How many of the layers that transformers calls attention have a gate."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
         return f"{sum(1 for _ in iter_gates(model))} of {num_layers}"
 
     def run(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
-        """The logits of a model, without a cache."""
-        return model(**inputs, use_cache=False).logits
+        """The logits of a model, without a cache; 0 for tokens that it never says (Chameleon's images)."""
+        logits = model(**inputs, use_cache=False).logits
+        return logits.masked_fill(logits == torch.finfo(logits.dtype).min, 0.0)
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
         """The same without gradients."""
@@ -156,4 +161,9 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 
 def model_types(task: str) -> list[str]:
     """All model types of the installed transformers that have a class for a task."""
-    return sorted(TASKS[task]._model_mapping)
+    return sorted(TASKS[task]._model_mapping._model_mapping)
+
+
+def class_of(task: str, model_type: str) -> type[PreTrainedModel]:
+    """The class that has a model type for a task."""
+    return TASKS[task]._model_mapping[CONFIG_MAPPING[model_type]]

@@ -46,6 +46,14 @@ IMAGES: dict[str, dict[str, Any]] = {
     "minicpmv4_6": _NAVIT,
     "minicpmv4_7": _NAVIT,
     "mistral3": _SIZED,
+    "mllama": {
+        "pixels": (1, 4, 3, 16, 16),
+        "aspect_ratio_ids": [1],
+        "aspect_ratio_mask": [[1, 0, 0, 0]],
+        "cross_attention_mask": [[[1, 0, 0, 0]]] * 24,
+        "num_tokens": 1,
+    },
+    "kosmos-2": {"pixels": (3, 16, 16), "image_embeds_position_mask": [0] * 6 + [1] * 4 + [0] * 14},
     "molmo2": {
         "pixels": (4, 192),
         "image_token_pooling": [[0, 1], [2, 3]],
@@ -67,7 +75,7 @@ under other names are shapes of further pixels; all else is what an image has un
 """
 
 
-NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo")
+NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2")
 """Model types that take no text without an image."""
 
 

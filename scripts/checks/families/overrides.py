@@ -66,7 +66,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": _COHERE_COMPASS,
     "cohere_compass": {"text_config": _COHERE_COMPASS},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_experts_per_tok": 2}
+    },
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
     "emu3": {
         "vocabulary_map": {
@@ -107,7 +109,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minicpmv4_6": _IMAGE_TOKEN,
     "minicpmv4_7": _IMAGE_TOKEN,
     "muse_glimmer": {"out_hidden_size": 256},
-    "inkling_mm_model": {"vision_config": {"text_hidden_size": 64}, "audio_config": {"text_hidden_size": 64}},
+    "inkling_mm_model": {
+        "vision_config": {"text_hidden_size": 64, "num_hidden_layers": 6, "patch_size": 4},
+        "audio_config": {"text_hidden_size": 64},
+    },
     "internvl": _VISION_OF_32,
     "qianfan_ocr": _VISION_OF_32,
     "janus": {"vision_config": {"projection_dim": 64}, "vq_config": {"base_channels": 32, "num_embeddings": 8}},
@@ -116,7 +121,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llava_next_video": _PINPOINTS,
     "llava_onevision": _PINPOINTS,
     "mistral3": _PIXTRAL,
-    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 128},
+    },
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}, "vision_config": {"image_size": [16, 16]}},
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, **_IMAGE_TOKEN},
@@ -164,6 +172,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": _HEAD_DIM,
     "hunyuan_v1_moe": _HEAD_DIM,
     "jamba": _ATTENTION_LAST,
+    "kosmos-2": {"latent_query_num": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},

@@ -29,7 +29,7 @@ image, which is random pixels and the tokens that stand for them.
 
 | column | what must hold |
 | --- | --- |
-| gates | how many layers have an importance gate at `keep_window_size=8`; the others keep their own attention |
+| gates | how many layers have an importance gate at `keep_window_size=8` (9 with an image); others stay as they are |
 | equal | the logits of eager attention, while all tokens fit into the window |
 | definition | the logits of a mask written out in full, beyond the window |
 | padding | the logits of a mask written out in full, with left padding, up to the window and beyond |
@@ -44,7 +44,8 @@ do it either, such as recurrent layers that mix packed documents. "no positions"
 
 A model is *right* if every column holds, and *partly* right if one of them is refused. A *refused* model raises the
 sentence in the last column when it is loaded or first called. One that is *not tried* takes no images, or no text
-without an image. For one that is *not built*, no tiny model or no image was made.
+without an image. One that is *unbuildable* cannot be made by transformers itself, whatever its config. For one that is
+*not built*, no tiny model or no image was made.
 """
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from checks.families.family import LENGTH, NARROW, WIDE, Family, Unequal, definition_of
+from checks.families.family import LENGTH, WIDE, Family, Unequal, class_of, definition_of
 from checks.families.images import NEEDS_IMAGE, takes_images
+from checks.families.overrides import REQUIRED
 
 COLUMNS = ("equal", "definition", "padding", "packing", "backward", "generate", "reload")
 PASSED = ("yes", "as eager", "no positions")
@@ -31,7 +33,8 @@ def walk(task: str, model_type: str) -> dict[str, Any]:
                 return record_of(model_type, "refused", reason)
             family.make_inputs()
         except Exception as error:  # whatever a model of transformers raises is its reason
-            return record_of(model_type, "not built", sentence(error))
+            is_hopeless = sentence(error) == failure_of_default(task, model_type)
+            return record_of(model_type, "unbuildable" if is_hopeless else "not built", sentence(error))
         try:
             family.run(family.ours(WIDE), family.inputs)
         except Exception as error:
@@ -49,6 +52,17 @@ def walk(task: str, model_type: str) -> dict[str, Any]:
 def record_of(model_type: str, verdict: str, reason: str) -> dict[str, Any]:
     """The record of a model type of which no column was tried."""
     return {"model_type": model_type, "verdict": verdict, "gates": "", "tried": {}, "reason": reason}
+
+
+def failure_of_default(task: str, model_type: str) -> str:
+    """Why transformers itself cannot make the model type with its default config; empty if it can."""
+    try:
+        with torch.device("meta"):
+            config = CONFIG_MAPPING[model_type](**REQUIRED.get(model_type, {}))
+            class_of(task, model_type)._from_config(config)
+    except Exception as error:
+        return sentence(error)
+    return ""
 
 
 class Tries(Family):
@@ -72,12 +86,15 @@ class Tries(Family):
 
     def equal(self) -> None:
         """Loaded by name, with a window that holds all tokens: the eager model."""
+        self._equal(self.ours(WIDE))
+
+    def _equal(self, model: PreTrainedModel) -> None:
         expected = self.logits(self.eager, self.inputs)
-        self.compare("a wide window", self.logits(self.ours(WIDE), self.inputs), expected)
+        self.compare("a wide window", self.logits(model, self.inputs), expected)
 
     def definition(self) -> None:
         """With a narrow window: the mask written out, which changes the logits."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         ours = self.logits(model, self.inputs)
         with definition_of(model):
             self.compare("a narrow window", ours, self.logits(model, self.inputs))
@@ -90,7 +107,7 @@ class Tries(Family):
         mask = torch.ones(2, LENGTH, dtype=torch.long)
         mask[0, :5] = 0
         inputs, real = {**self.inputs, "attention_mask": mask}, mask.bool()
-        for windows in (WIDE, NARROW):
+        for windows in (WIDE, self.narrow):
             model = self.ours(windows)
             ours = self.logits(model, inputs)
             with definition_of(model):  # eager attention in float64 is NaN where a row is all padding
@@ -98,7 +115,7 @@ class Tries(Family):
 
     def packing(self) -> None:
         """Two documents in a row, told apart by their positions: as each of them alone."""
-        self._packing(self.ours(NARROW))
+        self._packing(self.ours(self.narrow))
 
     def _packing(self, model: PreTrainedModel) -> None:
         half = LENGTH // 2
@@ -117,7 +134,7 @@ class Tries(Family):
 
     def backward(self) -> None:
         """All gradients as by the definition."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         gradients = []
         for context in (contextlib.nullcontext(), definition_of(model)):
             model.zero_grad()
@@ -132,7 +149,7 @@ class Tries(Family):
 
     def generate(self) -> None:
         """With a cache as without."""
-        self._generate(self.ours(NARROW))
+        self._generate(self.ours(self.narrow))
 
     def _generate(self, model: PreTrainedModel) -> None:
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -143,7 +160,7 @@ class Tries(Family):
 
     def reload(self) -> None:
         """Saved and loaded again: the same gates."""
-        model = self.ours(NARROW)
+        model = self.ours(self.narrow)
         model.save_pretrained(self.folder / "ours")
         again = self.load(self.folder / "ours")
         self.compare("what was reloaded", self.logits(again, self.inputs), self.logits(model, self.inputs))
@@ -152,18 +169,18 @@ class Tries(Family):
         return "position_ids" in inspect.signature(self.cls.forward).parameters
 
     def eager_does_it(self, name: str) -> bool:
-        """Whether the eager model does what ours does not."""
+        """Whether the eager model, loaded as ours is, does what ours does not."""
         try:
-            getattr(self, f"_{name}")(self.eager)
+            getattr(self, f"_{name}")(self.load(self.folder / "eager", attn_implementation="eager"))
         except Exception:
             return False
         return True
 
 
 def cut(inputs: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
-    """The inputs of some of the tokens: those of (B, T) are cut, those of an image are not."""
+    """The inputs of some of the tokens: those of (B, T, ...) are cut, those of an image are not."""
     shape = inputs["input_ids"].shape
-    return {name: value[:, start:stop] if value.shape == shape else value for name, value in inputs.items()}
+    return {name: value[:, start:stop] if value.shape[:2] == shape else value for name, value in inputs.items()}
 
 
 def outcome(attempt: Callable) -> tuple[str, str]:
@@ -178,7 +195,7 @@ def outcome(attempt: Callable) -> tuple[str, str]:
     try:
         attempt()
     except Exception as error:
-        if name in ("packing", "generate") and not family.eager_does_it(name):
+        if hasattr(family, f"_{name}") and not family.eager_does_it(name):
             return "as eager", ""
         return ("refused" if is_ours(error) else "no"), f"{name}: {sentence(error)}"
     return "yes", ""

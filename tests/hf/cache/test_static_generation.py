@@ -12,10 +12,8 @@ from flash_dmattn_hf.cache import cuda_graph as captured
 
 from ..generation_models import KINDS, NEW, PROMPT, greedy, left_padded_prompt, make_model, make_prompt
 
-STATIC_KINDS = [kind for kind in KINDS if kind != "qwen2-sliding-below-w"]
 
-
-@pytest.fixture(scope="module", params=STATIC_KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def model(request):
     return make_model(request.param)
 

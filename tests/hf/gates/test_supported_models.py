@@ -19,6 +19,7 @@ SAMPLE = [
     ("text", "qwen2_5_vl"),
     ("image", "qwen2_5_vl"),
     ("image", "llava"),
+    ("image", "mllama"),
     ("image", "kosmos-2"),
 ]
 WALKS, RECORDS = table.load(table.path_of(transformers.__version__))

@@ -48,16 +48,6 @@ def test_dynamic_is_ours(model):
     assert isinstance(result.past_key_values, DynamicMaskCache)
 
 
-def test_a_static_cache_of_a_model_with_native_layers():
-    """Their keys grow, so a step has no fixed shapes."""
-    model = make_model("qwen2-sliding-below-w")
-    message = "static cache needs an importance gate in every layer of the model, got layer 0 without one"
-    with pytest.raises(ValueError, match=message):
-        greedy(model, *make_prompt(), cache_implementation="static")
-    with pytest.raises(ValueError, match=message):
-        DynamicMaskCache(model, static=True)
-
-
 def test_a_static_cache_object(model):
     past = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(ValueError, match="past_key_values must be a DynamicMaskCache .* got a StaticCache"):

@@ -27,7 +27,7 @@ else:
     UNPACKED = {"quantization_config": GgufConfig(dequantize=True)}  # else it multiplies in float32
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
-from flash_dmattn_hf.cache import cache
+from flash_dmattn_hf.cache import layers
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 
 from ..replay import ReplayedLayer
@@ -91,7 +91,7 @@ def assistant(model):
 @pytest.fixture(autouse=True)
 def replayed(monkeypatch):
     """Every 16th step of every cache is compared with one pass over all stored importances."""
-    monkeypatch.setattr(cache, "DynamicMaskCacheLayer", ReplayedLayer)
+    monkeypatch.setattr(layers, "DynamicMaskCacheLayer", ReplayedLayer)
     monkeypatch.setattr(ReplayedLayer, "stride", 16)
 
 

@@ -93,8 +93,6 @@ FOREIGN = {
     "chunked_blocks": lambda: create_chunked_causal_mask(
         config_of(attention_chunk_size=4), **arguments(or_mask_function=masking_utils.blockwise_overlay(_BLOCKS))
     ),
-    "bidirectional": lambda: create_bidirectional_mask(config_of(), EMBEDS, None),
-    "not_causal_config": lambda: create_causal_mask(config_of(is_causal=False), **arguments()),
 }
 
 
@@ -102,6 +100,25 @@ FOREIGN = {
 def test_foreign_masks_raise(case):
     with pytest.raises(ValueError, match="causal, sliding-window, chunked, padding and packed masks only"):
         FOREIGN[case]()
+
+
+def test_a_bidirectional_mask_is_a_row_that_self_attention_refuses():
+    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    for given, expected in ((None, [[True] * 6]), (padding, padding.bool().tolist())):
+        mask = create_bidirectional_mask(config_of(), EMBEDS, given)
+        assert mask.shape[1:] == (1, 1, 6)
+        assert mask[:, 0, 0].tolist() == expected
+    model = converted()
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="asks for bidirectional attention"):
+        model(torch.tensor([[4, 5, 6]]), use_cache=False)
+
+
+def test_a_mask_that_was_made_already_stays_as_it_is():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
+    mask = create_causal_mask(config_of(), **arguments(position_ids=positions))
+    again = create_causal_mask(config_of(), **arguments(attention_mask=mask, position_ids=positions))
+    assert again.tolist() == mask.tolist()
 
 
 def test_a_chunked_mask_says_how_long_its_chunks_are():

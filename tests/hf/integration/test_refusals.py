@@ -47,10 +47,6 @@ REFUSED = {
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, _NOT_DISPATCHED),
     "mamba": ({"state_size": 4}, "must have causal attention modules"),
     "bert": ({}, "not causal"),
-    "bart": (
-        {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "encoder_layers": 2, "decoder_ffn_dim": 32},
-        "not causal",
-    ),
     "jetmoe": (
         {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "activation_function": "silu"},
         "after they are cached",

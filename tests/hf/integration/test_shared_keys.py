@@ -19,13 +19,14 @@ def test_only_layers_that_make_keys_have_gates():
     assert [gate.layer_idx for _, _, gate in iter_gates(converted("gemma3n_text"))] == [0, 1]
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("chunks", [[30], [11, 19], [17, 1, 1, 11], [1] * 30], ids=str)
 @torch.no_grad()
-def test_in_any_chunks_a_cache_sees_what_one_pass_sees(chunks):
+def test_in_any_chunks_a_cache_sees_what_one_pass_sees(chunks, static):
     model, input_ids = converted("gemma3n_text"), distinct_tokens()
     with by_definition(model):
         expected = model(input_ids, use_cache=False).logits
-    cache = DynamicMaskCache(model)
+    cache = DynamicMaskCache(model, static=static)
     found = torch.cat([model(ids, past_key_values=cache).logits for ids in input_ids.split(chunks, 1)], 1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert cache.max_keys == 8
@@ -74,8 +75,3 @@ def test_a_model_that_would_drop_tokens_before_it_shares_keys_keeps_them():
         every = model(input_ids, attention_mask=attention_mask).logits
         last = model(input_ids, attention_mask=attention_mask, logits_to_keep=1).logits
     torch.testing.assert_close(last, every[:, -1:])
-
-
-def test_a_static_cache_is_refused():
-    with pytest.raises(ValueError, match="static cache needs layers with keys of their own"):
-        DynamicMaskCache(converted("gemma3n_text"), static=True)
