@@ -13,12 +13,12 @@ from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, is_cross_attention, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
-from flash_dmattn_hf.integration.blocks import is_marked, last_blocks, read_blocks
+from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks
 from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.documents import Documents, documents_of
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
-from flash_dmattn_hf.integration.masks import tag_of
+from flash_dmattn_hf.integration.masks import is_marked, tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import (

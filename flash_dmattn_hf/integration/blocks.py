@@ -5,8 +5,6 @@ complement (`~`) for padding. So nothing is lost when a model moves its mask to 
 dimensions: a model that takes it for a mask yet to be made, as Gemma inside PaliGemma does, gets it back as it is.
 """
 
-from typing import Any
-
 import torch
 
 from flash_dmattn import Blocks, find_blocks
@@ -34,11 +32,6 @@ def mark_blocks(
     _refuse_gaps(numbers, is_real & (start == row))
     start, size = find_blocks(numbers, padding_mask=padding_mask)
     return None if size == 1 else (torch.where(is_real, start, ~start)[:, None], size)
-
-
-def is_marked(mask: Any) -> bool:
-    """Whether a mask is one of `mark_blocks`."""
-    return isinstance(mask, torch.Tensor) and mask.dim() == 3 and mask.dtype == torch.int32
 
 
 def read_blocks(mask: torch.Tensor, size: int | None) -> tuple[torch.Tensor, Blocks]:

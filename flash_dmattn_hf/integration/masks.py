@@ -14,7 +14,7 @@ from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import SECTION
-from flash_dmattn_hf.integration.blocks import is_marked, mark_blocks
+from flash_dmattn_hf.integration.blocks import mark_blocks
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, meaning_of_mask
 from flash_dmattn_hf.integration.shards import SHARD, find_shard, refuse_dense
@@ -94,6 +94,11 @@ def _mask_of_others(attention_mask: torch.Tensor | None, length: int, device: An
     if attention_mask is None:
         attention_mask = torch.ones((1, length), dtype=torch.bool, device=device)
     return attention_mask[:, None, None]
+
+
+def is_marked(mask: Any) -> bool:
+    """Whether a mask is one of `blocks.mark_blocks`."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 3 and mask.dtype == torch.int32
 
 
 def _mark_blocks(

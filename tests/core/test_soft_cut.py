@@ -168,7 +168,7 @@ def test_the_moments_lose_nothing_beside_a_large_mean(mean, small_blocks):
     selection = {**SELECTION, "padding_mask": None, "cu_seqlens": None}
     got, expected = (run(importance, 1.0, 500, selection, backend) for backend in ("triton", "reference"))
     torch.testing.assert_close(got["scale"], expected["scale"], rtol=1e-6, atol=0)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # sums of hundreds in float32
 
 
 @needs_triton
