@@ -81,7 +81,7 @@ NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos
 
 def takes_images(cls: type) -> bool:
     """Whether a model class has anything to do with images."""
-    return "pixel_values" in inspect.signature(cls.forward).parameters
+    return not {"pixel_values", "flattened_patches"}.isdisjoint(inspect.signature(cls.forward).parameters)
 
 
 def image_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
