@@ -81,7 +81,7 @@ NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos
 
 def takes_images(cls: type) -> bool:
     """Whether a model class has anything to do with images."""
-    return "pixel_values" in inspect.signature(cls.forward).parameters
+    return not {"pixel_values", "flattened_patches"}.isdisjoint(inspect.signature(cls.forward).parameters)
 
 
 def image_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -90,7 +90,7 @@ def image_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, t
     input_ids: (B, T) tokens of text. Raises whatever the model raises, and ValueError if the image changes nothing.
     """
     parameters = inspect.signature(model.forward).parameters
-    batch, token = input_ids.shape[0], _image_token(model.config)
+    batch, token = input_ids.shape[0], image_token_of(model.config)
     line = dict(IMAGES.get(model.config.model_type, {}))
     if not line.keys() & {"pixels", "flat"}:
         line |= _guess(model.config, parameters)
@@ -141,7 +141,7 @@ def _image(line: dict[str, Any], batch: int, seed: int) -> dict[str, torch.Tenso
     return result
 
 
-def _image_token(config: PreTrainedConfig) -> int | None:
+def image_token_of(config: PreTrainedConfig) -> int | None:
     """The token that stands for a part of an image; None for models that look at images by cross-attention."""
     names = ("image_token_id", "image_token_index", "image_patch_id")
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

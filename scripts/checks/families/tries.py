@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from checks.families.family import LENGTH, WIDE, Family, Unequal, class_of, definition_of
-from checks.families.images import NEEDS_IMAGE, takes_images
+from checks.families.images import NEEDS_IMAGE, image_token_of, takes_images
 from checks.families.overrides import REQUIRED
 
 COLUMNS = ("equal", "definition", "padding", "packing", "backward", "generate", "reload")
@@ -155,6 +155,9 @@ class Tries(Family):
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         inputs = cut(self.inputs, 0, 14)
+        image_token = image_token_of(self.eager.config) if self.has_image else None
+        if image_token is not None:  # a model that says it would have to see another image
+            options["suppress_tokens"] = [image_token]
         cached, uncached = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
         self.compare("generation with a cache", torch.stack(cached.logits), torch.stack(uncached.logits))
 
