@@ -80,8 +80,8 @@ class CapturedForward:
         except RuntimeError as error:
             raise RuntimeError(
                 f"the forward of {type(self.model).__name__} cannot be captured in a CUDA graph, so "
-                'cache_implementation="static" cannot be used with it; leave cache_implementation out, or if it loops over '
-                'its experts, call model.set_experts_implementation("batched_mm")'
+                'cache_implementation="static" cannot be used with it; leave cache_implementation out, or if it loops '
+                'over its experts, call model.set_experts_implementation("batched_mm")'
             ) from error
         self._graph = graph
         logger.info("captured the step of one token of %s", type(self.model).__name__)
