@@ -80,7 +80,7 @@ def test_repeated_tokens_equal_native_with_our_tie_rule(monkeypatch):
         lowest = torch.finfo(hidden_states.dtype).min
         settings = ours.model.layers[0].self_attn.dma.config
         real = torch.ones(hidden_states.shape[:2], dtype=torch.bool)
-        seen = visible(dt_states.detach(), real, settings)
+        seen = visible(dt_states.detach(), real, settings).tril()
         return dt_states[:, :, None, :].masked_fill(~seen, lowest)
 
     ours, native = make(dtype=torch.float64), make("eager", dtype=torch.float64)
