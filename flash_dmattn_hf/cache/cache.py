@@ -216,7 +216,8 @@ class DynamicMaskCache(DynamicCache):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from the state of a cache of such a model, on the device of that state.
 
-        Raises ValueError when the layers are others, or have other windows; the cache is then as it was.
+        Raises ValueError when the layers are others, or have other windows, heads or head dims, or when one cache holds
+        latents and the other keys and values; the cache is then as it was.
         """
         load_state(self, state)
         self._last_updated = None

@@ -21,8 +21,10 @@ class LatentCacheLayer(DynamicMaskCacheLayer):
 
     takes_step = False
 
-    def _num_heads(self, key_states: torch.Tensor) -> int:
-        return 1
+    @property
+    def slot_shape(self) -> tuple[int, int]:
+        """One head, and the rope dim: rotated keys stand where values would."""
+        return 1, self.gate.model_config.qk_rope_head_dim
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs

@@ -163,8 +163,13 @@ class DynamicMaskCacheLayer(OfferingLayer):
     def layer_idx(self) -> int:
         return self.gate.layer_idx
 
+    @property
+    def slot_shape(self) -> tuple[int, int]:
+        """Hc, and the head dim of what the slots hold as values."""
+        return max(self.gate.num_kv_heads, self.gate.num_importance_heads), self.gate.head_dim
+
     def _num_heads(self, key_states: torch.Tensor) -> int:
-        return max(self.gate.num_kv_heads, self.gate.num_importance_heads)
+        return self.slot_shape[0]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs

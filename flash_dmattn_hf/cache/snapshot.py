@@ -36,7 +36,7 @@ class CacheSnapshot:
         """Returns a new cache that goes on from here, for each of `batch_size` texts that begin with this prefix.
 
         model: the model that the snapshot is of, or one with the same weights. static: as in `DynamicMaskCache`.
-        A snapshot of one row can be repeated. Raises ValueError for a model with other layers or windows.
+        A snapshot of one row can be repeated. Raises ValueError as `DynamicMaskCache.load_state_dict` does.
         """
         cache = DynamicMaskCache(model, static=static)
         cache.load_state_dict(self.state)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from flash_dmattn_hf.cache.layer import OfferingLayer
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
 from flash_dmattn_hf.cache.native import NativeCacheLayer
 from flash_dmattn_hf.cache.slots import STATE
 
@@ -55,10 +55,31 @@ def _state_of_layer(layer: Any) -> dict[str, Any]:
 
 
 def _check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
-    """Raises ValueError for the state of another kind of layer or one of other windows."""
+    """Raises ValueError for the state of another kind of layer, or one of other windows or slots."""
+    if _is_of_dynamic_window(layer, state):
+        return
     windows = _windows_of(layer) if isinstance(layer, OfferingLayer) else None
-    if state.get("windows") != windows and not _is_of_dynamic_window(layer, state):
+    if state.get("windows") != windows:
         raise ValueError(f"state must be of a layer with the windows {windows}, got {state.get('windows')}")
+    expected = [name for name in _NUMBERS if hasattr(layer, name)]
+    found = [name for name in _NUMBERS if name in state]
+    if found != expected:
+        name = type(layer).__name__
+        raise ValueError(f"state must be of a {name}, which counts {expected}, got one that counts {found}")
+    if isinstance(layer, DynamicMaskCacheLayer) and state["tensors"]:
+        _check_slots(layer, state["tensors"]["values"])
+
+
+def _check_slots(layer: DynamicMaskCacheLayer, values: torch.Tensor) -> None:
+    """values: (B, Hc, w, Dv) of the state."""
+    found = values.shape[1], values.shape[3]
+    if found != layer.slot_shape:
+        is_other_kind = layer.gate.is_latent and 1 in (found[0], layer.slot_shape[0])
+        why = ": a cache of latents and one of keys and values do not fit each other" if is_other_kind else ""
+        raise ValueError(
+            f"state must be of a layer whose slots have (heads, head dim of the values) {layer.slot_shape}, got "
+            f"{found}{why}"
+        )
 
 
 def _is_of_dynamic_window(layer: Any, state: dict[str, Any]) -> bool:

@@ -50,6 +50,46 @@ def test_its_size_does_not_depend_on_the_prefix():
     assert len(sizes) == 1
 
 
+@pytest.mark.parametrize("is_static", [False, True])
+def test_latents_do_not_fit_keys_and_values(is_static):
+    model = make_model("deepseek-v3-shared")
+    caches = [DynamicMaskCache(model, static=static) for static in (is_static, not is_static)]
+    (ids, _), (others, _) = make_prompt(length=30), make_prompt(length=9, seed=1)
+    with torch.no_grad():
+        for cache, prompt in zip(caches, (ids, others), strict=True):
+            model(prompt, past_key_values=cache)
+    before = caches[1].state_dict()["layers"]
+    with pytest.raises(ValueError, match="a cache of latents and one of keys and values do not fit each other"):
+        caches[1].load_state_dict(caches[0].state_dict())
+    torch.testing.assert_close(caches[1].state_dict()["layers"], before, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        caches[0].snapshot().restore(model, static=not is_static)
+    restored = caches[0].snapshot().restore(model, static=is_static)
+    assert torch.equal(restored.layers[0].keys, caches[0].layers[0].keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [({"num_key_value_heads": 1}, r"\(2, 8\), got \(1, 8\)"), ({"head_dim": 16}, r"got \(2, 16\)")],
+)
+def test_other_heads(changes, found):
+    snapshot = after_prefix(make_model("llama-topk", **changes), make_prompt()[0]).snapshot()
+    with pytest.raises(ValueError, match=f"state must be of a layer whose slots have .*{found}$"):
+        snapshot.restore(make_model("llama-topk"))
+
+
+def test_other_kinds_of_layers():
+    settings = {"keep_window_size": 12, "num_sink_tokens": 0, "local_window_size": 0, "layers": [1]}
+    native = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    full = {**native, "layer_types": ["full_attention", "full_attention"]}
+    source, target = (
+        make_model("qwen2-sliding-below-w", flash_dmattn=settings, **changes) for changes in (native, full)
+    )
+    snapshot = after_prefix(source, make_prompt()[0]).snapshot()
+    with pytest.raises(ValueError, match="state must be of a DynamicLayer, which counts .*, got one that counts .'cum"):
+        snapshot.restore(target)
+
+
 def test_other_models_and_other_files(tmp_path):
     snapshot = after_prefix(make_model("llama-topk"), make_prompt()[0]).snapshot()
     with pytest.raises(ValueError, match="state must be of a layer with the windows"):
