@@ -17,7 +17,7 @@ from flash_dmattn_hf.cache.latent import LatentCacheLayer
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
 from flash_dmattn_hf.cache.native import NativeCacheLayer
 from flash_dmattn_hf.cache.owner import gates_by_index
-from flash_dmattn_hf.gates.attach import attention_modules, text_config_of
+from flash_dmattn_hf.gates.attach import attention_modules, num_decoder_layers, text_config_of
 from flash_dmattn_hf.gates.eligibility import chunk_size_of, read_shape, uses_attention_interface
 from flash_dmattn_hf.versions import can_mask_chunks
 
@@ -58,14 +58,17 @@ def _layer_for(gate: Any, layer: Any, is_static: bool) -> Any:
 
 
 def _make_static(model: PreTrainedModel, layers: list[Any]) -> None:
-    """Replaces in place those layers that would grow by such as do not."""
+    """Replaces in place those layers that would grow by such as do not.
+
+    A cache may have more layers than the decoder. Nothing updates those, so they stay as they are.
+    """
     if any(hasattr(module, "_setup_cache") for module in model.modules()):
         raise ValueError(
             f"a static cache must hold what every layer remembers, got {type(model).__name__}, whose recurrent layers "
             'replace tensors of their own in every forward: use cache_implementation="dynamic"'
         )
     modules = {module.layer_idx: module for module in _native_modules(model)}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers[: num_decoder_layers(model)]):
         if isinstance(layer, OfferingLayer) or type(layer) in _CONSTANT:
             continue
         if index not in modules:

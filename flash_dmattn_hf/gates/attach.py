@@ -167,6 +167,12 @@ def text_config_of(model: nn.Module) -> Any:
     return text_part(model.config)
 
 
+def num_decoder_layers(model: nn.Module) -> int:
+    """Returns how many layers the text decoder has. num_hidden_layers of BART and its kin counts an encoder's."""
+    config = text_config_of(model)
+    return getattr(config, "decoder_layers", None) or config.num_hidden_layers
+
+
 def text_part(config: Any) -> Any:
     """Returns the text part of a composite config, the config itself if it has none or several."""
     try:

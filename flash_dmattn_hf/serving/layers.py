@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from flash_dmattn.calls import Slots
 from flash_dmattn.slots import make_slots
 from flash_dmattn_hf.config import Windows
-from flash_dmattn_hf.gates.attach import attention_modules, text_config_of
+from flash_dmattn_hf.gates.attach import attention_modules, num_decoder_layers, text_config_of
 from flash_dmattn_hf.gates.eligibility import read_shape
 from flash_dmattn_hf.gates.importance import get_gate
 
@@ -57,7 +57,7 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
             layers[module.layer_idx] = ServedLayer(gate.windows, num_heads, *head_dims, is_shared)
         else:
             layers[module.layer_idx] = _native_layer(name, module, is_shared)
-    missing = sorted(set(range(config.num_hidden_layers)) - set(layers) - sharing)
+    missing = sorted(set(range(num_decoder_layers(model))) - set(layers) - sharing)
     if missing:
         raise ValueError(
             f"continuous batching needs attention in every layer, got {type(model).__name__}, whose layers {missing} "

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flash_dmattn_hf import dynamic_mask_config, iter_gates
+from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config, iter_gates
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 
 from ..dense_definition import by_definition
 from ..tiny import tokens
@@ -22,10 +24,11 @@ BART = {
 }
 
 
-def make_bart(attn_implementation, window=24):
+def make_bart(attn_implementation, window=24, **values):
+    """values: change the sizes of BART."""
     torch.manual_seed(0)
     with dynamic_mask_config(keep_window_size=window, num_sink_tokens=2, local_window_size=3):
-        config = CONFIG_MAPPING["bart"](**BART)
+        config = CONFIG_MAPPING["bart"](**{**BART, **values})
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
         for _, _, gate in iter_gates(model):
@@ -75,6 +78,19 @@ def test_a_cache_that_would_mix_both_is_refused():
     model = make_bart("flash_dmattn", window=8)
     with pytest.raises((RuntimeError, ValueError), match="cache"):
         model.generate(tokens(), **encoder_states(), max_new_tokens=2, do_sample=False)
+
+
+def test_a_decoder_with_fewer_layers_than_its_encoder_has_a_static_cache():
+    """As in distilbart: its config, and with it a cache of transformers, counts the layers of the encoder."""
+    model = make_bart("flash_dmattn", window=8, encoder_layers=4).double()
+    cache = DynamicMaskCache(model, static=True)
+    assert [type(layer) for layer in cache.layers] == [DynamicMaskCacheLayer] * 2 + [DynamicLayer] * 2
+    ids, options = tokens(), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert not any(layer.is_initialized for layer in cache.layers[2:])
+    assert cache.snapshot().restore(model, 1, static=True).num_tokens == cache.num_tokens
 
 
 def test_a_vision_tower_that_is_no_model_of_its_own_keeps_its_attention():
