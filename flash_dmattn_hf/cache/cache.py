@@ -161,9 +161,9 @@ class DynamicMaskCache(DynamicCache):
 
     @property
     def max_keys(self) -> int:
-        """The most keys that any head of a constant-size layer holds now; `keep_window_size` at most, except while
-        past recording is active."""
-        return max((layer.num_keys for layer in self.mask_layers), default=0)
+        """The most keys that any head of a layer with a gate holds now; `keep_window_size` at most, except while past
+        recording is active. What a layer with native windows or chunks holds is not counted."""
+        return max((layer.num_keys for layer in self.mask_layers if layer.gate is not None), default=0)
 
     def belongs_to(self, model: PreTrainedModel) -> bool:
         """Whether the cache was built for this very model."""

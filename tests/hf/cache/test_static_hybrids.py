@@ -121,6 +121,15 @@ def test_a_step_that_was_recorded_once_holds_for_every_later_token(model, expect
     assert RecordedGraph.num_replays >= NEW - 2
 
 
+@pytest.mark.parametrize("is_static", [False, True])
+def test_native_windows_do_not_count_as_kept_keys(is_static):
+    model = converted("gemma3_text", layers=[1])  # the other layer has a sliding window of 10 tokens
+    cache = DynamicMaskCache(model, static=is_static)
+    with torch.no_grad():
+        model(tokens(1, 30), past_key_values=cache)
+    assert cache.max_keys == 8
+
+
 @pytest.mark.parametrize("kind", [*NATIVE, "falcon_h1"])
 def test_beams_move_the_rows_of_every_layer(kind):
     model, (ids, mask) = make_model(kind), prompt(6, 2)
