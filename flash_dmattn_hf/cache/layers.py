@@ -18,7 +18,7 @@ from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
 from flash_dmattn_hf.cache.native import NativeCacheLayer
 from flash_dmattn_hf.cache.owner import gates_by_index
 from flash_dmattn_hf.gates.attach import attention_modules, num_decoder_layers, text_config_of
-from flash_dmattn_hf.gates.eligibility import chunk_size_of, read_shape, uses_attention_interface
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_cross_attention, read_shape, uses_attention_interface
 from flash_dmattn_hf.versions import can_mask_chunks
 
 _CONSTANT = (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", LinearAttentionLayer))
@@ -67,7 +67,9 @@ def _make_static(model: PreTrainedModel, layers: list[Any]) -> None:
             f"a static cache must hold what every layer remembers, got {type(model).__name__}, whose recurrent layers "
             'replace tensors of their own in every forward: use cache_implementation="dynamic"'
         )
-    modules = {module.layer_idx: module for module in _native_modules(model)}
+    # The cross-attention of an encoder's decoder has the layer_idx of the self-attention, which the cache is about.
+    native = sorted(_native_modules(model), key=is_cross_attention, reverse=True)
+    modules = {module.layer_idx: module for module in native}
     for index, layer in enumerate(layers[: num_decoder_layers(model)]):
         if isinstance(layer, OfferingLayer) or type(layer) in _CONSTANT:
             continue
@@ -93,6 +95,11 @@ def _native_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _native_layer(module: nn.Module) -> NativeCacheLayer:
+    if is_cross_attention(module):
+        raise ValueError(
+            f"a static cache holds keys of the text alone, got layer {module.layer_idx}, whose cross-attention has the "
+            'keys of an encoder or an image: use cache_implementation="dynamic"'
+        )
     shape, chunk_size = read_shape(module), chunk_size_of(module)
     reach = shape.sliding_window or chunk_size
     if reach is None or shape.is_latent:

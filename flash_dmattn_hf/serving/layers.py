@@ -9,7 +9,7 @@ from flash_dmattn.calls import Slots
 from flash_dmattn.slots import make_slots
 from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.attach import attention_modules, num_decoder_layers, text_config_of
-from flash_dmattn_hf.gates.eligibility import read_shape
+from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_cross_attention, read_shape
 from flash_dmattn_hf.gates.importance import get_gate
 
 
@@ -40,7 +40,7 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
 
     Layers of dynamic masks have their windows. Native sliding-window layers have as many slots as their window has
     tokens. Those that use the keys of an earlier layer have none and are not returned. Raises ValueError for a layer
-    whose memory would grow with the text, or that is not attention.
+    whose memory would grow with the text, that attends within chunks or to an encoder or image, or is not attention.
     """
     config = text_config_of(model)
     layers: dict[int, ServedLayer] = {}
@@ -67,6 +67,16 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
 
 
 def _native_layer(name: str, module: Any, is_shared: bool) -> ServedLayer:
+    if is_cross_attention(module):
+        raise ValueError(
+            f"continuous batching brings a request nothing but tokens of text, got {name}, which attends to the states "
+            "of an encoder or an image"
+        )
+    if (chunk_size := chunk_size_of(module)) is not None:
+        raise ValueError(
+            f"continuous batching has slots for the last tokens of a text, not for those of a chunk, got {name}, which "
+            f"attends within chunks of {chunk_size} tokens: call model.generate()"
+        )
     shape = read_shape(module)
     window = shape.sliding_window
     if window is None:

@@ -14,6 +14,7 @@ from flash_dmattn_hf.cache.snapshot import CacheSnapshot
 from flash_dmattn_hf.versions import can_mask_chunks
 
 from ..converted import converted
+from ..cross_attention_models import bart, mllama
 from ..recorded_graph import RecordedGraph, record_graphs
 from ..tiny import build, tiny_config, tokens
 
@@ -183,6 +184,13 @@ def test_layers_whose_keys_grow_are_refused():
     model = converted("llama", layers=[1])
     with pytest.raises(ValueError, match="in every attention layer, got layer 0, whose keys grow with the text"):
         DynamicMaskCache(model, static=True)
+
+
+def test_cross_attention_is_refused():
+    with pytest.raises(ValueError, match="keys of the text alone, got layer 1, whose cross-attention has the keys"):
+        DynamicMaskCache(mllama(), static=True)
+    with pytest.raises(ValueError, match="in every attention layer, got layer 1, whose keys grow with the text"):
+        DynamicMaskCache(bart(layers=[0]), static=True)  # its layer of the cache is that of the self-attention
 
 
 @pytest.mark.skipif(can_mask_chunks(), reason="this transformers makes masks for chunked layers")

@@ -5,6 +5,8 @@ import torch
 
 from flash_dmattn_hf import DynamicMaskConfig
 from flash_dmattn_hf.serving.rows import Rows
+from tests.hf.converted import converted
+from tests.hf.cross_attention_models import bart, mllama
 from tests.hf.generation_models import make_model
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
 from tests.hf.serving.test_generate_batch import make_prompts
@@ -175,3 +177,17 @@ def test_layers_that_grow_with_the_text_are_refused():
     model = make_model("llama-topk", flash_dmattn=DynamicMaskConfig(keep_window_size=12, layers=[0]).to_dict())
     with pytest.raises(ValueError, match="gate or a sliding window in every layer, got model.layers.1.self_attn"):
         model.init_continuous_batching(greedy_config(), batching())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: converted("llama4_text"), "those of a chunk, got model.layers.0.self_attn, .* chunks of 7 tokens"),
+        (bart, "nothing but tokens of text, got model.decoder.layers.0.encoder_attn, which attends to the states"),
+        (mllama, "nothing but tokens of text, got model.layers.1.cross_attn, which attends to the states"),
+    ],
+    ids=["llama4", "bart", "mllama"],
+)
+def test_chunks_and_cross_attention_are_refused(make, reason):
+    with pytest.raises(ValueError, match=reason):
+        make().init_continuous_batching(greedy_config(), batching())
