@@ -40,7 +40,8 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
 
     Layers of dynamic masks have their windows. Native sliding-window layers have as many slots as their window has
     tokens. Those that use the keys of an earlier layer have none and are not returned. Raises ValueError for a layer
-    whose memory would grow with the text, that attends within chunks or to an encoder or image, or is not attention.
+    whose memory would grow with the text, that attends within chunks or to an encoder or image, that is not causal, or
+    that is not attention.
     """
     config = text_config_of(model)
     layers: dict[int, ServedLayer] = {}
@@ -48,6 +49,12 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
     for name, module, owner in attention_modules(model):
         if getattr(module, "config", owner) is not config:
             continue
+        if getattr(module, "is_causal", None) is False and not is_cross_attention(module):
+            raise ValueError(
+                f"continuous batching needs causal attention, got {type(model).__name__}, whose {name} calls itself "
+                "bidirectional (use_bidirectional_attention), and a request does not say which tokens are its prefix: "
+                "call model.generate() with token_type_ids"
+            )
         is_shared = getattr(module, "store_full_length_kv", False)
         if getattr(module, "is_kv_shared_layer", False):
             sharing.add(module.layer_idx)

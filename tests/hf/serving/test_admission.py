@@ -8,6 +8,7 @@ from flash_dmattn_hf.serving.rows import Rows
 from tests.hf.converted import converted
 from tests.hf.cross_attention_models import bart, mllama
 from tests.hf.generation_models import make_model
+from tests.hf.integration.test_blocks import make as make_with_blocks
 from tests.hf.serving.engine import Engine, alone, batching, greedy_config, needs_serving
 from tests.hf.serving.test_generate_batch import make_prompts
 
@@ -191,3 +192,11 @@ def test_layers_that_grow_with_the_text_are_refused():
 def test_chunks_and_cross_attention_are_refused(make, reason):
     with pytest.raises(ValueError, match=reason):
         make().init_continuous_batching(greedy_config(), batching())
+
+
+def test_a_bidirectional_prefix_is_refused():
+    """Before the manager exists, not in the thread where every request would fail."""
+    message = "got PaliGemmaForConditionalGeneration, whose model.language_model.layers.0.self_attn calls itself bidir"
+    with pytest.raises(ValueError, match=message):
+        make_with_blocks("paligemma").init_continuous_batching(greedy_config(), batching())
+    make_with_blocks("gemma3").init_continuous_batching(greedy_config(), batching())  # its text is causal
