@@ -11,7 +11,13 @@ from transformers.generation.continuous_batching.requests import RequestState
 from flash_dmattn_hf.gates.attach import iter_gates, text_config_of
 from flash_dmattn_hf.serving.layers import ServedLayer, served_layers
 from flash_dmattn_hf.serving.live_requests import LiveRequests, RowTokens
-from flash_dmattn_hf.serving.memory import SPARE_ROWS, bytes_per_request, count_rows, workspace_bytes
+from flash_dmattn_hf.serving.memory import (
+    SPARE_ROWS,
+    bytes_per_request,
+    copied_bytes_per_request,
+    count_rows,
+    workspace_bytes,
+)
 from flash_dmattn_hf.serving.prefixes import Prefixes
 from flash_dmattn_hf.serving.rows import Rows
 
@@ -28,15 +34,18 @@ def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], se
     num_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
     num_logits = settings.max_requests_per_batch if model._supports_logits_to_keep() else num_tokens
     workspace = workspace_bytes(layers, text_config_of(model), model.dtype, num_tokens, num_logits)
+    copied, num_steps = copied_bytes_per_request(layers, model.dtype), min(settings.max_requests_per_batch, num_tokens)
     if any(settings.cuda_graph_booleans):  # they keep memory of their own for the largest step
-        num_steps = min(settings.max_requests_per_batch, num_tokens)
         workspace += workspace_bytes(layers, text_config_of(model), model.dtype, num_steps, num_steps)
+        copied *= 2
     return count_rows(
         bytes_per_request(layers, model.dtype),
         workspace,
         share=settings.max_memory_percent,
         num_rows=settings.num_blocks,
         most=settings.max_requests_per_batch + SPARE_ROWS,
+        copied_bytes=copied,
+        most_copied=num_steps,
     )
 
 

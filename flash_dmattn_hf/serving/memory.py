@@ -17,6 +17,11 @@ def bytes_per_request(layers: Mapping[int, ServedLayer], dtype: torch.dtype) -> 
     return sum(layer.bytes_per_request(dtype) for layer in layers.values())
 
 
+def copied_bytes_per_request(layers: Mapping[int, ServedLayer], dtype: torch.dtype) -> int:
+    """Returns the bytes that a step copies of one request: slots that layers without keys of their own read."""
+    return sum(layer.bytes_per_request(dtype) for layer in layers.values() if layer.is_shared)
+
+
 def workspace_bytes(
     layers: Mapping[int, ServedLayer], config: Any, dtype: torch.dtype, num_tokens: int, num_logits: int
 ) -> int:
@@ -35,19 +40,32 @@ def workspace_bytes(
 
 
 def count_rows(
-    row_bytes: int, workspace: int, *, share: float, num_rows: int | None, most: int, available: int | None = None
+    row_bytes: int,
+    workspace: int,
+    *,
+    share: float,
+    num_rows: int | None,
+    most: int,
+    copied_bytes: int = 0,
+    most_copied: int = 0,
+    available: int | None = None,
 ) -> int:
     """Returns for how many requests there will be slots.
 
-    row_bytes: of one request. workspace: of a forward. share: of the free memory, that both may take.
+    row_bytes: of one request. workspace: of a forward. share: of the free memory, that all may take.
+    copied_bytes: that a step adds to the workspace for each of its requests, which are `most_copied` at most.
     num_rows: what the user asks for, None: as many as fit, `most` at most. available: free bytes, None: look.
     Raises ValueError when not even one request fits, or fewer than the user asks for.
     """
     if available is None:
         _, total, reserved, allocated = get_device_and_memory_breakdown()
         available = total - max(reserved, allocated)
-    fitting = max(0, int(available * share) - workspace) // row_bytes
+    free = max(0, int(available * share) - workspace)
+    fitting = free // (row_bytes + copied_bytes)
+    if fitting > most_copied:
+        fitting = (free - most_copied * copied_bytes) // row_bytes
     if fitting < (num_rows or 1):
+        workspace += min(num_rows or 1, most_copied) * copied_bytes
         raise ValueError(
             f"{num_rows or 1} request(s) of {row_bytes / 2**20:.1f} MiB and a forward of {workspace / 2**20:.1f} MiB "
             f"must fit into {share:.0%} of the {available / 2**20:.1f} MiB that are free, got room for {fitting}: "

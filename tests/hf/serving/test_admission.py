@@ -54,6 +54,33 @@ def test_how_many_fit():
         count_rows(**{**sizes, "available": 50}, num_rows=None, most=9)
 
 
+def test_copies_of_shared_keys_count():
+    """n rows fit if n * row + min(n, 4) * copy + workspace do."""
+    from flash_dmattn_hf.serving.memory import count_rows
+
+    for copied_bytes, available in ((0, 100), (3, 100), (3, 136), (7, 137), (7, 138), (40, 140), (40, 400)):
+        fitting = [n for n in range(99) if 10 * n + min(n, 4) * copied_bytes + 20 <= available]
+        sizes = {"share": 1.0, "most": 99, "copied_bytes": copied_bytes, "most_copied": 4, "available": available}
+        assert count_rows(10, 20, num_rows=None, **sizes) == fitting[-1]
+        assert count_rows(10, 20, num_rows=fitting[-1], **sizes) == fitting[-1]
+        with pytest.raises(ValueError, match=f"got room for {fitting[-1]}"):
+            count_rows(10, 20, num_rows=fitting[-1] + 1, **sizes)
+
+
+@pytest.mark.parametrize("use_cuda_graph", [(False, False), (False, True)])
+def test_what_a_step_copies_is_counted(monkeypatch, use_cuda_graph):
+    from flash_dmattn_hf.serving import cache
+    from flash_dmattn_hf.serving.layers import served_layers
+
+    model = converted("gemma3n_text")  # layers 2 and 3 use the keys of layers 0 and 1
+    layers, counted = served_layers(model), {}
+    monkeypatch.setattr(cache, "count_rows", lambda *_, **options: counted.update(options))
+    cache.count_requests(model, layers, batching(max_requests_per_batch=8, use_cuda_graph=use_cuda_graph))
+    copied = sum(layer.bytes_per_request(model.dtype) for layer in layers.values())
+    assert list(layers) == [0, 1] and counted["most_copied"] == 8
+    assert counted["copied_bytes"] == copied * sum((True, *use_cuda_graph))
+
+
 def test_not_even_one_request_fits():
     """The error reaches the caller, not a log of the thread that generates."""
     model = make_model("llama-topk")
