@@ -41,6 +41,8 @@ UNPLANNED = [
     tiled("packed", options=options(cu_seqlens=documents(3, 0, 47, 1, 99))),
     tiled("importance-of-all-heads", num_heads=4, num_kv_heads=2, num_importance_heads=1, options=SELECTED),
     tiled("values-shorter", head_dim=128, value_dim=64, options=SELECTED),
+    tiled("values-longer", head_dim=96, value_dim=128, options=SELECTED),
+    tiled("values-not-aligned", head_dim=128, value_dim=60, options=SELECTED),
     tiled("no-token", seqlen_q=0, seqlen_k=0, options=SELECTED),
 ]
 

@@ -134,8 +134,6 @@ def reject_plan(call: AttentionCall, importance: torch.Tensor) -> str | None:
     """Returns why there is no plan for calls like this one, which the backend serves, or None."""
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return "there are no queries or no keys"
-    if call.value.shape[3] != call.key.shape[3]:
-        return "keys and values have different head dims"
     if importance.shape[1] != call.num_interval_heads:
         return "one importance is for all heads"
     return backward_pass.reject_backward(call)
