@@ -188,6 +188,29 @@ def test_saved_tensors_may_come_back_with_other_strides_and_addresses(case, play
     assert None not in planned._ROUTES.values() and planned._ROUTES
 
 
+@pytest.mark.parametrize("is_planned", [True, False])
+@on_both(CASES[0])
+def test_kernels_get_aligned_rows_of_out_and_its_gradient(case, played, is_planned, seed, monkeypatch):
+    if not is_planned:
+        monkeypatch.setattr(planned, "DEVICES", set())
+    inputs, chosen, weights = make_inputs(suited(case), seed)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    dout = weights[..., :-1].bfloat16()
+
+    def unaligned_out(tensor):
+        is_out = tensor.shape == dout.shape and tensor.data_ptr() != inputs[0].data_ptr()
+        return COPIES["not-aligned"](tensor) if is_out else tensor
+
+    out = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, backend="cuda")
+    expected = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    got = torch.autograd.grad(out, inputs, COPIES["not-aligned"](dout))
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    with torch.autograd.graph.saved_tensors_hooks(unaligned_out, lambda tensor: tensor):
+        out = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, backend="cuda")
+    got = torch.autograd.grad(out, inputs, dout)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
 @on_both(CASES[0], CASES[1])
 def test_a_planned_gradient_has_no_gradient_itself(case, played, seed):
     """It is computed the long way where somebody wants to differentiate it, and then refuses."""

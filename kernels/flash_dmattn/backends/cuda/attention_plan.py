@@ -99,7 +99,7 @@ class AttentionPlan:
         inputs = (query, key, value, importance) if self._shape.has_bias else (query, key, value)
         gradients = [tensor.new_empty(tensor.shape) for tensor in inputs]
         scratch = query.new_empty(plan.scratch_bytes, dtype=torch.uint8)
-        dout = dout.contiguous()
+        dout = backward_pass.as_rows(dout)
         dlse = None if dlse is None else dlse.contiguous()
         dquery, dkey, dvalue, dimportance = gradients if self._shape.has_bias else (*gradients, None)
         stats = kept.data_ptr()
