@@ -22,6 +22,11 @@ class HandOver(ThreadSlot):
         """Offers the new tokens of a cache layer; key, value: (B, Hkv, T, D), as the model goes on with them."""
         self.slot.content = (layer, key, value)
 
+    @property
+    def has_offer(self) -> bool:
+        """Whether this thread offers something that nobody has taken."""
+        return self.slot.content is not None
+
     def withdraw(self) -> None:
         """Drops what this thread offers, if anything."""
         self.slot.content = None

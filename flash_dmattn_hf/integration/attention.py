@@ -68,7 +68,9 @@ def dynamic_mask_attention_forward(
         )  # fmt: skip
     gate = get_gate(module)
     if gate is None and is_cross_attention(module):
-        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        refuse_unsupported(module, kwargs)
+        options = {"softcap": softcap, "s_aux": s_aux, **kwargs}
+        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **options)
     cache_layer = hand_over.take(gate, key, value)
     requests = getattr(kwargs.get("cache"), "live_requests", None)
     shared = shared_with(module, key) if getattr(module, "is_kv_shared_layer", False) else SharedKeys(gate)
@@ -110,6 +112,8 @@ def dynamic_mask_attention_forward(
     if shard is not None or active.slot.content is not None:
         check_shard(shard, key, cache_layer, cu_seq_lens_q, chunk_size)
     documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    if documents is not None and blocks is not None:
+        raise ValueError("bidirectional blocks, such as images, are not supported in packed documents")
     options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
     if gate is not None and not gate.was_called and not torch.compiler.is_compiling():
         gate.was_called = True
@@ -249,13 +253,8 @@ def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Document
 
 def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raises ValueError for arguments of an attention function that would be ignored, or that no layer of ours has."""
+    refuse_unsupported(module, kwargs)
     name = type(module).__name__
-    for argument, meaning in UNSUPPORTED.items():
-        given = kwargs.get(argument)
-        if given is not None and not isinstance(given, Cache):  # a Cache has been updated by now; a paged one is none
-            raise ValueError(f"{name} passes {meaning}, which flash_dmattn does not support")
-    if kwargs.get("output_attentions"):
-        raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')
     if get_gate(module) is None and not is_causal(module):
         raise ValueError(f"{name} is not causal self-attention, which flash_dmattn does not support")
     if kwargs.get("is_causal") is False:
@@ -265,6 +264,16 @@ def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwar
             "attention_mask must have shape (B, S) with flash_dmattn, got "
             f"{tuple(attention_mask.shape)}: bidirectional and custom masks are not supported"
         )
+
+
+def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for an argument that changes what any attention gives out, and that would be ignored."""
+    for argument, meaning in UNSUPPORTED.items():
+        given = kwargs.get(argument)
+        if given is not None and not isinstance(given, Cache):  # a Cache has been updated by now; a paged one is none
+            raise ValueError(f"{type(module).__name__} passes {meaning}, which flash_dmattn does not support")
+    if kwargs.get("output_attentions"):
+        raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')
 
 
 def _refuse_unknown_prefix(module, query, attention_mask) -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from flash_dmattn.dense.attention import dense_attention
-from flash_dmattn_hf.integration.attention import check_arguments
+from flash_dmattn_hf.gates.eligibility import is_cross_attention
+from flash_dmattn_hf.integration.attention import check_arguments, refuse_unsupported
+from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
@@ -40,6 +42,10 @@ def dense_attention_on_ranks(
     Returns out (B, n, H, Dv) and None. Raises ValueError for packed documents, where something would need a gradient,
     and for everything that would otherwise be ignored; RuntimeError outside of `context_parallel`.
     """
+    if is_cross_attention(module):
+        refuse_unsupported(module, kwargs)
+        options = {"softcap": softcap, "s_aux": s_aux, **kwargs}
+        return attend_to_others(module, query, key, value, attention_mask, scaling, dropout, **options)
     check_arguments(module, attention_mask, kwargs)
     tag = tag_of(attention_mask)
     shard = None if tag is None else tag.shard

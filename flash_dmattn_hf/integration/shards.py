@@ -19,7 +19,8 @@ SHARD = "_flash_dmattn_shard"
 
 _PROBLEMS = (
     "",
-    "context_parallel needs position_ids (B, n) of the whole sequence, and a model that tells its mask about them",
+    "context_parallel needs position_ids (B, n) of the whole sequence, and a model that tells its mask about them, "
+    "which no encoder does",
     "context_parallel does not support cached tokens: pass use_cache=False, and generate outside of it",
     PADDING,
 )

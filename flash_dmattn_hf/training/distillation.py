@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from flash_dmattn_hf.gates.attach import iter_gates
@@ -49,7 +50,7 @@ class DistillationTrainer(Trainer):
 
     Raises ValueError for a model without gates, or whose trained weights are not float32 (in bfloat16 most steps would
     round away; autocast, `bf16`, loses nothing), another vocabulary of the teacher, an output layer that is no plain
-    linear layer, or a hard_share in which nothing would have a gradient.
+    linear layer, ZeRO-3, or a hard_share in which nothing would have a gradient.
     """
 
     def __init__(
@@ -64,6 +65,11 @@ class DistillationTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_gates(model)
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DistillationTrainer does not support ZeRO-3 of DeepSpeed, which leaves no process the gates that are "
+                "prepared for training: use FSDP2"
+            )
         _refuse_half_precision(model)
         in_gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
         trains_backbone = any(p.requires_grad and id(p) not in in_gates for p in model.parameters())

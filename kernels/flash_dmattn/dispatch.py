@@ -150,8 +150,11 @@ def choose_backward(call, name: str) -> ModuleType:
 def choose_planner(call, importance: torch.Tensor, name: str) -> ModuleType | None:
     """Returns the backend that selects by this importance, attends and differentiates by a plan, or None.
 
-    call: of attention, whose intervals are selected if it has some. name: as in `choose`.
+    call: of attention, whose intervals are selected if it has some. name: as in `choose`. Calls whose keys and values
+    have different head dims have no plan, because backends are given them filled up.
     """
+    if call.key.shape[3] != call.value.shape[3]:
+        return None
     backend = choose(ATTENTION, call, name)
     if not hasattr(backend, "plan_attention") or _ask(backend, "reject_plan", call, importance) is not None:
         return None

@@ -40,13 +40,19 @@ class AttentionPlan(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Returns out, lse if needed, and kept."""
 
+    def accepts_saved(self, query, key, value, importance, out, kept) -> bool:
+        """Whether `differentiate` can take what `attend_and_keep` took and returned, as it has come back to a backward.
+
+        Hooks on saved tensors and checkpoints give back other tensors, whose strides and addresses may differ.
+        """
+
     def differentiate(
         self, query, key, value, importance, out, kept, dout, dlse
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns the gradients of query, key, value and importance; dlse may be None."""
 
     def restore(self, query, key, value, importance, kept) -> tuple[AttentionCall, torch.Tensor]:
-        """Returns the call that the long way would have made, and its stats."""
+        """Returns the call that the long way would have made, and its stats. Layouts and addresses may be any."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +149,17 @@ class _PlannedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        *inputs, out, kept = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        *inputs, out, kept = saved
+        plan = ctx.route.plan
         if dout is None:
             dout = torch.zeros_like(out)
-        if not torch.is_grad_enabled() and is_eager(dout, dlse, *inputs):
-            gradients = ctx.route.plan.differentiate(*inputs, out, kept, dout, dlse)
+        if not torch.is_grad_enabled() and is_eager(dout, dlse, *saved) and plan.accepts_saved(*saved):
+            gradients = plan.differentiate(*saved, dout, dlse)
         else:
-            call, stats = ctx.route.plan.restore(*inputs, kept)
+            call, stats = plan.restore(*inputs, kept)
             dout, dlse = output_gradients(dout, dlse, out, stats)
-            arguments = (dout, dlse, out, stats, *call.flatten(), ctx.route.backend)
+            arguments = (dout, dlse, out.contiguous(), stats, *call.flatten(), ctx.route.backend)
             gradients = first_derivative(interval_attention_backward_op, *arguments)
         needed = zip(gradients[:4], ctx.needs_input_grad[:4], strict=True)
         return *[gradient if is_needed else None for gradient, is_needed in needed], None, None

@@ -141,6 +141,7 @@ class PlayedLibrary:
         return self._backward(p, {}, {"dquery_sums": sums, "deltas": heads * p.group_size * p.seqlen_q})
 
     def _backward(self, p, zero: dict[str, int], unset: dict[str, int]) -> int:
+        assert p.out % 16 == p.dout % 16 == 0  # the kernels read 16 bytes at once
         call = self._read_call(p)
         rows = p.batch, p.num_interval_heads * p.group_size, p.seqlen_q
         out, dout = (_read(address, call.query.dtype, call.query.shape) for address in (p.out, p.dout))

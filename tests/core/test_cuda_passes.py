@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 
 import flash_dmattn
 from flash_dmattn import planned
+from flash_dmattn.backends.cuda.attention_plan import AttentionPlan
 
 from .attention_cases import documents
 from .kernel_cases import DEVICE, make_inputs, options, scattered, tiled
@@ -41,8 +42,16 @@ UNPLANNED = [
     tiled("packed", options=options(cu_seqlens=documents(3, 0, 47, 1, 99))),
     tiled("importance-of-all-heads", num_heads=4, num_kv_heads=2, num_importance_heads=1, options=SELECTED),
     tiled("values-shorter", head_dim=128, value_dim=64, options=SELECTED),
+    tiled("values-longer", head_dim=96, value_dim=128, options=SELECTED),
+    tiled("values-not-aligned", head_dim=128, value_dim=60, options=SELECTED),
     tiled("no-token", seqlen_q=0, seqlen_k=0, options=SELECTED),
 ]
+COPIES = {
+    "contiguous": lambda tensor: tensor.clone(memory_format=torch.contiguous_format),
+    "with-gaps": lambda tensor: torch.stack([tensor, tensor * 0], -1)[..., 0],
+    "not-aligned": lambda tensor: torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape),
+}
+"""What may come back in a backward for a tensor that was saved. The library itself takes the first alone."""
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +129,7 @@ def test_a_plan_gives_the_bits_of_the_long_way(case, played, seed, monkeypatch):
     results(case, seed, "cuda")
     played.launches.clear()
     monkeypatch.setattr(flash_dmattn.attention, "attend", None)
+    monkeypatch.setattr(AttentionPlan, "restore", None)
     assert_same(results(case, seed, "cuda"), long_way[0], **EQUAL)
     assert_same(results(case, seed, "cuda", needs_lse=False), long_way[1], **EQUAL)
     assert played.launches == launches
@@ -151,6 +161,54 @@ def test_the_first_call_saves_what_later_ones_save(case, played, seed):
     gradients = torch.autograd.grad(out.double().square().sum(), inputs)
     expected = torch.autograd.grad(attend(*inputs).double().square().sum(), inputs)
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@on_both(CASES[0], CASES[1])
+def test_saved_tensors_may_come_back_with_other_strides_and_addresses(case, played, copy, seed, monkeypatch):
+    inputs, chosen, weights = make_inputs(suited(case), seed)
+    leaves = [tensor.transpose(1, 2).contiguous().requires_grad_() for tensor in inputs]
+
+    def gradients():
+        inputs = [leaf.transpose(1, 2) for leaf in leaves]
+        out, lse = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, return_lse=True)
+        played.launches.clear()
+        loss = (out.double() * weights[..., :-1]).sum() + (lse * weights[..., -1].transpose(1, 2)).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    with monkeypatch.context() as without:
+        without.setattr(planned, "DEVICES", set())
+        expected = gradients()
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(COPIES[copy], lambda tensor: tensor):
+            got = gradients()
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+        assert any("backward" in part for part in played.launches) == (copy == "contiguous")
+    assert None not in planned._ROUTES.values() and planned._ROUTES
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+@on_both(CASES[0])
+def test_kernels_get_aligned_rows_of_out_and_its_gradient(case, played, is_planned, seed, monkeypatch):
+    if not is_planned:
+        monkeypatch.setattr(planned, "DEVICES", set())
+    inputs, chosen, weights = make_inputs(suited(case), seed)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    dout = weights[..., :-1].bfloat16()
+
+    def unaligned_out(tensor):
+        is_out = tensor.shape == dout.shape and tensor.data_ptr() != inputs[0].data_ptr()
+        return COPIES["not-aligned"](tensor) if is_out else tensor
+
+    out = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, backend="cuda")
+    expected = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    got = torch.autograd.grad(out, inputs, COPIES["not-aligned"](dout))
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    with torch.autograd.graph.saved_tensors_hooks(unaligned_out, lambda tensor: tensor):
+        out = flash_dmattn.dynamic_mask_attention(*inputs, **chosen, backend="cuda")
+    got = torch.autograd.grad(out, inputs, dout)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
 @on_both(CASES[0], CASES[1])

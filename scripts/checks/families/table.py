@@ -77,11 +77,12 @@ def _version(path: Path) -> tuple[int, ...]:
 
 def _section(path: Path) -> str:
     walks, records = load(path)
+    commits = list(dict.fromkeys(walk["commit"] for walk in walks))
     lines = [
         f"## transformers {path.stem.removeprefix('families_')}",
         "",
-        f"[What ran, and the records]({path.relative_to(PAGE.parent).as_posix()}): commit {walks[0]['commit']}, "
-        f"{walks[0]['date']}.",
+        f"[What ran, and the records]({path.relative_to(PAGE.parent).as_posix()}): "
+        f"{'commits' if len(commits) > 1 else 'commit'} {', '.join(commits)}; {walks[-1]['date']}.",
         "",
     ]
     return "\n".join([*lines, *(_table(title, records.get(task, {})) for task, title in TITLES.items())])

@@ -333,6 +333,13 @@ def test_images_in_packed_documents_are_refused():
         model(**batch, position_ids=positions, use_cache=False)
 
 
+def test_images_in_documents_that_only_the_attention_is_told_of_are_refused():
+    batch = {name: tensor[:1] for name, tensor in inputs("gemma3").items() if name != "pixel_values"}
+    bounds = torch.tensor([0, 30], dtype=torch.int32)
+    with pytest.raises(ValueError, match="blocks, such as images, are not supported in packed documents"):
+        make("gemma3")(**batch, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, use_cache=False)
+
+
 def test_a_text_that_may_be_bidirectional_must_say_where():
     model, batch = make("paligemma"), inputs("paligemma")
     for types in (None, torch.ones_like(batch["input_ids"])):

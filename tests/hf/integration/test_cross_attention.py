@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config, iter_gates
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.integration.attention import dynamic_mask_attention_forward
 
 from ..dense_definition import by_definition
 from ..tiny import tokens
@@ -76,8 +77,35 @@ def test_beyond_the_window_it_is_the_definition():
 
 def test_a_cache_that_would_mix_both_is_refused():
     model = make_bart("flash_dmattn", window=8)
-    with pytest.raises((RuntimeError, ValueError), match="cache"):
-        model.generate(tokens(), **encoder_states(), max_new_tokens=2, do_sample=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="which a DynamicMaskCache does not hold: pass use_cache=False"):
+            model.generate(tokens(), **encoder_states(), max_new_tokens=2, do_sample=False)
+
+
+@torch.no_grad()
+def test_a_cache_that_holds_both_apart_is_right():
+    model, inputs = make_bart("flash_dmattn", window=8), {"input_ids": tokens(), **encoder_states()}
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    expected = model(**inputs, use_cache=False).logits
+    for rows in (slice(0, 12), slice(12, 13), slice(13, 24)):
+        step = {**inputs, "input_ids": inputs["input_ids"][:, rows], "past_key_values": cache}
+        torch.testing.assert_close(model(**step).logits, expected[:, rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": 1.0}, "attends to other tokens with a softcap"),
+        ({"s_aux": torch.ones(4)}, "attends to other tokens with attention sinks"),
+        ({"position_bias": torch.ones(1)}, "passes a position bias"),
+        ({"output_attentions": True}, "output_attentions=True needs"),
+    ],
+)
+def test_what_sdpa_would_ignore_is_refused(arguments, message):
+    module = make_bart("flash_dmattn").model.decoder.layers[0].encoder_attn
+    states = torch.randn(2, 4, 5, 8)
+    with pytest.raises(ValueError, match=message):
+        dynamic_mask_attention_forward(module, states, states, states, None, **arguments)
 
 
 def test_a_decoder_with_fewer_layers_than_its_encoder_has_a_static_cache():

@@ -1,6 +1,7 @@
 """Selection and attention of the CUDA library by plan: two allocations and one call forward, six and one backward."""
 
 import functools
+import operator
 
 import torch
 
@@ -10,6 +11,8 @@ from flash_dmattn.calls import AttentionCall
 from flash_dmattn.visibility import Visibility
 
 _ALIGNMENT = 256  # bytes
+
+_facts = operator.attrgetter("shape", "dtype", "device")
 
 
 class AttentionPlan:
@@ -30,6 +33,14 @@ class AttentionPlan:
         self._birth = _round_up(2 * lse_bytes)
         self._death = self._birth + _round_up(self._key_bytes)
         self._kept_bytes = self._death + _round_up(self._key_bytes)
+        inputs = call.query, call.key, call.value
+        self._strides = tuple(tensor.stride() for tensor in inputs)
+        self._saved = [
+            *map(_facts, inputs),
+            ((shape.batch, shape.num_interval_heads, shape.seqlen_k), torch.float32, shape.device),  # importance
+            (self._out_shape, call.query.dtype, shape.device),
+            ((self._kept_bytes,), torch.uint8, shape.device),
+        ]
         self._scratch = _round_up(lse_bytes)  # behind an lse that nobody asked for
         self._scratch_bytes = self._scratch + self._forward.scratch_bytes
 
@@ -39,6 +50,15 @@ class AttentionPlan:
 
     def accepts(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         return (query.data_ptr() | key.data_ptr() | value.data_ptr()) % 16 == 0
+
+    def accepts_saved(self, query, key, value, importance, out, kept) -> bool:
+        return (
+            list(map(_facts, (query, key, value, importance, out, kept))) == self._saved
+            and (query.stride(), key.stride(), value.stride()) == self._strides
+            and (importance.is_contiguous() and out.is_contiguous() and kept.is_contiguous())
+            and self.accepts(query, key, value)
+            and (out.data_ptr() | kept.data_ptr()) % 16 == 0
+        )
 
     def attend(self, query, key, value, importance, *, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         memory = query.new_empty(self._kept_bytes + self._scratch_bytes, dtype=torch.uint8)
@@ -79,7 +99,7 @@ class AttentionPlan:
         inputs = (query, key, value, importance) if self._shape.has_bias else (query, key, value)
         gradients = [tensor.new_empty(tensor.shape) for tensor in inputs]
         scratch = query.new_empty(plan.scratch_bytes, dtype=torch.uint8)
-        dout = dout.contiguous()
+        dout = backward_pass.as_rows(dout)
         dlse = None if dlse is None else dlse.contiguous()
         dquery, dkey, dvalue, dimportance = gradients if self._shape.has_bias else (*gradients, None)
         stats = kept.data_ptr()
@@ -106,6 +126,7 @@ class AttentionPlan:
 
     def restore(self, query, key, value, importance, kept) -> tuple[AttentionCall, torch.Tensor]:
         shape, visibility = self._shape, None
+        kept = kept.clone(memory_format=torch.contiguous_format)  # whose bytes can be read as wider numbers
         if shape.sizes is not None:
             bounds = (kept[start : start + self._key_bytes] for start in (self._birth, self._death))
             keys = shape.batch, shape.num_interval_heads, shape.seqlen_k
@@ -134,8 +155,6 @@ def reject_plan(call: AttentionCall, importance: torch.Tensor) -> str | None:
     """Returns why there is no plan for calls like this one, which the backend serves, or None."""
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return "there are no queries or no keys"
-    if call.value.shape[3] != call.key.shape[3]:
-        return "keys and values have different head dims"
     if importance.shape[1] != call.num_interval_heads:
         return "one importance is for all heads"
     return backward_pass.reject_backward(call)

@@ -25,6 +25,12 @@ def reject_backward(call: AttentionCall) -> str | None:
     return (sm90_backward if is_for_sm90a else sm80_backward).reject_backward(call)
 
 
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns out or its gradient as the kernels read them: contiguous, aligned to 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 @functools.lru_cache(MOST_PLANS)
 def plan_backward(shape: PassShape) -> Plan:
     """Returns the plan of all backwards of that shape; its selection is None, because intervals are given."""
@@ -58,6 +64,6 @@ def run_backward(
     scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=out.device)
     birth, death = call.intervals() if shape.sizes is not None else (None, None)
     inputs = (call.query, call.key, call.value, call.importance, birth, death, call.query_start, call.query_positions)
-    dout, dlse = dout.contiguous(), dlse.contiguous()
+    out, dout, dlse = as_rows(out), as_rows(dout), dlse.contiguous()
     plan.run(pack_tensors(*map(address, (*inputs, out, dout, dlse, stats, *gradients, scratch))))
     return tuple(gradients)
