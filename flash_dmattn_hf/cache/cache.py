@@ -33,7 +33,7 @@ class DynamicMaskCache(DynamicCache):
         `cache_implementation="static"` does. Layers with a native sliding window or chunks then get slots, too.
 
     Raises ValueError when no layer of the model has an importance gate, and for a static cache of a model with a layer
-    whose keys grow with the text, or that keeps something outside the cache.
+    whose keys grow with the text or are those of an encoder or an image, or that keeps something outside the cache.
     """
 
     def __init__(self, model: nn.Module, *, static: bool = False):

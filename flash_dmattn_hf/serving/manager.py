@@ -86,8 +86,8 @@ class SlotBatchProcessor(ContinuousBatchProcessor):
 class SlotBatchingManager(ContinuousBatchingManager):
     """A ContinuousBatchingManager for a model that runs through flash_dmattn.
 
-    Raises ValueError for settings that slots do not have, a model whose layers grow with the text or are split over
-    ranks and, when it starts or warms up, for memory into which not one request fits.
+    Raises ValueError for settings that slots do not have, a model whose layers `served_layers` refuses or are split
+    over ranks and, when it starts or warms up, for memory into which not one request fits.
     """
 
     def __init__(
