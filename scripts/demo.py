@@ -354,8 +354,10 @@ def run(
     command("eval", output / "converted", *(part for option in evaluation.items() for part in option))
     step("perplexity")
 
-    trained = measure_trained(output, texts["held_out"], amounts, device, dtype, claims) if has_importance else None
-    step("trained importance")
+    trained = None
+    if has_importance:
+        trained = measure_trained(output, texts["held_out"], amounts, device, dtype, claims)
+        step("trained importance")
 
     model = load(output / "converted", device, dtype)
     held_out = read(tokenizer, texts["held_out"], amounts.cache_context)
@@ -457,7 +459,10 @@ def main() -> int:
     torch.manual_seed(0)
     amounts = QUICK if arguments.quick else LONG if arguments.long else FULL
     name = arguments.model or smollm2()
-    options = {"device": arguments.device, "dtype": arguments.dtype, "has_importance": arguments.model is None}
+    has_importance = arguments.model is None and IMPORTANCE.is_dir()
+    if not has_importance:
+        print(f"no trained importance of this model in {IMPORTANCE.relative_to(ROOT)}: that step is left out")
+    options = {"device": arguments.device, "dtype": arguments.dtype, "has_importance": has_importance}
     results, claims = run(name, output, amounts, **options)
     save_json(output / "results.json", results)
     draw(results, output / "demo.png")
