@@ -29,7 +29,7 @@ class ReadingGate(Gate):
         self.config, self.sliding_window, self.layer_idx = config, sliding_window, 0
         self.group_size = GROUP_SIZE if config.importance_heads == "query" else 1
         self.num_kv_heads, self.num_importance_heads = NUM_KV_HEADS, NUM_KV_HEADS * self.group_size
-        self.num_calls = 0
+        self.num_calls, self.head_dim = 0, 4
 
     def __call__(self, value):
         self.num_calls += value.shape[2]
