@@ -6,8 +6,10 @@ import queue
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -52,6 +54,15 @@ def run_on_ranks(world_size: int, folder: Any, function: Callable, *arguments: A
             job.join(timeout=10)
             job.kill()
     return [found[rank] for rank in range(world_size)]
+
+
+def check_two_gpus_train_as_one(folder: Path, train: Callable) -> None:
+    """Asserts that train(rank, folder) gives the same six losses, to 1e-3, on two GPUs as on one."""
+    (folder / "one").mkdir()
+    (alone,) = run_on_ranks(1, folder / "one", train, str(folder / "alone"), device="cuda")
+    assert isinstance(alone, list) and len(alone) == 6, alone
+    for found in run_on_ranks(2, folder, train, str(folder / "both"), device="cuda"):
+        assert found == pytest.approx(alone, abs=1e-3), found
 
 
 def _job(rank, world_size, folder, device, results, function, arguments) -> None:

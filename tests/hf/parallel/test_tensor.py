@@ -5,7 +5,7 @@ import torch
 
 from flash_dmattn_hf.versions import can_serve, can_share_twice
 
-from .processes import run_on_ranks
+from .processes import check_two_gpus_train_as_one, run_on_ranks
 from .tensor_jobs import (
     CASES,
     compare,
@@ -97,8 +97,4 @@ def test_two_gpus_generate_as_one(tmp_path):
 
 @two_gpus
 def test_two_gpus_train_as_one(tmp_path):
-    (tmp_path / "one").mkdir()
-    (alone,) = run_on_ranks(1, tmp_path / "one", train_on_gpus, str(tmp_path / "alone"), device="cuda")
-    assert isinstance(alone, list) and len(alone) == 6, alone
-    for found in run_on_ranks(2, tmp_path, train_on_gpus, str(tmp_path / "both"), device="cuda"):
-        assert found == pytest.approx(alone, abs=1e-3), found
+    check_two_gpus_train_as_one(tmp_path, train_on_gpus)

@@ -13,7 +13,7 @@ from transformers import Trainer
 from ..cli_models import tokenizer
 from ..tiny import tiny_model
 from .jobs import make_model
-from .processes import SECONDS, run_on_ranks
+from .processes import SECONDS, check_two_gpus_train_as_one, run_on_ranks
 from .trainer_jobs import CASE, ROOT, fail_while_training, losses_of, run_script, train, train_on_gpus, train_on_ranks
 
 pytest.importorskip("accelerate", minversion="1.10")
@@ -65,11 +65,7 @@ def test_the_training_script_shares_sequences(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one(tmp_path):
-    (tmp_path / "one").mkdir()
-    (alone,) = run_on_ranks(1, tmp_path / "one", train_on_gpus, str(tmp_path / "alone"), device="cuda")
-    assert isinstance(alone, list) and len(alone) == 6, alone
-    for found in run_on_ranks(2, tmp_path, train_on_gpus, str(tmp_path / "both"), device="cuda"):
-        assert found == pytest.approx(alone, abs=1e-3), found
+    check_two_gpus_train_as_one(tmp_path, train_on_gpus)
 
 
 def prepare(inputs: dict, **sizes: int):
