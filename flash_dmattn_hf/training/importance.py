@@ -137,9 +137,10 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
 
     was_training = model.training
     model.eval()
-    model = getattr(model, "_orig_mod", model)  # what is compiled would not be observed
+    modules = {module for _, module, _ in iter_gates(model)}
     try:
-        with observed_attention({module for _, module, _ in iter_gates(model)}, attend):
+        # What is compiled would not be observed. The model is called as it is, because FSDP2 wraps what was compiled.
+        with torch.compiler.set_stance("force_eager"), observed_attention(modules, attend):
             model(input_ids=input_ids[None].to(next(model.parameters()).device), use_cache=False)
     finally:
         model.train(was_training)
