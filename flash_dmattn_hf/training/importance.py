@@ -139,8 +139,7 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
     model.eval()
     modules = {module for _, module, _ in iter_gates(model)}
     try:
-        # What is compiled would not be observed. The model is called as it is, because FSDP2 wraps what was compiled.
-        with torch.compiler.set_stance("force_eager"), observed_attention(modules, attend):
+        with observed_attention(modules, attend):
             model(input_ids=input_ids[None].to(next(model.parameters()).device), use_cache=False)
     finally:
         model.train(was_training)
