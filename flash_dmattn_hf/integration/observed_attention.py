@@ -27,7 +27,7 @@ def observed_attention(modules: Collection[nn.Module], compute: Callable[..., to
 
     compute(module, query, key, value, softmax_scale, softcap): query (B, H, T, D) and key, value
     (B, Hkv, T, D) as the attention interface is given them, that is after rotary embeddings, in value's dtype; returns
-    out (B, H, T, D). A compiled model runs uncompiled. The model must be fed unpadded sequences: `compute` gets no mask.
+    out (B, H, T, D). A compiled model runs its own code. It must be fed unpadded sequences: `compute` gets no mask.
     ValueError at the first layer of `modules` with attention sinks, which `compute` does not know of.
     """
     configs = {id(module.config): module.config for module in modules}.values()
