@@ -96,7 +96,7 @@ def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
     if lacking and not planned.config.add_importance_bias:
         freeze_unused(model)
         logger.warning(
-            "add_importance_bias=False: the importance is frozen; only flash_dmattn_hf.soft_selection can train it"
+            "add_importance_bias=False: the importance is frozen, except in a soft selection, as distillation makes one"
         )
     return AttachReport(list(planned.shapes), planned.skipped)
 
