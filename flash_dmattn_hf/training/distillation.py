@@ -207,6 +207,7 @@ class _Conductor(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        self.trainer.teacher.follow(self.trainer.model)
         _keep_output_layer(self.trainer.model)
         if state.global_step == 0:
             self.trainer.measure()
