@@ -1,7 +1,6 @@
 """The public attention functions: attention over intervals, and the whole of Dynamic Mask Attention."""
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flash_dmattn import arguments, planned
 from flash_dmattn.arguments import accept_aliases
@@ -239,7 +238,11 @@ def dynamic_mask_attention(
 
 def _fits(num_keys: int, num_shown: int) -> bool:
     """Whether all keys are shown; while exporting only if that is so at every length."""
-    return statically_known_true(num_keys <= num_shown) if torch.compiler.is_exporting() else num_keys <= num_shown
+    if not torch.compiler.is_exporting():
+        return num_keys <= num_shown
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes a second
+
+    return statically_known_true(num_keys <= num_shown)
 
 
 def attend(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
