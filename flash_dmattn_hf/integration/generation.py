@@ -131,8 +131,9 @@ def wrap_dynamic_cache(original):
         if config is None or given.get("ddp_cache_data") is not None or isinstance(self, DynamicMaskCache):
             return
         config = config.get_text_config(decoder=True)
-        window = window_in(config)
-        if window is None or config._attn_implementation not in NAMES:
+        is_sliding = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in self.layers)
+        window = window_in(config) if is_sliding and config._attn_implementation in NAMES else None
+        if window is None:
             return
         if any(_truncates(layer, window) for layer in self.layers):
             self.layers = [

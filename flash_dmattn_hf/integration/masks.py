@@ -233,9 +233,10 @@ def _look_at_documents(cache: Any, are_new: bool, num_cached: Any) -> None:
 def _look_at_growth(config: Any, cache: Any, num_cached: Any) -> None:
     if cache is None or isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
         return
-    window = window_in(config)
-    if window is not None and isinstance(num_cached, int) and num_cached > window:
-        _warn_of_growth()
+    if isinstance(num_cached, int) and num_cached:
+        window = window_in(config)
+        if window is not None and num_cached > window:
+            _warn_of_growth()
 
 
 @functools.cache
