@@ -109,7 +109,8 @@ class LiveRequests:
         most, single = layer.windows.keep_window_size, None
         if self._rows is not None:
             index = self._rows.clamp(min=0).long()
-            view = view_of_slots(Slots(*(state[index] for state in slots)), layer.windows, (self._rows >= 0)[:, None])
+            slots = Slots(*(state[index] for state in slots))
+            view = view_of_slots(slots, slots.keys.dtype, layer.windows, (self._rows >= 0)[:, None])
             single = view.attend(self._singles(query[0]), most, **options)
         parts = [
             view.attend(query[:, start : start + tokens.num_new], most, **options)

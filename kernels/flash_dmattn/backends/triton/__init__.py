@@ -84,6 +84,16 @@ def reject_decoding(call: DecodeCall) -> str | None:
     group_size = call.query.shape[2] // call.slots.keys.shape[1]
     if group_size > 32:
         return f"{group_size} query heads per head of the slots are above 32"
+    return _reject_float8(call.query.device) if call.slots.is_rounded else None
+
+
+def _reject_float8(device: torch.device) -> str | None:
+    from flash_dmattn.backends.triton.float8 import FIRST_GPU
+
+    capability = FIRST_GPU if is_interpreted() else torch.cuda.get_device_capability(device)
+    if capability < FIRST_GPU:
+        needed, found = (".".join(map(str, numbers)) for numbers in (FIRST_GPU, capability))
+        return f"slots in float8_e4m3fn need compute capability {needed} or newer, this GPU has {found}"
     return None
 
 
