@@ -32,12 +32,13 @@ class DynamicMaskCache(DynamicCache):
         other layers get transformers' own cache layers. The cache does not keep the model alive.
     static: lets `generate()` on a GPU capture the forward of one token as a CUDA graph, or compile it, as
         `cache_implementation="static"` does. Layers with a native sliding window or chunks then get slots, too.
-    slot_dtype: torch.float8_e4m3fn, or its name, rounds keys and values as they enter the slots, to 8 bits each and a power
-        of 2 per key and per value. Tokens of one forward see each other unrounded. Importances are not rounded, so the
-        same tokens are kept for the same importances. None: slots have the model's dtype.
+    slot_dtype: torch.float8_e4m3fn, or its name, rounds keys and values as they enter the slots, to 8 bits a number and
+        a power of 2 per key and per value. Several tokens of one forward see each other unrounded. Importances are not
+        rounded, so for the same importances the same tokens are kept. None: slots have the model's dtype.
 
-    Raises ValueError when no layer of the model has an importance gate, for another slot_dtype or latents in 8 bits, and for a static cache of a model with a layer
-    whose keys grow with the text or are those of an encoder or an image, or that keeps something outside the cache.
+    Raises ValueError when no layer of the model has an importance gate, for another slot_dtype and for latents in 8
+    bits, and for a static cache of a model with a layer whose keys grow with the text or are those of an encoder or an
+    image, or that keeps something outside the cache.
     """
 
     def __init__(self, model: nn.Module, *, static: bool = False, slot_dtype: torch.dtype | str | None = None):

@@ -58,8 +58,9 @@ class CacheView(NamedTuple):
 def view_of_slots(slots: Slots, dtype: torch.dtype, windows: Windows, padding_mask: torch.Tensor | None) -> CacheView:
     """Returns what the tokens of the last step see.
 
-    slots: after the step, of a layer with these windows. dtype: of the tokens. padding_mask: (B, 1) bool, True for real tokens, or None. The
-    slots are shown as they are now: the next step changes them, when every layer that shares them has attended.
+    slots: after the step, of a layer with these windows. dtype: of the tokens.
+    padding_mask: (B, 1) bool, True for real tokens, or None. The slots are shown as they are now: the next step changes
+    them, when every layer that shares them has attended.
     """
     birth = torch.where(slots.positions < 0, NEVER, slots.positions)
     death = end_of_window(slots.positions, windows.sliding_window)

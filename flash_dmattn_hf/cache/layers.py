@@ -43,8 +43,8 @@ def put_layers(
     for layer in layers:
         if isinstance(layer, LatentCacheLayer) and slot_dtype is not None:
             raise ValueError(
-                f"slot_dtype must be None where slots hold latents, got {slot_dtype}: DynamicMaskCache(model, static=True) "
-                "has slots for keys and values"
+                f"slot_dtype must be None where slots hold latents, got {slot_dtype}: "
+                "DynamicMaskCache(model, static=True) has slots for keys and values"
             )
         if isinstance(layer, OfferingLayer):
             layer.slot_dtype = slot_dtype

@@ -16,8 +16,8 @@ class SlotLayer(DynamicLayer):
     """What a cache layer holds, how one token enters it, and how it is moved, reordered and emptied.
 
     windows: those that the slots are filled by; keep_window_size is the number of slots per head.
-    keys, values, importance, positions, victims, lengths, arrivals, key_scales, value_scales: the fields of `slots`, None
-        before the first token.
+    keys, values, importance, positions, victims, lengths, arrivals, key_scales, value_scales: the fields of `slots`,
+        None before the first token.
     slot_dtype: torch.float8_e4m3fn rounds keys and values as they enter the slots; None: they stay as they are.
     row_is_real: (B, w) bool, which of the first w tokens were no padding.
     num_rows: tokens processed, padding included.

@@ -223,8 +223,8 @@ class Slots(NamedTuple):
     victims: (B, Hc) int32, the slot that the next token takes or competes for.
     lengths: (B, Hc) int32, real tokens so far, the same for all heads of a batch row.
     arrivals: (B, Hc) int32, 0 between steps: a backend's count of the programs that have finished a head.
-    key_scales, value_scales: (B, Hc, w) bfloat16, a power of 2 per key and per value (`flash_dmattn.float8`); (B, Hc, 0)
-        where keys and values are not rounded.
+    key_scales, value_scales: (B, Hc, w) bfloat16, a power of 2 per key and per value (`flash_dmattn.float8`), or
+        (B, Hc, 0) where keys and values are not rounded.
     """
 
     keys: torch.Tensor

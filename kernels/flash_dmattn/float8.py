@@ -51,9 +51,9 @@ def from_float8(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
 def keys_and_values(
     slots: Slots, dtype: torch.dtype, num_slots: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the keys (B, Hc, n, D) and values (B, Hc, n, Dv) of the first `num_slots` slots, None for all, in `dtype`.
+    """Returns keys (B, Hc, n, D) and values (B, Hc, n, Dv) of the first n = `num_slots` slots, or all, in `dtype`.
 
-    They are the slots' own tensors where those are stored so.
+    They are views of the slots where those are stored so.
     """
     keys, values = slots.keys[:, :, :num_slots], slots.values[:, :, :num_slots]
     if not slots.is_rounded:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from flash_dmattn.backends.triton.configs import DecodeConfig, decode_config
-from flash_dmattn.backends.triton.float8 import round_to_float8
+from flash_dmattn.backends.triton.float8 import into_float16, round_to_float8, weighted_sum
 from flash_dmattn.backends.triton.tiles import LOG2E, tanh
 from flash_dmattn.calls import DecodeCall
 
@@ -188,6 +188,9 @@ def _decode(
     is_value_dim = value_dim < VALUE_DIM
     query_address = query_ptr + batch * query_batch_stride + (head_in_batch * GROUP + lane)[:, None] * query_head_stride
     query = tl.load(query_address + dim[None, :], mask=(lane < GROUP)[:, None] & is_dim[None, :], other=0.0)
+    query_scale = tl.full((BLOCK_G,), 1.0, tl.float32)
+    if ROUNDED and query.dtype != tl.float32:
+        query, query_scale = into_float16(query)
 
     # Whether the token takes the victim's slot counts only in the program that owns it; others may read it too late.
     new_importance = tl.load(
@@ -227,10 +230,12 @@ def _decode(
         is_new = (slot == victim) & takes
         visible = exists & (position >= 0) & (now - position < sliding_window) & is_real & (is_new == 0)
         if ROUNDED:
-            logits = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
-            logits *= tl.load(key_scales_ptr + slot, mask=exists, other=0.0).to(tl.float32)[None, :]
-        else:
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            key, value = key.to(query.dtype), value.to(query.dtype)
+            key_scale = tl.load(key_scales_ptr + slot, mask=exists, other=0.0).to(tl.float32)
+            value_scale = tl.load(value_scales_ptr + slot, mask=exists, other=0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        if ROUNDED:
+            logits *= query_scale[:, None] * key_scale[None, :]
         logits = _logits(logits, _bias(importance, HAS_BIAS)[None, :], softmax_scale, softcap, HAS_SOFTCAP)
         logits = tl.where(visible[None, :], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
@@ -239,10 +244,9 @@ def _decode(
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         if ROUNDED:
-            weights *= tl.load(value_scales_ptr + slot, mask=exists, other=0.0).to(tl.float32)[None, :]
-            # in float16, weights times scales would be too small
-            value = value.to(tl.float32 if query.dtype == tl.float32 else tl.bfloat16)
-        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+            acc = acc * rescale[:, None] + weighted_sum(weights, value, value_scale, PRECISION)
+        else:
+            acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
 
         importance = tl.where(is_new, new_importance, importance)
@@ -263,7 +267,7 @@ def _decode(
             new_key, new_key_scale = round_to_float8(seen_key)
             new_value, new_value_scale = round_to_float8(seen_value)
             seen_key, seen_value = new_key * new_key_scale, new_value * new_value_scale
-        product = tl.sum(query.to(tl.float32) * seen_key[None, :], axis=1)
+        product = tl.sum(query.to(tl.float32) * seen_key[None, :], axis=1) * query_scale
         new_logits = _logits(product, _bias(new_importance, HAS_BIAS), softmax_scale, softcap, HAS_SOFTCAP)
         highest_now = tl.maximum(highest, new_logits)
         shift_now = tl.where(highest_now == float("-inf"), 0.0, highest_now)
