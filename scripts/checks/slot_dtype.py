@@ -12,7 +12,6 @@ loss, the share of kept keys that are the same at the end, and the bytes of keys
 """
 
 import argparse
-import copy
 import shlex
 import sys
 import time
@@ -30,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files th
 from benchmark_report import environment, header, save_json  # noqa: E402
 from demo import smollm2  # noqa: E402
 
-DTYPES = (torch.float32, torch.bfloat16)
 SLOT_DTYPES = (None, torch.float8_e4m3fn)
+SETTINGS = ("calibration_tokens", "keep_window_size", "stretches", "prompt", "steps", "dtypes")
 
 
 @torch.no_grad()
@@ -47,8 +46,8 @@ def main() -> None:
     targets = text[:, arguments.prompt :]
 
     rows, exact = [], None
-    for dtype in DTYPES:
-        model = copy.deepcopy(model).to(dtype)
+    for dtype in map(torch.__dict__.get, arguments.dtypes):
+        model = model.to(dtype)
         own = None
         for slot_dtype in SLOT_DTYPES:
             logits, cache = decode(model, text, arguments.prompt, slot_dtype)
@@ -64,15 +63,16 @@ def main() -> None:
             }
             rows.append(row)
             print(row, f"after {time.perf_counter() - started:.0f} s", flush=True)
-    report = {
-        "environment": where,
-        "command": shlex.join(["python", *sys.argv]),
-        "rows_compared": targets.numel(),
-        "seconds": round(time.perf_counter() - started),
-        "rows": rows,
-    }
-    if arguments.json:
-        save_json(arguments.json, report)
+            report = {
+                "environment": where,
+                "command": shlex.join(["python", *sys.argv]),
+                "settings": {name: getattr(arguments, name) for name in SETTINGS},
+                "predictions": targets.numel(),
+                "seconds": round(time.perf_counter() - started),
+                "rows": rows,
+            }
+            if arguments.json:  # a run that is cut off leaves what it has
+                save_json(arguments.json, report)
 
 
 def parse() -> argparse.Namespace:
@@ -84,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stretches", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=768, help="tokens of a stretch that are read in one forward")
     parser.add_argument("--steps", type=int, default=128, help="tokens that follow one by one")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of the model, float32 first")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="write the figures to this file")
     return parser.parse_args()
