@@ -237,11 +237,6 @@ class Slots(NamedTuple):
     key_scales: torch.Tensor
     value_scales: torch.Tensor
 
-    @property
-    def is_rounded(self) -> bool:
-        """Whether keys and values have 8 bits."""
-        return self.keys.dtype == torch.float8_e4m3fn
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeCall(OperatorCall):

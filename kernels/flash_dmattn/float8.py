@@ -56,7 +56,7 @@ def keys_and_values(
     They are views of the slots where those are stored so.
     """
     keys, values = slots.keys[:, :, :num_slots], slots.values[:, :, :num_slots]
-    if not slots.is_rounded:
+    if slots.keys.dtype != NUMBERS:
         return keys.to(dtype), values.to(dtype)
     scales = slots.key_scales[:, :, :num_slots], slots.value_scales[:, :, :num_slots]
     return from_float8(keys, scales[0], dtype), from_float8(values, scales[1], dtype)

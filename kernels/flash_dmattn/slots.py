@@ -156,7 +156,8 @@ def _check(query, key, value, importance, slots, padding_mask, rows, softcap) ->
     if query.shape[1] != 1 or key.shape[1] != 1:
         raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
     precision = torch.float64 if query.dtype == torch.float64 else torch.float32
-    stored = NUMBERS if slots.is_rounded else query.dtype
+    is_rounded = slots.keys.dtype == NUMBERS
+    stored = NUMBERS if is_rounded else query.dtype
     expected = {
         "keys": (stored, 4),
         "values": (stored, 4),
@@ -170,7 +171,7 @@ def _check(query, key, value, importance, slots, padding_mask, rows, softcap) ->
     }
     for (name, (dtype, num_dims)), tensor in zip(expected.items(), slots, strict=True):
         shape = (*slots.keys.shape[:3], value.shape[3]) if name == "values" else slots.keys.shape[:num_dims]
-        if name.endswith("scales") and not slots.is_rounded:
+        if name.endswith("scales") and not is_rounded:
             shape = (*shape[:2], 0)
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != query.device:
             raise ValueError(

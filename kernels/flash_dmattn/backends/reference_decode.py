@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from flash_dmattn.calls import DecodeCall, Slots
-from flash_dmattn.float8 import as_bits, keys_and_values, round_to_float8
+from flash_dmattn.float8 import NUMBERS, as_bits, keys_and_values, round_to_float8
 from flash_dmattn.ranking import comparable, find_victim, priority
 
 
@@ -63,7 +63,7 @@ def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     slots.importance.scatter_(2, victim, torch.where(takes, importance, old_importance))
     slots.positions.scatter_(2, victim, torch.where(takes, now, old_position))
     for states, scales, new in ((slots.keys, slots.key_scales, key), (slots.values, slots.value_scales, value)):
-        if slots.is_rounded:
+        if states.dtype == NUMBERS:
             new, new_scales = round_to_float8(new)
             scales.scatter_(2, victim, torch.where(takes, new_scales, scales.gather(2, victim)))
             states, new = as_bits(states), as_bits(new)
@@ -75,7 +75,10 @@ def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> tuple
     slots = call.slots
     batch, _, num_heads, head_dim = call.query.shape
     precision = slots.importance.dtype
-    keys, values = keys_and_values(slots, precision)
+    if slots.keys.dtype == NUMBERS:
+        keys, values = keys_and_values(slots, precision)
+    else:
+        keys, values = slots.keys.to(precision), slots.values.to(precision)
     query = call.query.to(precision).view(batch, keys.shape[1], -1, head_dim)  # (B, Hc, G, D)
     logits = (query * call.softmax_scale) @ keys.transpose(-1, -2)
     if call.softcap > 0:

@@ -11,6 +11,7 @@ import torch
 from flash_dmattn.backends.device import MAX_LANES, reject_lanes, reject_layout, why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.calls import AttentionCall, CutCall, DecodeCall
+from flash_dmattn.float8 import NUMBERS
 
 _MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -84,7 +85,7 @@ def reject_decoding(call: DecodeCall) -> str | None:
     group_size = call.query.shape[2] // call.slots.keys.shape[1]
     if group_size > 32:
         return f"{group_size} query heads per head of the slots are above 32"
-    return _reject_float8(call.query.device) if call.slots.is_rounded else None
+    return _reject_float8(call.query.device) if call.slots.keys.dtype == NUMBERS else None
 
 
 def _reject_float8(device: torch.device) -> str | None:

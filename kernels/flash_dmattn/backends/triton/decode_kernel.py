@@ -15,6 +15,7 @@ from flash_dmattn.backends.triton.configs import DecodeConfig, decode_config
 from flash_dmattn.backends.triton.float8 import into_float16, round_to_float8, weighted_sum
 from flash_dmattn.backends.triton.tiles import LOG2E, tanh
 from flash_dmattn.calls import DecodeCall
+from flash_dmattn.float8 import NUMBERS
 
 NO_WINDOW = 2**31 - 1
 
@@ -77,7 +78,7 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> tuple[to
         EVEN=num_slots % config.split_size == 0 and (head_dim, value_dim) == (block_d, block_v),
         HAS_PADDING=padding_mask is not None,
         HAS_ROWS=rows is not None,
-        ROUNDED=slots.is_rounded,
+        ROUNDED=slots.keys.dtype == NUMBERS,
         HAS_BIAS=call.add_importance_bias,
         HAS_SOFTCAP=call.softcap > 0,
         PRECISION="ieee" if call.query.dtype == torch.float32 else "tf32",
