@@ -3,7 +3,7 @@
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from flash_dmattn.float8 import as_bits, round_to_float8
+from flash_dmattn.float8 import NUMBERS, as_bits, round_to_float8
 from flash_dmattn.slots import Slots, decode_step, make_slots
 from flash_dmattn_hf.cache.tail import Tail
 from flash_dmattn_hf.config import Windows
@@ -93,17 +93,17 @@ class SlotLayer(DynamicLayer):
             self.row_is_real = torch.ones(batch, num_slots, dtype=torch.bool, device=device)
         self.is_initialized = True
 
-    def borrow(self, slots: Slots, num_rows: int) -> None:
-        """Works on slots that belong to somebody else and hold `num_rows` tokens, none of them padding."""
+    def borrow(self, slots: Slots, dtype: torch.dtype, num_rows: int) -> None:
+        """Works on slots that belong to somebody else and hold `num_rows` tokens of `dtype`, none of them padding."""
         self._release()
         for name, state in slots._asdict().items():
             setattr(self, name, state)
-        self.dtype, self.device = slots.keys.dtype, slots.keys.device
+        self.dtype, self.device = dtype, slots.keys.device
         self.num_rows, self.is_initialized = num_rows, True
 
     def _write(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Writes (B, Hc, n, ...) to the slots from `start` on; out of place where gradients flow."""
-        if self.slot_dtype is not None and name in SCALES:
+        if name in SCALES and getattr(self, name).dtype == NUMBERS:
             rows, scales = round_to_float8(rows)
             self._write(SCALES[name], start, scales)
         state, end = getattr(self, name), start + rows.shape[2]
