@@ -19,13 +19,13 @@ from .test_slots import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NAMES = ["sinks-local", "one", "window", "query-heads", "no-bias", "special", "values-longer", "group-of-three"]
+NAMES = ["sinks-local", "one", "window", "query-heads", "special", "values-longer"]
 
 
 def rows_of_all_sizes(dtype):
     """Numbers that differ by up to 2^26 within a row, rows that differ by more, and two rows of edges."""
-    rows = torch.randn(64, 24, dtype=torch.float64) * torch.randint(-14, 13, (64, 24)).double().exp2()
-    rows *= torch.randint(-8, 1, (64, 1)).double().exp2()
+    rows = torch.randn(16, 24, dtype=torch.float64) * torch.randint(-14, 13, (16, 24)).double().exp2()
+    rows *= torch.randint(-8, 1, (16, 1)).double().exp2()
     rows[0], rows[1, 1:] = 0, 0
     # the largest number, just above it, ties between two numbers, subnormal ones, the smallest and less than half of it
     edges = [448, 1, 17, 19, 2**-7, 3 * 2**-9, 1.5 * 2**-9, 2**-9, 2**-10, 2**-11, -17, -0.0]
@@ -91,10 +91,10 @@ def test_token_by_token_equals_one_pass_over_rounded_keys(name, backend, dtype, 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_backends_store_the_same(dtype, small_programs):  # noqa: F811
     """Of rows over all sizes, ties and subnormal numbers included. Attention agrees as far as `dtype` does."""
-    rows = rows_of_all_sizes(dtype).view(32, 1, 2, 24)  # a token of 32 batch rows with 2 heads
-    token = {"query": torch.randn(32, 1, 4, 24, device=DEVICE).to(dtype) / 24, "key": rows, "value": rows.flip(0)}
-    token["importance"] = torch.randn(32, 2, 1, device=DEVICE)
-    ours, theirs = (make_slots(32, 2, 2, 24, dtype, DEVICE, slot_dtype=NUMBERS) for _ in range(2))
+    rows = rows_of_all_sizes(dtype).view(8, 1, 2, 24)  # a token of 8 batch rows with 2 heads
+    token = {"query": torch.randn(8, 1, 4, 24, device=DEVICE).to(dtype) / 24, "key": rows, "value": rows.flip(0)}
+    token["importance"] = torch.randn(8, 2, 1, device=DEVICE)
+    ours, theirs = (make_slots(8, 2, 2, 24, dtype, DEVICE, slot_dtype=NUMBERS) for _ in range(2))
     for _ in range(2):
         out = decode_step(**token, slots=ours, backend="triton")
         expected = decode_step(**token, slots=theirs, backend="reference")
