@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from flash_dmattn.float8 import from_float8, round_to_float8
 from flash_dmattn_hf.cache import CacheSnapshot, DynamicMaskCache
@@ -97,7 +98,14 @@ def test_keys_and_values_take_half_the_memory():
     assert sizes == [4 * 64 + 8 + 1, 2 * 64 + 4 + 8 + 1]  # lengths, victims and arrivals take 12 bytes a head
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}])
+COMPILED = CompileConfig(fullgraph=True, backend="eager", mode=None)
+COMPILED._compile_all_devices = True
+STATIC = {"cache_implementation": "static"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, STATIC, {**STATIC, "compile_config": COMPILED}], ids=["dynamic", "static", "compiled"]
+)
 def test_generate_takes_a_cache_config(settings):
     model = make_model("llama-sinks-local")
     ids, mask = make_prompt(batch=2)
