@@ -72,8 +72,8 @@ class DynamicMaskCache(DynamicCache):
         return states
 
     def addresses(self) -> tuple[int, ...]:
-        """Where these tensors are."""
-        return tuple(state.data_ptr() for state in self.tensors())
+        """Where these tensors are; those without elements are nowhere."""
+        return tuple(state.data_ptr() for state in self.tensors() if state.numel())
 
     @property
     def num_tokens(self) -> int:

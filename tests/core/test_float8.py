@@ -178,5 +178,5 @@ def test_a_gpu_that_converts_no_float8_says_so(monkeypatch):
         (9, 0): None,
     }.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        reason = backend._reject_float8(torch.device("cuda"))
+        reason = backend._reject_float8.__wrapped__(torch.device("cuda"))
         assert reason == (expected and f"slots in float8_e4m3fn {expected}")

@@ -88,6 +88,7 @@ def reject_decoding(call: DecodeCall) -> str | None:
     return _reject_float8(call.query.device) if call.slots.keys.dtype == NUMBERS else None
 
 
+@functools.cache
 def _reject_float8(device: torch.device) -> str | None:
     from flash_dmattn.backends.triton.float8 import FIRST_GPU
 
