@@ -13,7 +13,8 @@ the clock of a GPU that gets warm drifts by more than they differ. Engines:
     dense-static         SDPA over transformers' StaticCache, the step captured in a CUDA graph
 
 "kernel" rows time the decoding kernel alone, in a CUDA graph of as many layers as do not fit into the L2 cache, and
-compare it with reading the slots once at the memory's speed.
+compare it with reading the slots once at the memory's speed. --slot-dtype float8_e4m3fn measures our engines and the
+kernel with keys and values in 8 bits.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from benchmark_model import cast, reference_engine
 from benchmark_report import environment, header, save_json
 from decode_picture import draw
+from flash_dmattn.float8 import NUMBERS, round_to_float8
 from flash_dmattn.slots import Slots, decode_step, make_slots, refresh_victims
 from flash_dmattn_hf import DynamicMaskCache, dynamic_mask_config
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in range(11, 21)])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--keep-window-size", type=int, default=2048)
+    parser.add_argument("--slot-dtype", choices=["float8_e4m3fn"], help="of our keys and values (default: bf16)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a row")
     parser.add_argument("--memory-bandwidth", type=float, default=3.35e12, help="of the GPU, in bytes a second")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,7 +107,10 @@ def time_kernel(arguments, batch: int, context: int) -> tuple[float, int]:
     heads, kv_heads, head_dim, w = 32, 8, 128, arguments.keep_window_size
     num_layers = 16 if batch < 16 else 2
     competition = {"num_sink_tokens": 4, "local_window_size": 3 * w // 4}
-    layers = [random_slots(batch, kv_heads, w, head_dim, context, competition) for _ in range(num_layers)]
+    shape = (batch, kv_heads, w, head_dim, torch.bfloat16, DEVICE)
+    layers = [make_slots(*shape, slot_dtype=arguments.slot_dtype) for _ in range(num_layers)]
+    for slots in layers:
+        fill_slots(slots, context, competition)
     query = torch.randn(batch, 1, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
     key, value = torch.randn(2, batch, 1, kv_heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
     importance = torch.randn(batch, kv_heads, 1, device=DEVICE)
@@ -116,19 +122,23 @@ def time_kernel(arguments, batch: int, context: int) -> tuple[float, int]:
     replay = capture(step)
     milliseconds = statistics.median(timed(replay) for _ in range(10))
     slots = layers[0]
-    size = sum(state.nbytes for state in (slots.keys, slots.values, slots.importance, slots.positions))
+    size = sum(state.nbytes for state in slots)
     return milliseconds * 1e3 / num_layers, size
 
 
-def random_slots(batch, kv_heads, w, head_dim, context, competition) -> Slots:
-    """Slots as a context leaves them: sinks, the local window, and others anywhere before it."""
-    slots = make_slots(batch, kv_heads, w, head_dim, torch.bfloat16, DEVICE)
-    for state in (slots.keys, slots.values, slots.importance):
-        state.normal_()
-    slots.positions.copy_(kept_positions(w, context, **competition))
+def fill_slots(slots: Slots, context: int, competition: dict[str, int]) -> None:
+    """Random keys where a context leaves them: sinks, the local window, and others anywhere before it."""
+    for states, scales in ((slots.keys, slots.key_scales), (slots.values, slots.value_scales)):
+        if states.dtype == NUMBERS:
+            rounded = round_to_float8(torch.randn(states.shape, dtype=torch.bfloat16, device=states.device))
+            for state, new in zip((states, scales), rounded, strict=True):
+                state.copy_(new)
+        else:
+            states.normal_()
+    slots.importance.normal_()
+    slots.positions.copy_(kept_positions(slots.keys.shape[2], context, **competition))
     slots.lengths.fill_(context)
     refresh_victims(slots, **competition)
-    return slots
 
 
 def kept_positions(w: int, context: int, num_sink_tokens: int, local_window_size: int) -> torch.Tensor:
@@ -262,7 +272,7 @@ def make_step(arguments, model, engine, batch, context) -> tuple[Callable, int, 
     position = torch.full((batch, 1), context, device=DEVICE)
     forward, refill = model, None
     if engine.startswith("flash"):
-        cache = filled_slots(model, batch, context, static=engine == "flash_dmattn")
+        cache = filled_slots(arguments, model, batch, context, static=engine == "flash_dmattn")
         size = cache.nbytes
         if cache.is_static:
             forward = StepForward(model, CapturedForward(model))
@@ -282,9 +292,9 @@ def make_step(arguments, model, engine, batch, context) -> tuple[Callable, int, 
     return (capture(step) if engine == "dense-static" else step), size, refill
 
 
-def filled_slots(model, batch: int, context: int, static: bool) -> DynamicMaskCache:
+def filled_slots(arguments, model, batch: int, context: int, static: bool) -> DynamicMaskCache:
     """Our cache after a context of random keys."""
-    cache, config = DynamicMaskCache(model, static=static), model.config
+    cache, config = DynamicMaskCache(model, static=static, slot_dtype=arguments.slot_dtype), model.config
     empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim, dtype=model.dtype, device=DEVICE)
     for layer in cache.mask_layers:
         layer.lazy_initialization(empty, empty)
@@ -295,13 +305,8 @@ def filled_slots(model, batch: int, context: int, static: bool) -> DynamicMaskCa
 def fill(cache: DynamicMaskCache, context: int) -> None:
     """Slots as a context of random keys leaves them, where they are."""
     for layer in cache.mask_layers:
-        num_slots, sinks, local, _ = layer.windows
-        competition = {"num_sink_tokens": sinks, "local_window_size": local}
-        for state in (layer.keys, layer.values, layer.importance):
-            state.normal_()
-        layer.positions.copy_(kept_positions(num_slots, context, **competition))
-        layer.lengths.fill_(context)
-        refresh_victims(layer.slots, **competition)
+        _, sinks, local, _ = layer.windows
+        fill_slots(layer.slots, context, {"num_sink_tokens": sinks, "local_window_size": local})
         layer.num_rows = context
 
 
@@ -325,26 +330,37 @@ def filled_dense(arguments, model, batch: int, context: int, static: bool) -> Dy
 
 @torch.no_grad()
 def check(arguments, shape: dict) -> None:
-    """Raises unless captured steps after a prefill are as near to float32 as one pass of the reference in bf16."""
+    """Raises unless captured steps after a prefill are as near to float32 as one pass of the reference in bf16.
+
+    With slots in 8 bits, unless they are as near to steps of the reference over such slots.
+    """
     model = make_model(arguments, shape, CHECK_LAYERS)
     prompt = arguments.keep_window_size + 256
     tokens = torch.randint(0, shape["vocab_size"], (1, prompt + CHECK_STEPS), device=DEVICE)
     with reference_engine():
-        rounded = model(tokens, use_cache=False).logits[:, prompt:].float()
+        if arguments.slot_dtype is None:
+            rounded = model(tokens, use_cache=False).logits[:, prompt:].float()
+        else:
+            rounded = step_logits(arguments, model, model, tokens, prompt)
         cast(model, torch.float32)
         exact = model(tokens, use_cache=False).logits[:, prompt:]
     cast(model, torch.bfloat16)
-    cache, forward = DynamicMaskCache(model, static=True), StepForward(model, CapturedForward(model))
-    model(tokens[:, :prompt], past_key_values=cache)
-    logits = []
-    for row in range(prompt, prompt + CHECK_STEPS):
-        position = torch.full((1, 1), row, device=DEVICE)
-        logits.append(forward(input_ids=tokens[:, row : row + 1], position_ids=position, past_key_values=cache).logits)
-    got = torch.cat(logits, dim=1).float()
+    got = step_logits(arguments, model, StepForward(model, CapturedForward(model)), tokens, prompt)
     allowed, error = ((each - exact).norm() / exact.norm() for each in (rounded, got))
     if not error <= 1.5 * allowed + 1e-3:
         raise RuntimeError(f"steps are wrong: relative error {error:.2e}, of the reference backend {allowed:.2e}")
-    print(f"checked {CHECK_STEPS} captured steps: error {error:.1e}, of the reference in one pass {allowed:.1e}")
+    print(f"checked {CHECK_STEPS} captured steps: error {error:.1e}, of the reference {allowed:.1e}")
+
+
+def step_logits(arguments, model, forward: Callable, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits (1, n, vocabulary) in float32 of the tokens after the prompt, one by one over our cache."""
+    cache = DynamicMaskCache(model, static=True, slot_dtype=arguments.slot_dtype)
+    model(tokens[:, :prompt], past_key_values=cache)
+    logits = []
+    for row in range(prompt, tokens.shape[1]):
+        position = torch.full((1, 1), row, device=DEVICE)
+        logits.append(forward(input_ids=tokens[:, row : row + 1], position_ids=position, past_key_values=cache).logits)
+    return torch.cat(logits, dim=1).float()
 
 
 if __name__ == "__main__":

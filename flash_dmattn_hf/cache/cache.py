@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
+from flash_dmattn.float8 import check_slot_dtype
 from flash_dmattn_hf.cache.foreign import linear_states, move_layer, tensors_of
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
 from flash_dmattn_hf.cache.layers import put_layers
@@ -31,15 +32,20 @@ class DynamicMaskCache(DynamicCache):
         other layers get transformers' own cache layers. The cache does not keep the model alive.
     static: lets `generate()` on a GPU capture the forward of one token as a CUDA graph, or compile it, as
         `cache_implementation="static"` does. Layers with a native sliding window or chunks then get slots, too.
+    slot_dtype: torch.float8_e4m3fn, or its name, rounds keys and values as they enter the slots, to 8 bits a number and
+        a power of 2 per key and per value. Several tokens of one forward see each other unrounded. Importances are not
+        rounded, so for the same importances the same tokens are kept. None: slots have the model's dtype.
 
-    Raises ValueError when no layer of the model has an importance gate, and for a static cache of a model with a layer
-    whose keys grow with the text or are those of an encoder or an image, or that keeps something outside the cache.
+    Raises ValueError when no layer of the model has an importance gate, for another slot_dtype and for latents in 8
+    bits, and for a static cache of a model with a layer whose keys grow with the text or are those of an encoder or an
+    image, or that keeps something outside the cache.
     """
 
-    def __init__(self, model: nn.Module, *, static: bool = False):
+    def __init__(self, model: nn.Module, *, static: bool = False, slot_dtype: torch.dtype | str | None = None):
         model = model_within(model)
         super().__init__(config=model.config.get_text_config(decoder=True))
-        put_layers(model, self.layers, static)
+        self.slot_dtype = check_slot_dtype(slot_dtype)
+        put_layers(model, self.layers, static, self.slot_dtype)
         self._last_updated = None
         self.padding = SeenPadding()
         self.is_static = static
@@ -66,8 +72,8 @@ class DynamicMaskCache(DynamicCache):
         return states
 
     def addresses(self) -> tuple[int, ...]:
-        """Where these tensors are."""
-        return tuple(state.data_ptr() for state in self.tensors())
+        """Where these tensors are; those without elements are nowhere."""
+        return tuple(state.data_ptr() for state in self.tensors() if state.numel())
 
     @property
     def num_tokens(self) -> int:

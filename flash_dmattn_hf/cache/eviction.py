@@ -10,6 +10,7 @@ import torch
 from flash_dmattn import NEVER, Blocks, Visibility, interval_attention, select_visible
 from flash_dmattn.blocks import check_size
 from flash_dmattn.calls import Slots
+from flash_dmattn.float8 import keys_and_values
 from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
 from flash_dmattn.slots import refresh_victims
 from flash_dmattn_hf.cache.slots import SlotLayer
@@ -54,18 +55,19 @@ class CacheView(NamedTuple):
         )
 
 
-def view_of_slots(slots: Slots, windows: Windows, padding_mask: torch.Tensor | None) -> CacheView:
+def view_of_slots(slots: Slots, dtype: torch.dtype, windows: Windows, padding_mask: torch.Tensor | None) -> CacheView:
     """Returns what the tokens of the last step see.
 
-    slots: after the step, of a layer with these windows. padding_mask: (B, 1) bool, True for real tokens, or None. The
-    slots are shown as they are now: the next step changes them, when every layer that shares them has attended.
+    slots: after the step, of a layer with these windows. dtype: of the tokens.
+    padding_mask: (B, 1) bool, True for real tokens, or None. The slots are shown as they are now: the next step changes
+    them, when every layer that shares them has attended.
     """
     birth = torch.where(slots.positions < 0, NEVER, slots.positions)
     death = end_of_window(slots.positions, windows.sliding_window)
     now = slots.lengths[:, :1] - 1
     if padding_mask is not None:
         now = torch.where(padding_mask, now, -1)
-    return CacheView(slots.keys, slots.values, slots.importance, Visibility(birth, death), now)
+    return CacheView(*keys_and_values(slots, dtype), slots.importance, Visibility(birth, death), now)
 
 
 class EvictingLayer(SlotLayer):

@@ -60,7 +60,12 @@ class OfferingLayer(EvictingLayer):
         hand_over.offer(self, key_states, value_states)
 
     def receive(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Takes the keys (B, Hkv, T, D) and values (B, Hkv, T, Dv) of the new tokens, and computes their importance."""
+        """Takes the keys (B, Hkv, T, D) and values (B, Hkv, T, Dv) of the new tokens, and computes their importance.
+
+        Raises RuntimeError where they have a gradient and the slots round.
+        """
+        if self.slot_dtype is not None and (key.requires_grad or value.requires_grad):
+            raise RuntimeError(f"slots of {self.slot_dtype} have no gradient: run the model under torch.no_grad()")
         if not self.is_counted_outside:
             self._make_room(key, value)
         self._new = (key.to(self.dtype), value, self._importance_of(value))
@@ -70,7 +75,7 @@ class OfferingLayer(EvictingLayer):
         batch = value_states.shape[0]
         fresh = (batch, value_states.dtype, value_states.device)
         if not self.is_initialized or (
-            self.num_rows == 0 and fresh != (self.keys.shape[0], self.keys.dtype, self.keys.device)
+            self.num_rows == 0 and fresh != (self.keys.shape[0], self.dtype, self.keys.device)
         ):
             self.lazy_initialization(key_states, value_states)
         if batch != self.keys.shape[0]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel, cache_utils
@@ -25,10 +26,13 @@ _CONSTANT = (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", LinearAtte
 """Layers of transformers' own that have a constant size and change in place. transformers 5.17 has no DummyLayer."""
 
 
-def put_layers(model: PreTrainedModel, layers: list[Any], is_static: bool) -> None:
+def put_layers(
+    model: PreTrainedModel, layers: list[Any], is_static: bool, slot_dtype: torch.dtype | None = None
+) -> None:
     """Puts layers of slots into the places of those that transformers made for a model.
 
-    layers: of a DynamicCache, changed in place. is_static: whether all must have a constant size.
+    layers: of a DynamicCache, changed in place. is_static: whether all must have a constant size. slot_dtype: of
+    `SlotLayer`.
     Raises what `DynamicMaskCache` raises.
     """
     for index, gate in gates_by_index(model).items():
@@ -36,6 +40,14 @@ def put_layers(model: PreTrainedModel, layers: list[Any], is_static: bool) -> No
             layers[index] = _layer_for(gate, layers[index], is_static)
     if is_static:
         _make_static(model, layers)
+    for layer in layers:
+        if isinstance(layer, LatentCacheLayer) and slot_dtype is not None:
+            raise ValueError(
+                f"slot_dtype must be None where slots hold latents, got {slot_dtype}: "
+                "DynamicMaskCache(model, static=True) has slots for keys and values"
+            )
+        if isinstance(layer, OfferingLayer):
+            layer.slot_dtype = slot_dtype
 
 
 def _layer_for(gate: Any, layer: Any, is_static: bool) -> Any:

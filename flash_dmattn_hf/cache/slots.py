@@ -3,24 +3,29 @@
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from flash_dmattn.float8 import NUMBERS, as_bits, round_to_float8
 from flash_dmattn.slots import Slots, decode_step, make_slots
 from flash_dmattn_hf.cache.tail import Tail
 from flash_dmattn_hf.config import Windows
 
 STATE = (*Slots._fields, "row_is_real")
+SCALES = {"keys": "key_scales", "values": "value_scales"}
 
 
 class SlotLayer(DynamicLayer):
     """What a cache layer holds, how one token enters it, and how it is moved, reordered and emptied.
 
     windows: those that the slots are filled by; keep_window_size is the number of slots per head.
-    keys, values, importance, positions, victims, lengths, arrivals: the fields of `slots`, None before the first token.
+    keys, values, importance, positions, victims, lengths, arrivals, key_scales, value_scales: the fields of `slots`,
+        None before the first token.
+    slot_dtype: torch.float8_e4m3fn rounds keys and values as they enter the slots; None: they stay as they are.
     row_is_real: (B, w) bool, which of the first w tokens were no padding.
     num_rows: tokens processed, padding included.
     is_counted_outside: True while a captured or compiled forward of one token leaves counting it to `count_step`.
     """
 
     is_counted_outside = False
+    slot_dtype: torch.dtype | None = None
 
     def __init__(self, windows: Windows):
         super().__init__()
@@ -29,7 +34,7 @@ class SlotLayer(DynamicLayer):
 
     @property
     def slots(self) -> Slots:
-        return Slots(self.keys, self.values, self.importance, self.positions, self.victims, self.lengths, self.arrivals)
+        return Slots(*(getattr(self, name) for name in Slots._fields))
 
     @property
     def num_kept(self) -> int:
@@ -51,7 +56,8 @@ class SlotLayer(DynamicLayer):
     def _transform(self, function) -> None:
         """Replaces every tensor; one whose shape and device stay the same keeps its address."""
         for name, state in self._state().items():
-            new = function(state)
+            new = function(as_bits(state))
+            new = new if new.dtype == state.dtype else new.view(state.dtype)
             if (new.shape, new.device) != (state.shape, state.device) or state.requires_grad or new.requires_grad:
                 setattr(self, name, new)
             elif new is not state:
@@ -78,7 +84,7 @@ class SlotLayer(DynamicLayer):
         self.dtype, self.device = dtype, device
         num_slots = self.windows.keep_window_size
         head_dim, value_dim = head_dims
-        slots = make_slots(batch, num_heads, num_slots, head_dim, dtype, device, value_dim)
+        slots = make_slots(batch, num_heads, num_slots, head_dim, dtype, device, value_dim, self.slot_dtype)
         for name, state in slots._asdict().items():
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(state)
@@ -87,16 +93,19 @@ class SlotLayer(DynamicLayer):
             self.row_is_real = torch.ones(batch, num_slots, dtype=torch.bool, device=device)
         self.is_initialized = True
 
-    def borrow(self, slots: Slots, num_rows: int) -> None:
-        """Works on slots that belong to somebody else and hold `num_rows` tokens, none of them padding."""
+    def borrow(self, slots: Slots, dtype: torch.dtype, num_rows: int) -> None:
+        """Works on slots that belong to somebody else and hold `num_rows` tokens of `dtype`, none of them padding."""
         self._release()
         for name, state in slots._asdict().items():
             setattr(self, name, state)
-        self.dtype, self.device = slots.keys.dtype, slots.keys.device
+        self.dtype, self.device = dtype, slots.keys.device
         self.num_rows, self.is_initialized = num_rows, True
 
     def _write(self, name: str, start: int, rows: torch.Tensor) -> None:
         """Writes (B, Hc, n, ...) to the slots from `start` on; out of place where gradients flow."""
+        if name in SCALES and getattr(self, name).dtype == NUMBERS:
+            rows, scales = round_to_float8(rows)
+            self._write(SCALES[name], start, scales)
         state, end = getattr(self, name), start + rows.shape[2]
         if state.requires_grad or rows.requires_grad:
             setattr(self, name, torch.cat([state[:, :, :start], rows, state[:, :, end:]], dim=2))

@@ -36,9 +36,11 @@ class CacheSnapshot:
         """Returns a new cache that goes on from here, for each of `batch_size` texts that begin with this prefix.
 
         model: the model that the snapshot is of, or one with the same weights. static: as in `DynamicMaskCache`.
-        A snapshot of one row can be repeated. Raises ValueError as `DynamicMaskCache.load_state_dict` does.
+        A snapshot of one row can be repeated. One of slots in 8 bits is restored into slots in 8 bits.
+        Raises ValueError as `DynamicMaskCache.load_state_dict` does.
         """
-        cache = DynamicMaskCache(model, static=static)
+        slot_dtypes = {layer.get("slot_dtype") for layer in self.state["layers"]} - {None}
+        cache = DynamicMaskCache(model, static=static, slot_dtype=next(iter(slot_dtypes), None))
         cache.load_state_dict(self.state)
         cache.to(next(model.parameters()).device)
         if batch_size != 1:

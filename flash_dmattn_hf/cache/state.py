@@ -46,6 +46,9 @@ def _state_of_layer(layer: Any) -> dict[str, Any]:
             raise RuntimeError("tokens that can still be undone cannot be saved: call stop_past_recording() first")
         names = STATE
         state["windows"] = _windows_of(layer)
+        if layer.slot_dtype is not None:
+            state["slot_dtype"] = _name(layer.slot_dtype)
+            state["dtype"] = _name(layer.dtype) if layer.is_initialized else None
     elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         names = ("keys", "values")
     else:
@@ -66,6 +69,9 @@ def _check_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     if found != expected:
         name = type(layer).__name__
         raise ValueError(f"state must be of a {name}, which counts {expected}, got one that counts {found}")
+    slot_dtype = _name(layer.slot_dtype) if isinstance(layer, OfferingLayer) else None
+    if state.get("slot_dtype") != slot_dtype:
+        raise ValueError(f"state must be of a cache with slot_dtype={slot_dtype}, got {state.get('slot_dtype')}")
     if isinstance(layer, DynamicMaskCacheLayer) and state["tensors"]:
         _check_slots(layer, state["tensors"]["values"])
 
@@ -99,6 +105,10 @@ def _go_on_from_window(layer: NativeCacheLayer, state: dict[str, Any], padding: 
     layer.go_on_from(keys, values, mask)
 
 
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _windows_of(layer: OfferingLayer) -> dict[str, int]:
     """Returns what decides which keys a layer holds; its sliding window only hides them."""
     windows = layer.windows._asdict()
@@ -111,7 +121,10 @@ def _load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     layer.reset()
     tensors = state["tensors"]
     if tensors:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        like = tensors["keys"], tensors["values"]
+        if state.get("dtype") is not None:  # that of the tokens; these are rounded
+            like = [states.to(getattr(torch, state["dtype"])) for states in like]
+        layer.lazy_initialization(*like)
     for name, tensor in tensors.items():
         if isinstance(layer, OfferingLayer):
             getattr(layer, name).copy_(tensor)

@@ -2,6 +2,7 @@
 
 import torch
 
+from flash_dmattn.float8 import keys_and_values
 from flash_dmattn.slots import Slots
 
 ROWS = ("keys", "values", "importance", "positions")
@@ -38,6 +39,9 @@ class Tail:
 
     def behind(self, slots: Slots, num_kept: int) -> tuple[torch.Tensor, ...]:
         """Returns the first `num_kept` slots followed by the tail: keys, values, importance, positions."""
+        tail = tuple(self.rows[name] for name in ROWS)
         if num_kept == 0:
-            return tuple(self.rows[name] for name in ROWS)
-        return tuple(torch.cat([getattr(slots, name)[:, :, :num_kept], self.rows[name]], dim=2) for name in ROWS)
+            return tail
+        held = keys_and_values(slots, self.rows["values"].dtype, num_kept)
+        held += slots.importance[:, :, :num_kept], slots.positions[:, :, :num_kept]
+        return tuple(torch.cat(parts, dim=2) for parts in zip(held, tail, strict=True))

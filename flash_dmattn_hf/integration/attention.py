@@ -183,7 +183,7 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, opti
     is_shared = getattr(module, "store_full_length_kv", False)  # later layers use its keys
     if layer.takes_step and "dropout_p" not in options:
         attended = layer.step(query.transpose(1, 2), padding_mask, **options)
-        view = view_of_slots(layer.slots, layer.windows, padding_mask) if is_shared else None
+        view = view_of_slots(layer.slots, layer.dtype, layer.windows, padding_mask) if is_shared else None
     else:
         view = layer.view(padding_mask, None if blocks is None else last_blocks(blocks, query.shape[2]))
         attended = view.attend(query.transpose(1, 2), layer.windows.keep_window_size, **options)

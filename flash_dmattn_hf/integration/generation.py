@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import transformers
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -16,6 +17,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from flash_dmattn_hf.arguments import by_name, get_cache, name_of_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
+from flash_dmattn_hf.cache.settings import slot_dtype_of
 from flash_dmattn_hf.config import window_in
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.integration.kept_cache import keep_cache
@@ -24,7 +26,7 @@ from flash_dmattn_hf.versions import FIRST_SERVING, can_serve
 
 _CONSTANT = "the default DynamicMaskCache is of constant size anyway"
 _REFUSED = {
-    "quantized": f"quantized values have other importances; {_CONSTANT}",
+    "quantized": 'keys and values in 8 bits are cache_config={"slot_dtype": "float8_e4m3fn"} without it',
     "offloaded": f"evicting needs the keys on the device; {_CONSTANT}",
     "offloaded_static": f"evicting needs the keys on the device; {_CONSTANT}",
     "paged": "pages hold the same tokens for all heads; call model.generate_batch(), which has slots instead",
@@ -41,8 +43,9 @@ def wrap_prepare_cache(original):
     """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache or a StaticCache.
 
     The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", for "static"
-    where the model makes its own cache or `DynamicMaskCache` raises, and for a cache passed by the caller that is
-    neither a DynamicCache holding all keys nor a DynamicMaskCache of this model.
+    where the model makes its own cache or `DynamicMaskCache` raises, for a `cache_config` with more than "slot_dtype",
+    and for a cache passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this
+    model, or has another slot_dtype.
     """
 
     @functools.wraps(original)
@@ -50,8 +53,10 @@ def wrap_prepare_cache(original):
         if not is_active(self):
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         _check_cache_implementation(generation_config.cache_implementation)
+        slot_dtype = slot_dtype_of(generation_config)
         if (passed := get_cache(model_kwargs)) is not None:
             check_cache(self, passed)
+            _check_slot_dtype(passed, slot_dtype)
             keep_cache(self, model_kwargs)
             return original(self, generation_config, model_kwargs, *args, **kwargs)
         static = generation_config.cache_implementation == "static"
@@ -61,7 +66,7 @@ def wrap_prepare_cache(original):
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         name = name_of_cache(model_kwargs)
         if name is not None and type(model_kwargs[name]) is DynamicCache:
-            cache = model_kwargs[name] = DynamicMaskCache(self, static=static)
+            cache = model_kwargs[name] = DynamicMaskCache(self, static=static, slot_dtype=slot_dtype)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             keep_cache(self, model_kwargs)
@@ -192,6 +197,14 @@ def check_cache(model: PreTrainedModel, cache) -> None:
                 f"past_key_values must keep all keys of layer {gate.layer_idx}, got a DynamicCache that drops those "
                 "beyond its sliding window although they still compete; use DynamicMaskCache(model), or pass none"
             )
+
+
+def _check_slot_dtype(cache, slot_dtype: torch.dtype | None) -> None:
+    if slot_dtype is not None and getattr(cache, "slot_dtype", None) != slot_dtype:
+        raise ValueError(
+            f"past_key_values must be a DynamicMaskCache(model, slot_dtype={slot_dtype}), as cache_config says, got a "
+            f"{type(cache).__name__} whose keys and values are not rounded"
+        )
 
 
 def _truncates(layer, keep_window_size: int) -> bool:

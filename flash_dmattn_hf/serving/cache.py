@@ -63,7 +63,8 @@ class SlotCache(PagedAttentionCache):
     """Slots for requests of any length. One block is one request; a request has its block from its start to its end.
 
     model: one that runs through flash_dmattn. settings: a resolved ContinuousBatchingConfig, whose `num_blocks` is the
-    number of requests, None for as many as fit into `max_memory_percent` of the free memory.
+    number of requests, None for as many as fit into `max_memory_percent` of the free memory. slot_dtype: as in
+    `DynamicMaskCache`.
 
     live_requests: the slots. rows: who holds which. prefixes: which prompts begin alike, None without block sharing.
     Raises ValueError when no request fits into memory, or the model has layers that grow with the text.
@@ -74,10 +75,10 @@ class SlotCache(PagedAttentionCache):
     read_cache_limit = 0
     max_tokens_read = 1  # of pages; the scheduler stops at 0
 
-    def __init__(self, model: PreTrainedModel, settings: Any):
+    def __init__(self, model: PreTrainedModel, settings: Any, slot_dtype: torch.dtype | None = None):
         self.config, self.dtype, self.device = text_config_of(model), model.dtype, model.device
         self.max_batch_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
-        layers = served_layers(model)
+        layers = served_layers(model, slot_dtype)
         self.bytes_per_sector = bytes_per_request(layers, self.dtype)
         self.num_blocks = self.num_sectors = count_requests(model, layers, settings)
         self.live_requests = LiveRequests(layers, self.num_blocks, self.dtype, self.device)

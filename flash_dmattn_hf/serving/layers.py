@@ -16,7 +16,7 @@ from flash_dmattn_hf.gates.importance import get_gate
 class ServedLayer(NamedTuple):
     """One attention layer: its windows, the heads of its slots, the head dims of keys and values.
 
-    is_shared: whether later layers use its keys.
+    is_shared: whether later layers use its keys. slot_dtype: as in `flash_dmattn.slots.make_slots`.
     """
 
     windows: Windows
@@ -24,19 +24,20 @@ class ServedLayer(NamedTuple):
     head_dim: int
     value_dim: int
     is_shared: bool
+    slot_dtype: torch.dtype | None = None
 
     def make_slots(self, num_rows: int, dtype: torch.dtype, device: torch.device | str) -> Slots:
         """Returns empty slots for so many requests."""
-        num_slots = self.windows.keep_window_size
-        return make_slots(num_rows, self.num_heads, num_slots, self.head_dim, dtype, device, self.value_dim)
+        sizes = num_rows, self.num_heads, self.windows.keep_window_size, self.head_dim
+        return make_slots(*sizes, dtype, device, self.value_dim, self.slot_dtype)
 
     def bytes_per_request(self, dtype: torch.dtype) -> int:
         """Returns the bytes of one request's slots, exactly."""
         return sum(state.nbytes for state in self.make_slots(1, dtype, "meta"))
 
 
-def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
-    """Returns the attention layers of a model by layer_idx.
+def served_layers(model: PreTrainedModel, slot_dtype: torch.dtype | None = None) -> dict[int, ServedLayer]:
+    """Returns the attention layers of a model by layer_idx. slot_dtype: of their slots.
 
     Layers of dynamic masks have their windows. Native sliding-window layers have as many slots as their window has
     tokens. Those that use the keys of an earlier layer have none and are not returned. Raises ValueError for a layer
@@ -70,7 +71,7 @@ def served_layers(model: PreTrainedModel) -> dict[int, ServedLayer]:
             f"continuous batching needs attention in every layer, got {type(model).__name__}, whose layers {missing} "
             "hold another state"
         )
-    return layers
+    return {index: layer._replace(slot_dtype=slot_dtype) for index, layer in layers.items()}
 
 
 def _native_layer(name: str, module: Any, is_shared: bool) -> ServedLayer:

@@ -33,7 +33,7 @@ class LiveRequests:
     def __init__(
         self, layers: Mapping[int, ServedLayer], num_rows: int, dtype: torch.dtype, device: torch.device | str
     ):
-        self.layers = layers
+        self.layers, self.dtype = layers, dtype
         self.slots = {index: layer.make_slots(num_rows, dtype, device) for index, layer in layers.items()}
         self.device = torch.device(device)
         self._chunks: list[tuple[int, RowTokens]] = []
@@ -88,8 +88,8 @@ class LiveRequests:
             single = self._step(layer, slots, query, key, value, importance, options)
         for start, tokens in self._chunks:
             here = slice(start, start + tokens.num_new)
-            chunk = EvictingLayer(layer.windows)
-            chunk.borrow(Slots(*(state[tokens.row : tokens.row + 1] for state in slots)), tokens.num_before)
+            chunk, own = EvictingLayer(layer.windows), slice(tokens.row, tokens.row + 1)
+            chunk.borrow(Slots(*(state[own] for state in slots)), self.dtype, tokens.num_before)
             chunk.take(key[:, :, here], value[:, :, here], importance[:, :, here])
             view = chunk.view()
             parts.append(view.attend(query[:, here], layer.windows.keep_window_size, **options))
@@ -109,7 +109,8 @@ class LiveRequests:
         most, single = layer.windows.keep_window_size, None
         if self._rows is not None:
             index = self._rows.clamp(min=0).long()
-            view = view_of_slots(Slots(*(state[index] for state in slots)), layer.windows, (self._rows >= 0)[:, None])
+            slots = Slots(*(state[index] for state in slots))
+            view = view_of_slots(slots, self.dtype, layer.windows, (self._rows >= 0)[:, None])
             single = view.attend(self._singles(query[0]), most, **options)
         parts = [
             view.attend(query[:, start : start + tokens.num_new], most, **options)

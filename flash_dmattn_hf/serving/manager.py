@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
 
+from flash_dmattn_hf.cache.settings import slot_dtype_of
 from flash_dmattn_hf.gates.attach import tensor_parallel_size
 from flash_dmattn_hf.serving.cache import SlotCache
 from flash_dmattn_hf.serving.layers import served_layers
@@ -86,6 +87,7 @@ class SlotBatchProcessor(ContinuousBatchProcessor):
 class SlotBatchingManager(ContinuousBatchingManager):
     """A ContinuousBatchingManager for a model that runs through flash_dmattn.
 
+    The `cache_config` of the generation config may say `slot_dtype`, as for `model.generate`.
     Raises ValueError for settings that slots do not have, a model whose layers `served_layers` refuses or are split
     over ranks and, when it starts or warms up, for memory into which not one request fits.
     """
@@ -102,7 +104,7 @@ class SlotBatchingManager(ContinuousBatchingManager):
                 f"continuous batching needs a whole model with flash_dmattn, got one split over {num_ranks} ranks: "
                 "call model.generate() on a padded batch"
             )
-        served_layers(model)
+        served_layers(model, slot_dtype_of(generation_config))
         settings = checked_settings(continuous_batching_config, model.device)
         is_open = continuous_batching_config.use_cuda_graph is None
         self._asks_for_graphs = None if is_open else any(continuous_batching_config.cuda_graph_booleans)
@@ -125,7 +127,7 @@ class SlotBatchingManager(ContinuousBatchingManager):
             return self.batch_processor
         # What is found for this cache is for this cache: the next one, after a stop, may have other memory.
         settings, config = copy.deepcopy(self.continuous_batching_config), self.model.config.get_text_config()
-        cache = SlotCache(self.model, settings)
+        cache = SlotCache(self.model, settings, slot_dtype_of(self.generation_config))
         self._use_prefix_sharing = cache.use_prefix_sharing
         settings.max_requests_per_batch = min(settings.max_requests_per_batch, cache.num_blocks)
         update_cb_config_after_cache_creation(

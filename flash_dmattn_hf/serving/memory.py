@@ -18,8 +18,13 @@ def bytes_per_request(layers: Mapping[int, ServedLayer], dtype: torch.dtype) -> 
 
 
 def copied_bytes_per_request(layers: Mapping[int, ServedLayer], dtype: torch.dtype) -> int:
-    """Returns the bytes that a step copies of one request: slots that layers without keys of their own read."""
-    return sum(layer.bytes_per_request(dtype) for layer in layers.values() if layer.is_shared)
+    """Returns the bytes that a step copies of one request: slots that layers without keys of their own read.
+
+    Slots in 8 bits are copied once more, as what they stand for.
+    """
+    copied = [layer for layer in layers.values() if layer.is_shared]
+    copied += [layer._replace(slot_dtype=None) for layer in copied if layer.slot_dtype is not None]
+    return sum(layer.bytes_per_request(dtype) for layer in copied)
 
 
 def workspace_bytes(

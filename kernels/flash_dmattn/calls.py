@@ -217,11 +217,14 @@ class Slots(NamedTuple):
     """The state of one layer: w slots per head, in any order. Every tensor is changed in place.
 
     keys: (B, Hc, w, D), values: (B, Hc, w, Dv), contiguous, finite; Hc is Hkv, or H when importance is per query head.
+        In the dtype of the tokens, or rounded to float8_e4m3fn, to be multiplied by the scales.
     importance: (B, Hc, w) float32 (float64 beside float64 keys), without NaN and +inf.
     positions: (B, Hc, w) int32, true positions, -1 for an empty slot.
     victims: (B, Hc) int32, the slot that the next token takes or competes for.
     lengths: (B, Hc) int32, real tokens so far, the same for all heads of a batch row.
     arrivals: (B, Hc) int32, 0 between steps: a backend's count of the programs that have finished a head.
+    key_scales, value_scales: (B, Hc, w) bfloat16, a power of 2 per key and per value (`flash_dmattn.float8`), or
+        (B, Hc, 0) where keys and values are not rounded.
     """
 
     keys: torch.Tensor
@@ -231,6 +234,8 @@ class Slots(NamedTuple):
     victims: torch.Tensor
     lengths: torch.Tensor
     arrivals: torch.Tensor
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

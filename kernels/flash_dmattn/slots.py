@@ -10,6 +10,7 @@ import torch
 from flash_dmattn.arguments import check_attention, check_windows
 from flash_dmattn.calls import DecodeCall, Slots
 from flash_dmattn.dispatch import DECODING, can_call_directly, choose
+from flash_dmattn.float8 import NUMBERS, SCALES, check_slot_dtype
 from flash_dmattn.operators import signature
 from flash_dmattn.ranking import find_victim
 
@@ -22,22 +23,30 @@ def make_slots(
     dtype: torch.dtype,
     device: torch.device | str,
     value_dim: int | None = None,
+    slot_dtype: torch.dtype | str | None = None,
 ) -> Slots:
     """Returns empty slots for `batch` rows of `num_heads` heads, ordinary tensors in inference mode, too.
 
-    head_dim: of the keys. value_dim: of the values; None: head_dim.
+    head_dim: of the keys. value_dim: of the values; None: head_dim. dtype: of the tokens.
+    slot_dtype: torch.float8_e4m3fn stores keys and values in 8 bits; None: in `dtype`.
+    Raises ValueError for another slot_dtype.
     """
     shape = (batch, num_heads, keep_window_size)
     precision = torch.float64 if dtype == torch.float64 else torch.float32
+    slot_dtype = check_slot_dtype(slot_dtype)
+    stored, value_dim = slot_dtype or dtype, head_dim if value_dim is None else value_dim
+    scales_shape = (batch, num_heads, 0 if slot_dtype is None else keep_window_size)
     with torch.inference_mode(False):
         return Slots(
-            keys=torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            values=torch.zeros(*shape, head_dim if value_dim is None else value_dim, dtype=dtype, device=device),
+            keys=torch.zeros(*shape, head_dim, dtype=stored, device=device),
+            values=torch.zeros(*shape, value_dim, dtype=stored, device=device),
             importance=torch.zeros(shape, dtype=precision, device=device),
             positions=torch.full(shape, -1, dtype=torch.int32, device=device),
             victims=torch.zeros(shape[:2], dtype=torch.int32, device=device),
             lengths=torch.zeros(shape[:2], dtype=torch.int32, device=device),
             arrivals=torch.zeros(shape[:2], dtype=torch.int32, device=device),
+            key_scales=torch.zeros(scales_shape, dtype=SCALES, device=device),
+            value_scales=torch.zeros(scales_shape, dtype=SCALES, device=device),
         )
 
 
@@ -75,7 +84,8 @@ def decode_step(
 
     Equals `select_visible` and `interval_attention` over the whole sequence, at this token. Has no gradient.
 
-    query: (B, 1, H, D). key: (B, 1, Hkv, D), value: (B, 1, Hkv, Dv), in query's dtype and that of the slots.
+    query: (B, 1, H, D). key: (B, 1, Hkv, D), value: (B, 1, Hkv, Dv), in query's dtype. The slots have that dtype, or 8
+        bits: then the token is rounded as it is written, and what is attended to is rounded, the token itself included.
     importance: (B, Hi, 1) floating point, Hi = Hc, the heads of the slots.
     slots: the state, changed in place.
     padding_mask: (B, 1) bool, False for a row without a token, whose slots stay as they are and whose output is 0.
@@ -146,17 +156,23 @@ def _check(query, key, value, importance, slots, padding_mask, rows, softcap) ->
     if query.shape[1] != 1 or key.shape[1] != 1:
         raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
     precision = torch.float64 if query.dtype == torch.float64 else torch.float32
+    is_rounded = slots.keys.dtype == NUMBERS
+    stored = NUMBERS if is_rounded else query.dtype
     expected = {
-        "keys": (query.dtype, 4),
-        "values": (query.dtype, 4),
+        "keys": (stored, 4),
+        "values": (stored, 4),
         "importance": (precision, 3),
         "positions": (torch.int32, 3),
         "victims": (torch.int32, 2),
         "lengths": (torch.int32, 2),
         "arrivals": (torch.int32, 2),
+        "key_scales": (SCALES, 3),
+        "value_scales": (SCALES, 3),
     }
     for (name, (dtype, num_dims)), tensor in zip(expected.items(), slots, strict=True):
         shape = (*slots.keys.shape[:3], value.shape[3]) if name == "values" else slots.keys.shape[:num_dims]
+        if name.endswith("scales") and not is_rounded:
+            shape = (*shape[:2], 0)
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != query.device:
             raise ValueError(
                 f"slots.{name} must be {dtype} on query's device {query.device} with the shape {tuple(shape)}, "

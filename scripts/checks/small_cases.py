@@ -17,7 +17,8 @@ import torch
 import flash_dmattn
 from flash_dmattn.backends.cuda import library, lists
 from flash_dmattn.calls import AttentionCall
-from flash_dmattn.slots import decode_step, make_slots, refresh_victims
+from flash_dmattn.float8 import NUMBERS
+from flash_dmattn.slots import Slots, decode_step, make_slots, refresh_victims
 
 ARCHITECTURES = {"own": "", "80": "80", "120": "120"}  # the GPU's own kernels, the sm80 kernels in their two shapes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,9 +113,17 @@ def select_and_list(importance: torch.Tensor, **options) -> None:
 def run_triton(_: argparse.Namespace) -> None:
     for options in TRITON_CALLS:
         attend(64, torch.bfloat16, gradients=True, backend="triton", **options)
-    slots = make_slots(1, 2, 128, 64, torch.bfloat16, "cuda")
-    for state in (slots.keys, slots.values, slots.importance):
-        state.normal_()
+    kinds = (None, NUMBERS) if torch.cuda.get_device_capability() >= (8, 9) else (None,)
+    for slot_dtype in kinds:
+        decode(make_slots(1, 2, 128, 64, torch.bfloat16, "cuda", slot_dtype=slot_dtype))
+
+
+def decode(slots: Slots) -> None:
+    """Two steps over slots that are full."""
+    for states, scales in ((slots.keys, slots.key_scales), (slots.values, slots.value_scales)):
+        states.copy_(torch.randn(states.shape, device="cuda"))
+        scales.fill_(1)
+    slots.importance.normal_()
     slots.positions.copy_(torch.arange(128, device="cuda").expand_as(slots.positions))
     slots.lengths.fill_(128)
     refresh_victims(slots, **COMPETITION)

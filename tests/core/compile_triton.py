@@ -17,6 +17,7 @@ from flash_dmattn.backends.triton import configs
 from flash_dmattn.backends.triton.backward_kernels import _dkey_dvalue, _dquery
 from flash_dmattn.backends.triton.causal_kernels import LARGEST_BIAS, _causal_forward
 from flash_dmattn.backends.triton.decode_kernel import _decode
+from flash_dmattn.backends.triton.float8 import FIRST_GPU
 from flash_dmattn.backends.triton.forward_kernels import _forward
 from flash_dmattn.backends.triton.importance_kernel import _importance
 from flash_dmattn.backends.triton.soft_cut import _BLOCK, _cut, _cut_backward
@@ -26,12 +27,15 @@ INDICES = {f"{name}_ptr" for name in "birth death start positions entries sectio
 INDICES |= {"arrivals_ptr", "lengths_ptr", "rows_ptr", "victims_ptr"}
 INDICES |= {f"{name}_ptr" for name in "cut dying given_contested cu_seqlens".split()}
 OTHERS = {"padding_ptr": "*i1", "worst_ptr": "*i64", "scale_ptr": "*fp64", "seed_ptr": "*i64", "keep_scale": "fp32"}
-TOKEN = {"keys_ptr", "values_ptr"}
+OTHERS |= {"key_scales_ptr": "*bf16", "value_scales_ptr": "*bf16"}
+SLOT_DATA = {"keys_ptr", "values_ptr"}
 SLOTS = 2048
 ALIGNED = {"seqlen_q", "seqlen_k", "capacity", "num_epochs", "tiles_per_epoch"}
 
 
-def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_soft=False, has_dropout=False):
+def compile_kernel(
+    kernel, config, capability, dtype, head_dim, is_listed, is_soft=False, has_dropout=False, is_rounded=False
+):
     """Returns the bytes of shared memory that a kernel takes."""
     block_m = getattr(config, "block_m", 16)
     constants = {
@@ -66,6 +70,7 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_so
         "SPLITS": 16,
         "HAS_PADDING": True,
         "HAS_ROWS": True,
+        "ROUNDED": is_rounded,
         "NUM_INPUTS": 8 * head_dim,
         "BLOCK": config.block_n,
         "HAS_EXP": True,
@@ -79,7 +84,9 @@ def compile_kernel(kernel, config, capability, dtype, head_dim, is_listed, is_so
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in DATA | TOKEN:
+        elif name in SLOT_DATA and is_rounded:
+            signature[name] = "*fp8e4nv"
+        elif name in DATA | SLOT_DATA:
             signature[name] = types[dtype]
         elif name in INDICES:
             signature[name] = "*i32"
@@ -104,14 +111,17 @@ def main():
     dtype = getattr(torch, sys.argv[3])
     query = torch.empty(1, 1, 8, head_dim, dtype=dtype)
     with patch.object(configs, "_shared_bytes", lambda device: shared_memory):
+        decode = (_decode, configs.decode_config(8, SLOTS, query), True)
         kernels = {
             "forward": (_forward, configs.forward_config(query), True),
             "forward without lists": (_causal_forward, configs.causal_config(query), False),
             "dquery": (_dquery, configs.dquery_config(query), True),
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query), True),
-            "decode": (_decode, configs.decode_config(8, SLOTS, query), True),
+            "decode": decode,
             "token importance": (_importance, configs.DecodeConfig(SLOTS, 1024, 4, 1), True),
         }
+        if divmod(capability, 10) >= FIRST_GPU:
+            kernels["decode in 8 bits"] = (*decode, False, False, True)
         soft_kernels = {
             "soft forward": (_forward, configs.forward_config(query, True), True, True),
             "soft dquery": (_dquery, configs.dquery_config(query, True), True, True),

@@ -48,5 +48,8 @@ def test_every_kernel_fits_the_shared_memory(compiler, gpu, dtype, head_dim, tmp
     )
     assert run.returncode == 0, run.stderr[-2000:]
     taken = dict(line.rsplit(": ", 1) for line in run.stdout.splitlines())
-    assert set(taken) == KERNELS[compiler]
+    expected = KERNELS[compiler]
+    if gpu != "A100" and compiler == "compile_triton.py":
+        expected = expected | {"decode in 8 bits"}
+    assert set(taken) == expected
     assert max(map(int, taken.values())) <= shared_memory, taken

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from flash_dmattn.calls import DecodeCall, Slots
+from flash_dmattn.float8 import NUMBERS, as_bits, keys_and_values, round_to_float8
 from flash_dmattn.ranking import comparable, find_victim, priority
 
 
@@ -44,7 +45,7 @@ def _decode_rows(call: DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     padding_mask = has_token.unsqueeze(1) if call.padding_mask is None else has_token.unsqueeze(1) & call.padding_mask
     attended = decode(replace(call, slots=own, rows=None, padding_mask=padding_mask))
     for state, new in zip(call.slots, own, strict=True):
-        state.index_copy_(0, rows, new[place])
+        as_bits(state).index_copy_(0, rows, as_bits(new)[place])
     return attended
 
 
@@ -61,7 +62,11 @@ def _append(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> None:
     takes = is_real & (priority(importance, now, now, *windows) >= old_priority)  # the newer key wins a tie
     slots.importance.scatter_(2, victim, torch.where(takes, importance, old_importance))
     slots.positions.scatter_(2, victim, torch.where(takes, now, old_position))
-    for states, new in ((slots.keys, key), (slots.values, value)):
+    for states, scales, new in ((slots.keys, slots.key_scales, key), (slots.values, slots.value_scales, value)):
+        if states.dtype == NUMBERS:
+            new, new_scales = round_to_float8(new)
+            scales.scatter_(2, victim, torch.where(takes, new_scales, scales.gather(2, victim)))
+            states, new = as_bits(states), as_bits(new)
         rows = victim.unsqueeze(-1).expand(*victim.shape, states.shape[3])
         states.scatter_(2, rows, torch.where(takes.unsqueeze(-1), new, states.gather(2, rows)))
 
@@ -70,8 +75,12 @@ def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> tuple
     slots = call.slots
     batch, _, num_heads, head_dim = call.query.shape
     precision = slots.importance.dtype
-    query = call.query.to(precision).view(batch, slots.keys.shape[1], -1, head_dim)  # (B, Hc, G, D)
-    logits = (query * call.softmax_scale) @ slots.keys.to(precision).transpose(-1, -2)
+    if slots.keys.dtype == NUMBERS:
+        keys, values = keys_and_values(slots, precision)
+    else:
+        keys, values = slots.keys.to(precision), slots.values.to(precision)
+    query = call.query.to(precision).view(batch, keys.shape[1], -1, head_dim)  # (B, Hc, G, D)
+    logits = (query * call.softmax_scale) @ keys.transpose(-1, -2)
     if call.softcap > 0:
         logits = (logits / call.softcap).tanh() * call.softcap
     bias = slots.importance if call.add_importance_bias else torch.zeros_like(slots.importance)
@@ -80,6 +89,6 @@ def _attend(call: DecodeCall, now: torch.Tensor, is_real: torch.Tensor) -> tuple
         hidden = hidden | (now - slots.positions >= call.sliding_window)
     logits = (logits + bias.unsqueeze(2)).masked_fill(hidden.unsqueeze(2), -torch.inf)
     weights = logits.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)  # a row that sees nothing would be NaN
-    out = weights @ slots.values.to(precision)
+    out = weights @ values
     lse = logits.logsumexp(-1).view(batch, num_heads, 1)
     return out.reshape(batch, 1, num_heads, -1).to(call.query.dtype), lse

@@ -17,7 +17,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-ARGUMENTS = argparse.Namespace(keep_window_size=16, contexts=[8, 64], steps=3)
+ARGUMENTS = argparse.Namespace(keep_window_size=16, contexts=[8, 64], steps=3, slot_dtype=None)
 
 
 @pytest.fixture
@@ -62,6 +62,19 @@ def test_a_step_appends_one_token(benchmark, engine, context, monkeypatch):
         step()
         assert caches[0].get_seq_length() == 41 and caches[0].addresses() == addresses
         assert caches[0].mask_layers[0].positions.max() == 40
+
+
+@pytest.mark.parametrize("slot_dtype", [None, "float8_e4m3fn"])
+@torch.no_grad()
+def test_its_check_accepts_right_steps_and_no_others(benchmark, slot_dtype, monkeypatch):
+    arguments = argparse.Namespace(**{**vars(ARGUMENTS), "slot_dtype": slot_dtype})
+    benchmark.check(arguments, SHAPE)
+    cache = benchmark.filled_slots(arguments, benchmark.make_model(arguments, SHAPE), 2, 40, static=True)
+    assert cache.mask_layers[0].keys.float().std() > 0.5 and cache.mask_layers[0].positions.max() == 39
+    right = benchmark.step_logits
+    monkeypatch.setattr(benchmark, "step_logits", lambda *inputs: right(*inputs) + (inputs[1] is not inputs[2]))
+    with pytest.raises(RuntimeError, match="steps are wrong"):
+        benchmark.check(arguments, SHAPE)
 
 
 @torch.no_grad()

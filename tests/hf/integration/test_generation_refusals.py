@@ -26,7 +26,7 @@ def dense():
     ("name", "reason"),
     [
         ("offloaded_static", "evicting needs the keys on the device"),
-        ("quantized", "quantized values have other importances"),
+        ("quantized", "keys and values in 8 bits are cache_config="),
         ("offloaded", "evicting needs the keys on the device"),
     ],
 )

@@ -60,6 +60,26 @@ def test_keys_that_layers_share(family, layers):
     assert set(engine.cache.live_requests.slots) == {0, 1}
 
 
+@pytest.mark.parametrize("kind", ["llama-sinks-local", "gemma3n_text"])
+def test_slots_in_8_bits(kind):
+    """As generate() has them where a prompt is one chunk; in the second model layers read slots of earlier ones."""
+    model = converted(kind) if kind == "gemma3n_text" else make_model(kind)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.generation_config.cache_config = {"slot_dtype": "float8_e4m3fn"}
+    prompts = make_prompts((3, 1, 40, 17), vocab=min(VOCAB, VOCAB_SIZE - 1))
+    config = greedy_config(cache_config=model.generation_config.cache_config)
+    engine = Engine(model, config, num_blocks=3, max_batch_tokens=128)
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, 6)
+    engine.run()
+    for number, prompt in enumerate(prompts):
+        assert engine.results[str(number)].generated_tokens == alone(model, prompt, 6)
+    slots = engine.cache.live_requests.slots
+    assert {state.keys.dtype for state in slots.values()} == {torch.float8_e4m3fn}
+    assert engine.cache.bytes_per_sector * 3 == sum(state.nbytes for each in slots.values() for state in each)
+    assert engine.cache.bytes_per_sector < Engine(model, num_blocks=3).cache.bytes_per_sector / 2
+
+
 def make_sink_model(sliding_window):
     """A tiny gpt_oss, whose logits follow its attention more than its experts."""
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 from flash_dmattn.backends.device import MAX_LANES, reject_lanes, reject_layout, why_no_gpu
 from flash_dmattn.backends.key_lists import is_listed
 from flash_dmattn.calls import AttentionCall, CutCall, DecodeCall
+from flash_dmattn.float8 import NUMBERS
 
 _MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -84,6 +85,17 @@ def reject_decoding(call: DecodeCall) -> str | None:
     group_size = call.query.shape[2] // call.slots.keys.shape[1]
     if group_size > 32:
         return f"{group_size} query heads per head of the slots are above 32"
+    return _reject_float8(call.query.device) if call.slots.keys.dtype == NUMBERS else None
+
+
+@functools.cache
+def _reject_float8(device: torch.device) -> str | None:
+    from flash_dmattn.backends.triton.float8 import FIRST_GPU
+
+    capability = FIRST_GPU if is_interpreted() else torch.cuda.get_device_capability(device)
+    if capability < FIRST_GPU:
+        needed, found = (".".join(map(str, numbers)) for numbers in (FIRST_GPU, capability))
+        return f"slots in float8_e4m3fn need compute capability {needed} or newer, this GPU has {found}"
     return None
 
 

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 
 from flash_dmattn.backends.triton.configs import DecodeConfig, decode_config
+from flash_dmattn.backends.triton.float8 import into_float16, round_to_float8, weighted_sum
 from flash_dmattn.backends.triton.tiles import LOG2E, tanh
 from flash_dmattn.calls import DecodeCall
+from flash_dmattn.float8 import NUMBERS
 
 NO_WINDOW = 2**31 - 1
 
@@ -76,6 +78,7 @@ def run_decode(call: DecodeCall, config: DecodeConfig | None = None) -> tuple[to
         EVEN=num_slots % config.split_size == 0 and (head_dim, value_dim) == (block_d, block_v),
         HAS_PADDING=padding_mask is not None,
         HAS_ROWS=rows is not None,
+        ROUNDED=slots.keys.dtype == NUMBERS,
         HAS_BIAS=call.add_importance_bias,
         HAS_SOFTCAP=call.softcap > 0,
         PRECISION="ieee" if call.query.dtype == torch.float32 else "tf32",
@@ -113,6 +116,8 @@ def _decode(
     victims_ptr,  # (R, Hc)
     lengths_ptr,  # (R, Hc)
     arrivals_ptr,  # (R, Hc)
+    key_scales_ptr,  # (R, Hc, w) where keys and values are ROUNDED, else (R, Hc, 0)
+    value_scales_ptr,  # the same
     parts_ptr,  # (B * Hc, splits, G, Dv), weighted sums of values
     sums_ptr,  # (B * Hc, splits, G, 2), the highest logit, the sum of weights
     worst_ptr,  # (B * Hc, splits, 2): rank of the worst key, its slot
@@ -147,6 +152,7 @@ def _decode(
     EVEN: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -172,6 +178,9 @@ def _decode(
     values_ptr += state * num_slots * VALUE_DIM
     slot_importance_ptr += state * num_slots
     positions_ptr += state * num_slots
+    if ROUNDED:
+        key_scales_ptr += state * num_slots
+        value_scales_ptr += state * num_slots
 
     lane = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
@@ -180,6 +189,9 @@ def _decode(
     is_value_dim = value_dim < VALUE_DIM
     query_address = query_ptr + batch * query_batch_stride + (head_in_batch * GROUP + lane)[:, None] * query_head_stride
     query = tl.load(query_address + dim[None, :], mask=(lane < GROUP)[:, None] & is_dim[None, :], other=0.0)
+    query_scale = tl.full((BLOCK_G,), 1.0, tl.float32)
+    if ROUNDED and query.dtype != tl.float32:
+        query, query_scale = into_float16(query)
 
     # Whether the token takes the victim's slot counts only in the program that owns it; others may read it too late.
     new_importance = tl.load(
@@ -218,7 +230,13 @@ def _decode(
 
         is_new = (slot == victim) & takes
         visible = exists & (position >= 0) & (now - position < sliding_window) & is_real & (is_new == 0)
+        if ROUNDED:
+            key, value = key.to(query.dtype), value.to(query.dtype)
+            key_scale = tl.load(key_scales_ptr + slot, mask=exists, other=0.0).to(tl.float32)
+            value_scale = tl.load(value_scales_ptr + slot, mask=exists, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        if ROUNDED:
+            logits *= query_scale[:, None] * key_scale[None, :]
         logits = _logits(logits, _bias(importance, HAS_BIAS)[None, :], softmax_scale, softcap, HAS_SOFTCAP)
         logits = tl.where(visible[None, :], logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
@@ -226,7 +244,10 @@ def _decode(
         weights = tl.exp2(logits - shift[:, None])
         rescale = tl.exp2(highest - shift)
         total = total * rescale + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        if ROUNDED:
+            acc = acc * rescale[:, None] + weighted_sum(weights, value, value_scale, PRECISION)
+        else:
+            acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
 
         importance = tl.where(is_new, new_importance, importance)
@@ -242,18 +263,28 @@ def _decode(
         value_address = value_ptr + batch * value_batch_stride + kv_head * value_head_stride
         new_key = tl.load(key_address + dim, mask=is_dim, other=0.0)
         new_value = tl.load(value_address + value_dim, mask=is_value_dim, other=0.0)
-        product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1)
+        seen_key, seen_value = new_key.to(tl.float32), new_value.to(tl.float32)
+        if ROUNDED:
+            new_key, new_key_scale = round_to_float8(seen_key)
+            new_value, new_value_scale = round_to_float8(seen_value)
+            seen_key, seen_value = new_key * new_key_scale, new_value * new_value_scale
+        product = tl.sum(query.to(tl.float32) * seen_key[None, :], axis=1) * query_scale
         new_logits = _logits(product, _bias(new_importance, HAS_BIAS), softmax_scale, softcap, HAS_SOFTCAP)
         highest_now = tl.maximum(highest, new_logits)
         shift_now = tl.where(highest_now == float("-inf"), 0.0, highest_now)
         weight = tl.exp2(new_logits - shift_now)
         scale = tl.exp2(highest - shift_now)
         total = total * scale + weight
-        acc = acc * scale[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
+        acc = acc * scale[:, None] + weight[:, None] * seen_value[None, :]
         highest = highest_now
         tl.debug_barrier()  # every thread has read the victim's slot
-        tl.store(keys_ptr + victim.to(tl.int64) * HEAD_DIM + dim, new_key, mask=is_dim)
-        tl.store(values_ptr + victim.to(tl.int64) * VALUE_DIM + value_dim, new_value, mask=is_value_dim)
+        key_address = keys_ptr + victim.to(tl.int64) * HEAD_DIM + dim
+        value_address = values_ptr + victim.to(tl.int64) * VALUE_DIM + value_dim
+        tl.store(key_address, new_key.to(keys_ptr.dtype.element_ty), mask=is_dim)
+        tl.store(value_address, new_value.to(values_ptr.dtype.element_ty), mask=is_value_dim)
+        if ROUNDED:
+            tl.store(key_scales_ptr + victim, new_key_scale.to(key_scales_ptr.dtype.element_ty))
+            tl.store(value_scales_ptr + victim, new_value_scale.to(value_scales_ptr.dtype.element_ty))
         tl.store(slot_importance_ptr + victim, new_importance)
         tl.store(positions_ptr + victim, now)
 

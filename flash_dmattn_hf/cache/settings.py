@@ -1,0 +1,19 @@
+"""What a generation config says of the cache: `cache_config={"slot_dtype": "float8_e4m3fn"}`."""
+
+import torch
+from transformers import GenerationConfig
+
+from flash_dmattn.float8 import check_slot_dtype
+
+_SLOT_DTYPE = "slot_dtype"
+
+
+def slot_dtype_of(generation_config: GenerationConfig) -> torch.dtype | None:
+    """Returns the `slot_dtype` that a generation config asks for, as for `DynamicMaskCache`.
+
+    Raises ValueError for other settings in its `cache_config`, and for another dtype.
+    """
+    settings = generation_config.cache_config or {}
+    if others := sorted(set(settings) - {_SLOT_DTYPE}):
+        raise ValueError(f"cache_config must have no setting but {_SLOT_DTYPE!r} with flash_dmattn, got {others}")
+    return check_slot_dtype(settings.get(_SLOT_DTYPE))
