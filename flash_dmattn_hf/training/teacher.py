@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from flash_dmattn_hf.conversion.variants import dense_switch
@@ -23,14 +22,19 @@ class Teacher:
     """A model that is run without gradients and in eval mode.
 
     model: that is run. mode: a context manager inside which it is the teacher, such as with dense attention.
+    is_student: whether it is the model that trains. Then it runs its own code, not what torch.compile has made of it.
     """
 
-    def __init__(self, model: nn.Module, mode: Callable[[], AbstractContextManager]) -> None:
-        self.model, self.mode = model, mode
+    def __init__(
+        self, model: nn.Module, mode: Callable[[], AbstractContextManager], *, is_student: bool = False
+    ) -> None:
+        self.model, self.mode, self.is_student = model, mode, is_student
 
     def logits(self, inputs: dict[str, Any]) -> DeferredLogits:
         """Returns the deferred logits (B, S, vocabulary) of the model for these keyword arguments."""
-        with self.mode(), evaluating(self.model), deferred_logits(self.model), uncompiled():
+        # Another model, or the attention in it, may be compiled for itself: FlexAttention is slow without it.
+        code = uncompiled() if self.is_student else nullcontext()
+        with self.mode(), evaluating(self.model), deferred_logits(self.model), code:
             return self.model(**inputs, use_cache=False).logits
 
     def follow(self, student: nn.Module) -> None:
@@ -38,7 +42,7 @@ class Teacher:
 
         FSDP2 shards what torch.compile has made of a model, and needs the forward of that.
         """
-        if self.model is extract_model_from_parallel(student, keep_torch_compile=False):
+        if self.is_student:
             self.model = student
 
 
@@ -64,9 +68,10 @@ def make_teacher(
         densely = dense_switch(given)
         return Teacher(given, lambda: densely() if uses_masks or active.slot.content else nullcontext())
     if hasattr(student, "disable_adapter"):
-        return Teacher(student, partial(_without_adapter, student, dense_switch(student.get_base_model())))
+        switch = dense_switch(student.get_base_model())
+        return Teacher(student, partial(_without_adapter, student, switch), is_student=True)
     if not trains_backbone:
-        return Teacher(student, dense_switch(student))
+        return Teacher(student, dense_switch(student), is_student=True)
     frozen = copy.deepcopy(student).requires_grad_(False)
     if dtype is not None:
         cast_parameters(frozen, dtype)

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from flash_dmattn_hf import DynamicMaskConfig, convert_model, iter_gates, use_chunked_loss
 from flash_dmattn_hf.training import freeze_all_but_importance, importance_parameters, parameter_groups, probe
+from flash_dmattn_hf.training.teacher import make_teacher
 
 from ..tiny import tiny_model, tokens
 
@@ -103,3 +104,22 @@ def test_a_module_without_a_model_is_refused():
 
 def test_a_probe_sees_the_layers(wrapped):
     assert len(probe(wrapped, tokens(1, 20)[0]).importance) == 2
+
+
+def test_a_teacher_runs_what_it_was_compiled_to_unless_it_is_the_student():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    student = convert_model(tiny_model("llama"), DynamicMaskConfig(keep_window_size=8))
+    other = torch.compile(tiny_model("llama"), backend=count)
+    make_teacher(student, other, trains_backbone=True, dtype=None).logits({"input_ids": tokens(1, 12)})
+    assert graphs
+    graphs.clear()
+    itself = make_teacher(student, None, trains_backbone=False, dtype=None)
+    itself.follow(torch.compile(student, backend=count))
+    itself.logits({"input_ids": tokens(1, 12)})
+    assert not graphs
