@@ -180,13 +180,14 @@ def test_undone_tokens_leave_nothing():
 
 
 def test_another_model_dtype_after_a_reset():
-    model = make_model("llama-topk")
+    model = make_model("llama-topk").float()
     cache = after(model, 9)
     cache.reset()
-    fresh = after(model, 9)
+    model.double()
     ids, mask = make_prompt(length=9)
     run(model, cache, ids, mask, [7, 1, 1])
-    assert torch.equal(continued(model, cache), continued(model, fresh))
+    assert cache.layers[0].dtype == torch.float64 and cache.layers[0].keys.dtype == FLOAT8
+    assert torch.equal(continued(model, cache), continued(model, after(model, 9)))
 
 
 def test_what_is_refused():
