@@ -16,10 +16,15 @@ SAMPLE = [
     ("causal", "gpt_oss"),
     ("causal", "jamba"),
     ("causal", "bloom"),
+    ("causal", "blt"),
+    ("causal", "gemma4_assistant"),
+    ("text", "paligemma"),
     ("text", "qwen2_5_vl"),
     ("image", "qwen2_5_vl"),
     ("image", "llava"),
     ("image", "mllama"),
+    ("image", "chameleon"),
+    ("image", "paligemma"),
     ("image", "kosmos-2"),
 ]
 WALKS, RECORDS = table.load(table.path_of(transformers.__version__))
