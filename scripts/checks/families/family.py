@@ -113,9 +113,10 @@ class Family:
         return model
 
     def load(self, folder: Path, **options: Any) -> PreTrainedModel:
-        """A saved model, by default with our attention."""
+        """A saved model, by default with our attention; by its class if the Auto class does not know its config."""
+        loader = self.auto if type(self.eager.config) in self.auto._model_mapping else self.cls
         options = {"attn_implementation": "flash_dmattn", "experts_implementation": "eager", **options}
-        return self.auto.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
+        return loader.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
 
     def gates(self) -> str:
         """How many of the layers that transformers calls attention have a gate."""
