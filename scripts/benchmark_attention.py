@@ -81,8 +81,14 @@ def measure_length(arguments, seqlen: int) -> list[dict]:
         found = []
         for engine in arguments.engines:
             is_repeated = engine in DENSE and importance != arguments.importance[0]
-            if seqlen <= limits.get(engine, seqlen) and not is_repeated:
+            if seqlen > limits.get(engine, seqlen) or is_repeated:
+                continue
+            try:
                 found += measure(arguments, engine, seqlen, inputs)
+            except RuntimeError as error:
+                if engine not in DENSE:
+                    raise
+                found.append({"engine": engine, "work": "forward", "failed": str(error).splitlines()[0]})
         rows += [{"seqlen": seqlen, "importance": importance, **row} for row in found]
         del inputs
     report(rows)
@@ -125,7 +131,7 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
     backend, _, extra = engine.partition("+")
     sinks = None
     if extra == "sinks":
-        sinks = torch.randn(arguments.num_heads, device="cuda", requires_grad=True)
+        sinks = torch.randn(arguments.num_heads, device=arguments.device, requires_grad=True)
     elif extra:
         raise ValueError(f"an engine may have +sinks, got {engine}")
     wanted = inputs if sinks is None else [*inputs, sinks]

@@ -28,6 +28,7 @@ from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.cli import main as flash_dmattn
 from flash_dmattn_hf.conversion.checkpoint import find_source, load_model, load_tokenizer
 from flash_dmattn_hf.conversion.variants import dense
+from flash_dmattn_hf.evaluation.prompts import DEPTHS
 from flash_dmattn_hf.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ class Amounts:
     """How much of everything. window: w of the conversion. windows, context, stretches: of the perplexity table.
     Tokens: `equality_stretches` of w, `calibration_tokens`, `new_tokens` to generate after a prompt of `context`,
     `train_steps` of `train_length`, `eval_pieces` of the same length. cache_context: longest context of the picture.
-    samples: pass keys that are asked for at each depth.
+    depths, samples: per cent of the text before the pass keys that are asked for, and how many at each.
     """
 
     window: int
@@ -55,6 +56,7 @@ class Amounts:
     train_steps: int
     eval_pieces: int
     cache_context: int
+    depths: tuple[int, ...]
     samples: int
 
 
@@ -70,6 +72,7 @@ FULL = Amounts(
     train_steps=8,
     eval_pieces=3,
     cache_context=4096,
+    depths=DEPTHS,
     samples=1,
 )
 QUICK = Amounts(
@@ -84,6 +87,7 @@ QUICK = Amounts(
     train_steps=4,
     eval_pieces=4,
     cache_context=1024,
+    depths=(10, 90),
     samples=1,
 )
 LONG = Amounts(
@@ -98,6 +102,7 @@ LONG = Amounts(
     train_steps=8,
     eval_pieces=4,
     cache_context=8192,
+    depths=DEPTHS,
     samples=4,
 )
 
@@ -284,6 +289,7 @@ def measure_trained(
         "--windows": amounts.window,
         "--stretches": amounts.stretches,
         "--tasks": "pass_key",
+        "--depths": ",".join(map(str, amounts.depths)),
         "--samples": amounts.samples,
         "--device": device,
         "--json": output / "recall.json",

@@ -72,18 +72,6 @@ def main() -> int:
             step_seconds[variant.name] = time_of_step(variant, warm, arguments)
             print(f"{variant.name}: {step_seconds[variant.name]:.3f} s a step", flush=True)
         steps = max(1, int(arguments.seconds / max(step_seconds.values())))
-    results = []
-    for variant in VARIANTS:
-        model = make_model(variant, arguments)
-        losses, seconds = train(model, variant, batches(train_ids, steps, arguments), steps, arguments)
-        results.append({"variant": variant.name, "seconds": seconds, **measure(model, test_ids, arguments)})
-        results[-1]["losses"] = losses
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        results[-1]["parameters"] = parameters
-        print(f"{variant.name}: {parameters:,} parameters, {steps} steps in {seconds:.0f} s", flush=True)
-        del model
-    add_shares(results)
-
     report = {
         "environment": where,
         "command": shlex.join(["python", *sys.argv]),
@@ -92,15 +80,28 @@ def main() -> int:
         "tokens_seen": steps * arguments.batch_size * arguments.length,
         "vocabulary_covers": covered,
         "step_seconds": step_seconds,
-        "results": results,
+        "results": [],
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_json(arguments.output.with_name(arguments.output.name + ".json"), report)
-    text = table(report)
-    arguments.output.with_name(arguments.output.name + ".md").write_text(text + "\n")
-    draw(report, arguments.output.with_name(arguments.output.name + ".png"))
-    print(text)
+    for variant in VARIANTS:
+        model = make_model(variant, arguments)
+        losses, seconds = train(model, variant, batches(train_ids, steps, arguments), steps, arguments)
+        row = {"variant": variant.name, "seconds": seconds, **measure(model, test_ids, arguments), "losses": losses}
+        row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{variant.name}: {row['parameters']:,} parameters, {steps} steps in {seconds:.0f} s", flush=True)
+        report["results"].append(row)
+        add_shares(report["results"])
+        write(report, arguments.output)  # a run that is cut off leaves what it has
+        del model
+    print(table(report))
     return 0
+
+
+def write(report: dict, prefix: Path) -> None:
+    """Writes PREFIX.json, PREFIX.md and PREFIX.png."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    save_json(prefix.with_name(prefix.name + ".json"), report)
+    prefix.with_name(prefix.name + ".md").write_text(table(report) + "\n")
+    draw(report, prefix.with_name(prefix.name + ".png"))
 
 
 def parse() -> argparse.Namespace:
@@ -289,10 +290,12 @@ def probe(
 
 
 def add_shares(results: list[dict]) -> None:
-    """Adds the share of the gap between sinks + window and dense that a variant closes."""
+    """Adds the share of the gap between sinks + window and dense that a variant closes; None until both are there."""
     losses = {row["variant"]: row["loss_beyond_window"] for row in results}
+    window, dense = losses.get("sinks + window"), losses.get("dense")
     for row in results:
-        row["share_of_gap"] = share_of_gap(row["loss_beyond_window"], losses["sinks + window"], losses["dense"])
+        is_known = window is not None and dense is not None
+        row["share_of_gap"] = share_of_gap(row["loss_beyond_window"], window, dense) if is_known else None
 
 
 def table(report: dict) -> str:

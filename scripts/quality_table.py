@@ -77,7 +77,8 @@ def main() -> int:
 
     tables, asked = {}, {}
 
-    def save() -> str:
+    def save(*, draws: bool = False) -> str:
+        """Writes what there is, after every row: a run that is cut off leaves what it has."""
         options = {
             name: value for name, value in vars(arguments).items() if name not in ("settings", "output", "tokens")
         }
@@ -88,7 +89,7 @@ def main() -> int:
             "seconds": round(time.perf_counter() - started),
             "tables": [{**setting._asdict(), "rows": found} for setting, found in tables.items()],
         }
-        return write(arguments.output, report)
+        return write(arguments.output, report, draws=draws)
 
     for setting in arguments.settings:
         text = tokens["test"][: arguments.stretches * setting.context_length]
@@ -104,24 +105,26 @@ def main() -> int:
         base = load(arguments.base, arguments.device)
         calibration = Calibration(tokens["train"], num_tokens=arguments.calibration_tokens)
         convert_model(base, DynamicMaskConfig(keep_window_size=setting.window), calibration=calibration)
-        results = []
+        tables[setting] = []
         for row in rows(base, setting, arguments):
             with precision(arguments.device):
-                results.append(measure_row(row, text, prompts, reference=base, **options))
+                tables[setting].append(measure_row(row, text, prompts, reference=base, **options))
+            add_shares_of_gap(tables[setting])
+            save()
             print(f"{setting}: {row.label}, after {time.perf_counter() - started:.0f} s", flush=True)
-        add_shares_of_gap(results)
-        tables[setting] = results
-        save()  # a run that is cut off leaves what it has
+        save(draws=True)
         del base, row
 
     if arguments.peers:
         model = load(arguments.base, arguments.device)
         for setting in arguments.settings:
             with precision(arguments.device):
-                tables[setting] += peers(model, setting, asked[setting], arguments.num_sink_tokens)
+                for row in peers(model, setting, asked[setting], arguments.num_sink_tokens):
+                    tables[setting].append(row)
+                    save()
             print(f"{setting}: other methods, after {time.perf_counter() - started:.0f} s", flush=True)
 
-    print(save())
+    print(save(draws=True))
     return 0
 
 
@@ -194,8 +197,8 @@ def gate_config(model: nn.Module) -> DynamicMaskConfig:
     return gate[2].config
 
 
-def peers(model: PreTrainedModel, setting: Setting, prompts: list[Prompt], num_sinks: int) -> list[dict]:
-    """Returns the rows of the presses. model: a dense one."""
+def peers(model: PreTrainedModel, setting: Setting, prompts: list[Prompt], num_sinks: int) -> Iterator[dict]:
+    """Yields the rows of the presses. model: a dense one."""
     import kvpress  # here, because it replaces the attention functions of transformers
 
     def compression(name: str):
@@ -206,8 +209,8 @@ def peers(model: PreTrainedModel, setting: Setting, prompts: list[Prompt], num_s
 
         return compressing
 
-    return [
-        measure_compressed(
+    for label, (name, sees_question) in PEERS.items():
+        yield measure_compressed(
             label,
             model,
             prompts,
@@ -216,12 +219,10 @@ def peers(model: PreTrainedModel, setting: Setting, prompts: list[Prompt], num_s
             sees_question=sees_question,
             progress=True,
         )
-        for label, (name, sees_question) in PEERS.items()
-    ]
 
 
-def write(prefix: Path, report: dict) -> str:
-    """Writes PREFIX.json, PREFIX.md and PREFIX_N_w.png, and returns the text."""
+def write(prefix: Path, report: dict, *, draws: bool) -> str:
+    """Writes PREFIX.json and PREFIX.md, and PREFIX_N_w.png if it `draws`, and returns the text."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     save_json(prefix.with_name(prefix.name + ".json"), report)
     title = header(report["environment"])
@@ -229,8 +230,9 @@ def write(prefix: Path, report: dict) -> str:
     for table in report["tables"]:
         setting = Setting(table["context_length"], table["window"])
         parts.append(f"## {setting}\n\n{markdown_tables(table['rows'])}")
-        picture = prefix.with_name(f"{prefix.name}_{setting.context_length}_{setting.window}.png")
-        pictures.draw(table["rows"], picture, f"{setting}; {title}")
+        if draws:
+            picture = prefix.with_name(f"{prefix.name}_{setting.context_length}_{setting.window}.png")
+            pictures.draw(table["rows"], picture, f"{setting}; {title}")
     text = "\n\n".join(parts)
     prefix.with_name(prefix.name + ".md").write_text(text + "\n")
     return text

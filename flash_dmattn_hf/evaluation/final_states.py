@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from flash_dmattn_hf.integration.observed_attention import uncompiled
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -73,7 +75,7 @@ def _forward(model: nn.Module, input_ids: torch.Tensor, change: Callable) -> tor
     device = inner.get_input_embeddings().weight.device
     handle = head.register_forward_pre_hook(replace)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             logits = model(input_ids=input_ids[None].to(device), use_cache=False).logits[0]
     finally:
         handle.remove()

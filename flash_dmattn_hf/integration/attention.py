@@ -13,19 +13,20 @@ from flash_dmattn_hf.config import Windows
 from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, is_cross_attention, sliding_window_of
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
-from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks
+from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks, refuse_unknown_prefix
 from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.cross_attention import attend_to_others
-from flash_dmattn_hf.integration.documents import Documents, documents_of
+from flash_dmattn_hf.integration.documents import Documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import is_marked, tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.integration.packed_attention import attend_packed, find_documents
+from flash_dmattn_hf.integration.served_attention import attend_served
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import SharedKeys, share, shared_with
 from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 from flash_dmattn_hf.parallel.attention import attend_shard
 from flash_dmattn_hf.parallel.context import active
-from flash_dmattn_hf.serving.live_requests import LiveRequests
 
 UNSUPPORTED = {
     "sinks": "attention sinks that depend on the token",
@@ -90,14 +91,14 @@ def dynamic_mask_attention_forward(
         attention_mask, blocks = read_blocks(attention_mask, None if tag is None else tag.block_size)
     check_arguments(module, attention_mask, kwargs)
     if blocks is None and getattr(module, "is_causal", None) is False:
-        _refuse_unknown_prefix(module, query, attention_mask)
+        refuse_unknown_prefix(module, query, attention_mask)
     if s_aux is not None:
         check_sinks(s_aux, query.shape[1], type(module).__name__)
     if requests is not None:
         if gate is not None:
             gate.was_called = True
         options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-        out, lse = _attend_served(module, shared, requests, query, key, value, options)
+        out, lse = attend_served(module, shared, requests, query, key, value, options)
         return out if s_aux is None else with_sinks(out, lse, s_aux), None
     is_cached = cache_layer is not None or shared.view is not None
     is_step = is_cached and query.shape[2] == 1
@@ -111,7 +112,10 @@ def dynamic_mask_attention_forward(
     shard = None if tag is None else tag.shard
     if shard is not None or active.slot.content is not None:
         check_shard(shard, key, cache_layer, cu_seq_lens_q, chunk_size)
-    documents = None if shard is not None else _documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    documents = None
+    is_packed = cu_seq_lens_q is not None or (attention_mask is not None and attention_mask.dtype != torch.bool)
+    if is_packed and shard is None:
+        documents = find_documents(query, key, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     if documents is not None and blocks is not None:
         raise ValueError("bidirectional blocks, such as images, are not supported in packed documents")
     options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
@@ -149,7 +153,7 @@ def dynamic_mask_attention_forward(
         return _with_sinks(attend_shard(shard, *states, importance, windows, **options), s_aux), None
     options.update(windows._asdict())
     if documents is not None:
-        return _with_sinks(_attend_packed(query, key, value, importance, documents, options), s_aux), None
+        return _with_sinks(attend_packed(query, key, value, importance, documents, options), s_aux), None
     if blocks is not None:
         options["blocks"] = last_blocks(blocks, key.shape[2])
     padding_mask = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
@@ -189,68 +193,6 @@ def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, opti
     return attended
 
 
-def _attend_served(module, shared: SharedKeys, requests: LiveRequests, query, key, value, options):
-    """Attends to the slots of the requests whose tokens these are, and lets those evict. Returns out and lse."""
-    gate = shared.gate
-    options["add_importance_bias"] = gate is not None and gate.config.add_importance_bias
-    if shared.served is not None:
-        return requests.attend_again(shared.served[1], query.transpose(1, 2), **options)
-    if getattr(module, "store_full_length_kv", False):
-        share(key, SharedKeys(gate, served=(requests, module.layer_idx)))
-    if gate is None:
-        importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
-    else:
-        importance = importance_of(gate, value)
-    if importance.shape[1] == 1:  # one for all heads
-        importance = importance.expand(-1, value.shape[1], -1)
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return requests.attend(module.layer_idx, query.transpose(1, 2), key, value, importance, **options)
-
-
-def _attend_packed(query, key, value, importance, documents: Documents, options):
-    """Attends within documents: the whole batch becomes one row of documents. Returns out, or out and lse."""
-    batch, _, seqlen, _ = query.shape
-
-    def one_row(tensor):  # (B, H, S, D) -> (1, B * S, H, D)
-        return tensor.transpose(1, 2).reshape(1, batch * seqlen, tensor.shape[1], tensor.shape[3])
-
-    attended = dynamic_mask_attention(
-        one_row(query),
-        one_row(key),
-        one_row(value),
-        importance.transpose(0, 1).reshape(1, importance.shape[1], batch * seqlen),
-        cu_seqlens=documents.bounds,
-        padding_mask=documents.padding_mask,
-        **options,
-    )
-    out, lse = attended if options["return_lse"] else (attended, None)
-    out = out.reshape(batch, seqlen, *out.shape[2:])
-    return out if lse is None else (out, lse.view(-1, batch, seqlen).transpose(0, 1))
-
-
-def _documents(query, key, attention_mask, cu_seqlens, cu_seqlens_k) -> Documents | None:
-    """Returns the documents among the tokens of all batch rows, None if nothing is packed."""
-    batch, _, seqlen_q, _ = query.shape
-    if cu_seqlens is not None:
-        if batch != 1 or seqlen_q != key.shape[2]:
-            raise ValueError(
-                "cu_seq_lens_q needs one packed row without cached tokens, got a batch of "
-                f"{batch} with {seqlen_q} queries and {key.shape[2]} keys"
-            )
-        on_cpu = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if cu_seqlens_k is not None and on_cpu and not torch.equal(cu_seqlens, cu_seqlens_k):
-            raise ValueError(
-                f"cu_seq_lens_k must equal cu_seq_lens_q, got {cu_seqlens_k.tolist()} and {cu_seqlens.tolist()}"
-            )
-        return Documents(cu_seqlens.to(torch.int32))
-    if attention_mask is None or attention_mask.dtype == torch.bool:
-        return None
-    numbers = attention_mask.expand(batch, -1)
-    if numbers.shape[1] != key.shape[2] or seqlen_q != key.shape[2]:
-        raise ValueError(f"packed position_ids must cover all {key.shape[2]} keys, got {numbers.shape[1]} positions")
-    return documents_of(numbers)
-
-
 def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
     """Raises ValueError for arguments of an attention function that would be ignored, or that no layer of ours has."""
     refuse_unsupported(module, kwargs)
@@ -274,17 +216,6 @@ def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{type(module).__name__} passes {meaning}, which flash_dmattn does not support")
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions=True needs attn_implementation="eager", got flash_dmattn')
-
-
-def _refuse_unknown_prefix(module, query, attention_mask) -> None:
-    """The first tokens of a text are bidirectional or causal, as their mask says; without blocks nobody says it."""
-    num_tokens = query.shape[2]
-    if num_tokens > 1 and (attention_mask is None or attention_mask.shape[1] == num_tokens):
-        raise ValueError(
-            f"{type(module).__name__} calls itself bidirectional (use_bidirectional_attention), so the model must say "
-            "which tokens are the prefix, as PaliGemma does with token_type_ids (0 there), got none: transformers' own "
-            "implementations do not agree on it then"
-        )
 
 
 def _check_limits(module, limits: MaskLimits, argument, attention_mask, tag) -> None:

@@ -6,6 +6,7 @@ dimensions: a model that takes it for a mask yet to be made, as Gemma inside Pal
 """
 
 import torch
+from torch import nn
 
 from flash_dmattn import Blocks, find_blocks
 
@@ -50,6 +51,17 @@ def last_blocks(blocks: Blocks, count: int) -> Blocks:
     if count == length:
         return blocks
     return blocks._replace(start=(blocks.start[:, length - count :] - (length - count)).clamp(min=0))
+
+
+def refuse_unknown_prefix(module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """The first tokens of a text are bidirectional or causal, as their mask says; without blocks nobody says it."""
+    num_tokens = query.shape[2]
+    if num_tokens > 1 and (attention_mask is None or attention_mask.shape[1] == num_tokens):
+        raise ValueError(
+            f"{type(module).__name__} calls itself bidirectional (use_bidirectional_attention), so the model must say "
+            "which tokens are the prefix, as PaliGemma does with token_type_ids (0 there), got none: transformers' own "
+            "implementations do not agree on it then"
+        )
 
 
 def _refuse_later_tokens(numbers: torch.Tensor, padding_mask: torch.Tensor | None, length: int) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -12,14 +12,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 IMPLEMENTATION = "dmattn_observed"
 
 
+def uncompiled() -> AbstractContextManager[None]:
+    """Returns a context manager inside which what torch.compile has made of a model runs the model's own code.
+
+    What was compiled knows nothing of attention and hooks that are there for a while. The compiled module is still the
+    one to call: it may be the one that FSDP2 has sharded.
+    """
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def observed_attention(modules: Collection[nn.Module], compute: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Inside the block, `compute` is the attention of `modules`; all other modules attend as before.
 
     compute(module, query, key, value, softmax_scale, softcap): query (B, H, T, D) and key, value
     (B, Hkv, T, D) as the attention interface is given them, that is after rotary embeddings, in value's dtype; returns
-    out (B, H, T, D). The model must be fed unpadded sequences: `compute` gets no mask. ValueError at the first layer of
-    `modules` with attention sinks, which `compute` does not know of.
+    out (B, H, T, D). A compiled model runs its own code. It must be fed unpadded sequences: `compute` gets no mask.
+    ValueError at the first layer of `modules` with attention sinks, which `compute` does not know of.
     """
     configs = {id(module.config): module.config for module in modules}.values()
     before = {config._attn_implementation for config in configs}
@@ -46,7 +55,8 @@ def observed_attention(modules: Collection[nn.Module], compute: Callable[..., to
     try:
         for config in configs:
             config._attn_implementation_internal = IMPLEMENTATION
-        yield
+        with uncompiled():
+            yield
     finally:
         for config in configs:
             config._attn_implementation_internal = before

@@ -9,21 +9,21 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.importance import Gate
 from flash_dmattn_hf.gates.soft_selection import hard_selection, soft_selection
-from flash_dmattn_hf.parallel.context import ContextParallel, active
-from flash_dmattn_hf.training.deferred_logits import DeferredLogits, deferred_logits, deferring_layer
+from flash_dmattn_hf.parallel.context import active
+from flash_dmattn_hf.training.deferred_logits import deferred_logits, deferring_layer
 from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES, DistillationArguments
+from flash_dmattn_hf.training.distillation_batch import collate, loss_of_batch, weights_of_tokens
+from flash_dmattn_hf.training.distillation_checks import check_student
 from flash_dmattn_hf.training.distillation_course import DistillationCourse
-from flash_dmattn_hf.training.distillation_loss import Distillation, TokenWeights, chunked_distillation_loss
-from flash_dmattn_hf.training.gate_preparation import check_gates, prepare_gates
+from flash_dmattn_hf.training.distillation_optimizer import make_optimizer
+from flash_dmattn_hf.training.gate_preparation import prepare_gates
 from flash_dmattn_hf.training.held_out import WINDOW_LOSS, HeldOut
-from flash_dmattn_hf.training.importance import IMPORTANCE_GROUP
-from flash_dmattn_hf.training.standardized_inputs import StandardizedLayer, clip_each_group, standardize_inputs
+from flash_dmattn_hf.training.standardized_inputs import StandardizedLayer
 from flash_dmattn_hf.training.teacher import make_teacher
 from flash_dmattn_hf.training.temperature import geometric_schedule
 
@@ -64,32 +64,13 @@ class DistillationTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        check_gates(model)
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "DistillationTrainer does not support ZeRO-3 of DeepSpeed, which leaves no process the gates that are "
-                "prepared for training: use FSDP2"
-            )
-        _refuse_half_precision(model)
-        in_gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
-        trains_backbone = any(p.requires_grad and id(p) not in in_gates for p in model.parameters())
+        trains_backbone = check_student(model, args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # or the Trainer would use DataParallel, whose threads share one output layer
-        adds_bias = any(gate.config.add_importance_bias for _, _, gate in iter_gates(model))
-        if args.hard_share and not (trains_backbone or adds_bias):
-            raise ValueError(
-                f"hard_share must be 0, got {args.hard_share}: nothing would have a gradient under the hard mask, "
-                "because only the importance trains and it is not added to the logits"
-            )
-        if not trains_backbone and not any(map(_keeps_by_importance, iter_gates(model))):
-            raise ValueError(
-                "num_sink_tokens + local_window_size must be below keep_window_size when only the importance trains: "
-                "no key is kept for its importance, so nothing would have a gradient"
-            )
         super().__init__(
             model,
             args,
-            data_collator=_collate,
+            data_collator=collate,
             train_dataset=train_dataset,
             processing_class=processing_class,
             callbacks=[*callbacks, _Conductor(self)],
@@ -136,26 +117,7 @@ class DistillationTrainer(Trainer):
         """AdamW over the backbone and dt_proj, whose inputs it sees standardised; each is clipped alone."""
         if self.optimizer is not None:
             return self.optimizer
-        gates = [parameter for layer in self._layers for parameter in layer.parameters()]
-        in_gates = {id(parameter) for _, _, gate in iter_gates(self.model) for parameter in gate.parameters()}
-        backbone = [p for p in self.model.parameters() if p.requires_grad and id(p) not in in_gates]
-        groups = [
-            {
-                "name": "backbone",
-                "params": backbone,
-                "lr": self.args.learning_rate,
-                "weight_decay": self.args.weight_decay,
-            },
-            {"name": IMPORTANCE_GROUP, "params": gates, "lr": self.gate_learning_rate, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-            fused=True if gates[0].is_cuda else None,
-        )
-        standardize_inputs(self.optimizer, self._layers)
-        clip_each_group(self.optimizer, self.args.clip_norm)
+        self.optimizer = make_optimizer(self.model, self.args, self._layers, self.gate_learning_rate)
         return self.optimizer
 
     def create_scheduler(
@@ -183,12 +145,12 @@ class DistillationTrainer(Trainer):
         weights = inputs.pop("token_weights", None)
         if (mask := inputs.get("attention_mask")) is not None:
             weights = mask if weights is None else weights * mask
-        weights = None if weights is None else _token_weights(weights.float(), active.slot.content)
+        weights = None if weights is None else weights_of_tokens(weights.float(), active.slot.content)
         with self.accelerator.autocast():
             expected = self.teacher.logits(inputs)
         with deferred_logits(self.model):
             found = model(**inputs, use_cache=False).logits
-        result = _loss(found, expected, weights)
+        result = loss_of_batch(found, expected, weights)
         self._seen.append(torch.stack([result.kld, result.top1]).detach().float())
         self._num_tokens += inputs["input_ids"].numel()
         return (result.loss, {}) if return_outputs else result.loss
@@ -245,6 +207,7 @@ class _Conductor(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        self.trainer.teacher.follow(self.trainer.model)
         _keep_output_layer(self.trainer.model)
         if state.global_step == 0:
             self.trainer.measure()
@@ -263,27 +226,6 @@ class _Conductor(TrainerCallback):
             control.should_training_stop = True
 
 
-def _collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks examples of equal length."""
-    return {name: torch.stack([torch.as_tensor(example[name]) for example in examples]) for name in examples[0]}
-
-
-def _keeps_by_importance(found: tuple[str, nn.Module, Gate]) -> bool:
-    keep, sinks, local, _ = found[2].windows
-    return keep > sinks + local
-
-
-def _refuse_half_precision(model: nn.Module) -> None:
-    gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
-    for name, parameter in model.named_parameters():
-        is_half = parameter.dtype in (torch.float16, torch.bfloat16)
-        if is_half and (parameter.requires_grad or id(parameter) in gates):
-            raise ValueError(
-                f"what trains must be float32, got {name} in {parameter.dtype}: load the model with "
-                "dtype=torch.float32 and set bf16=True"
-            )
-
-
 def _set_requires_grad(gate: Gate, name: str, value: bool) -> None:
     gate.get_parameter(name).requires_grad_(value)  # by its name: FSDP2 replaces parameters
 
@@ -294,26 +236,3 @@ def _keep_output_layer(model: nn.Module) -> None:
     for module in (model, head):
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(False, recurse=False)
-
-
-def _token_weights(weights: torch.Tensor, context: ContextParallel | None) -> TokenWeights:
-    """Returns the weights of the tokens that are here, (N,), so that every example counts the same.
-
-    weights: (B, S), of whole examples, of which a rank of `context` has a part of the tokens. What it divides by makes
-    the mean over the ranks that of the whole.
-    """
-    weights = weights * weights.shape[1] / weights.sum(1, keepdim=True).clamp_min(1e-9)
-    rank, size = (0, 1) if context is None else (context.rank, context.world_size)
-    own = weights.chunk(size, 1)[rank].flatten()
-    return TokenWeights(own, weights.sum() / size, (weights > 0).sum() / size)
-
-
-def _loss(found: DeferredLogits, expected: DeferredLogits, weights: TokenWeights | None) -> Distillation:
-    names = ("hidden", "weight", "bias")
-    return chunked_distillation_loss(
-        **dict(zip(names, found.operands(), strict=True)),
-        **{f"teacher_{name}": tensor for name, tensor in zip(names, expected.operands(), strict=True)},
-        operations=found.operations,
-        teacher_operations=expected.operations,
-        token_weights=weights,
-    )

@@ -137,9 +137,9 @@ def probe(model: nn.Module, input_ids: torch.Tensor) -> Probe:
 
     was_training = model.training
     model.eval()
-    model = getattr(model, "_orig_mod", model)  # what is compiled would not be observed
+    modules = {module for _, module, _ in iter_gates(model)}
     try:
-        with observed_attention({module for _, module, _ in iter_gates(model)}, attend):
+        with observed_attention(modules, attend):
             model(input_ids=input_ids[None].to(next(model.parameters()).device), use_cache=False)
     finally:
         model.train(was_training)

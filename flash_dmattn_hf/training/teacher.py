@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from flash_dmattn_hf.conversion.variants import dense_switch
 from flash_dmattn_hf.evaluation.final_states import evaluating
 from flash_dmattn_hf.gates.attach import text_config_of
+from flash_dmattn_hf.integration.observed_attention import uncompiled
 from flash_dmattn_hf.names import is_ours
 from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, check_output_layer_of, deferred_logits
@@ -28,8 +30,16 @@ class Teacher:
 
     def logits(self, inputs: dict[str, Any]) -> DeferredLogits:
         """Returns the deferred logits (B, S, vocabulary) of the model for these keyword arguments."""
-        with self.mode(), evaluating(self.model), deferred_logits(self.model):
+        with self.mode(), evaluating(self.model), deferred_logits(self.model), uncompiled():
             return self.model(**inputs, use_cache=False).logits
+
+    def follow(self, student: nn.Module) -> None:
+        """Runs the student as the Trainer has prepared it, if the student is the teacher.
+
+        FSDP2 shards what torch.compile has made of a model, and needs the forward of that.
+        """
+        if self.model is extract_model_from_parallel(student, keep_torch_compile=False):
+            self.model = student
 
 
 def make_teacher(

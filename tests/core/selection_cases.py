@@ -1,13 +1,13 @@
 """Random selection problems, and the options that each of them really contains."""
 
 import math
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 
 import torch
+from conftest import SEED
 
 from .definition import FLOAT32_MAX, NEVER
 
@@ -251,7 +251,7 @@ def required_pairs() -> set[tuple[str, str]]:
 
 def draw_cases() -> Iterator[SelectionCase]:
     """NUM_CASES random cases; the first of those are such that every pair of options occurs."""
-    rng = random.Random(int(os.environ["FLASH_DMATTN_TEST_SEED"]))
+    rng = random.Random(SEED)
     missing = required_pairs()
     number = 0
     for _ in range(20_000):

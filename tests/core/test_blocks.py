@@ -1,10 +1,10 @@
 """Bidirectional blocks: found as written down, seen in whole, and nothing else changes."""
 
-import os
 import random
 
 import pytest
 import torch
+from conftest import SEED
 
 from flash_dmattn import Blocks, dynamic_mask_attention, find_blocks, select_visible
 
@@ -13,8 +13,6 @@ from .definition import inside_intervals, sequences_of_row, visible_keys
 from .selection_cases import draw_cu_seqlens, draw_importance, draw_padding
 from .soft_definition import attention as soft_attention
 from .test_chunks import PrunedKeys
-
-SEED = int(os.environ["FLASH_DMATTN_TEST_SEED"])
 
 
 def starts_of_blocks(numbers, padding_mask, cu_seqlens):

@@ -1,10 +1,10 @@
 """A pruned cache loses nothing: chunks that keep only surviving keys see the same keys as one pass."""
 
-import os
 import random
 
 import pytest
 import torch
+from conftest import SEED
 
 from flash_dmattn import Blocks, select_visible
 
@@ -70,7 +70,7 @@ class PrunedKeys:
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_chunks_see_the_same_keys_as_one_pass(window, chunks, values):
-    rng = random.Random(int(os.environ["FLASH_DMATTN_TEST_SEED"]))
+    rng = random.Random(SEED)
     options = WINDOWS[window]
     importance = VALUES[values](torch.randn(1, 2, SEQLEN))
     expected = visible_keys(importance, **options)[0]

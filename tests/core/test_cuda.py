@@ -1,7 +1,6 @@
 """The CUDA kernels against the reference: those for the GPU at hand, and those for others, which it runs as well."""
 
 import logging
-import os
 import random
 import sys
 from dataclasses import replace
@@ -34,11 +33,6 @@ MOST_NEEDED = {256: 148480}  # bytes of shared memory, where the backward has no
 def architecture(request, monkeypatch):
     """The kernels for the GPU itself, and the sm80 kernels in their shapes for much and for little shared memory."""
     monkeypatch.setenv(ARCHITECTURE_VARIABLE, request.param)
-
-
-@pytest.fixture
-def seed():
-    return int(os.environ["FLASH_DMATTN_TEST_SEED"])
 
 
 def random_case(number, seed):

@@ -1,11 +1,11 @@
 """Key lists of the CUDA library hold exactly the keys that the definition asks for, where it asks for them."""
 
 import math
-import os
 import random
 
 import pytest
 import torch
+from conftest import SEED
 
 from flash_dmattn import NEVER, Visibility, select_visible
 from flash_dmattn.backends.cuda import library, lists
@@ -148,7 +148,7 @@ def test_keys_of_blocks(size):
 
 
 def test_keys_and_rows_in_any_order():
-    rng = random.Random(int(os.environ["FLASH_DMATTN_TEST_SEED"]))
+    rng = random.Random(SEED)
     for _ in range(10):
         seqlen_q, seqlen_k = rng.randint(1, 900), rng.randint(1, 2000)
         birth = torch.randint(-50, 1500, (2, 2, seqlen_k), dtype=torch.int32)

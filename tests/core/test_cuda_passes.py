@@ -1,6 +1,5 @@
 """The passes of the CUDA library give each kernel what it needs, by plan and the long way, without a GPU."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -64,11 +63,6 @@ def played(request, loaded, monkeypatch):
     library = PlayedLibrary(loaded)
     library.install(monkeypatch, is_for_sm90a=request.param == "sm90")
     return library
-
-
-@pytest.fixture
-def seed():
-    return int(os.environ["FLASH_DMATTN_TEST_SEED"])
 
 
 def suited(case):

@@ -1,10 +1,10 @@
 """Selection by the CUDA library equals selection in torch on the CPU, bit for bit."""
 
-import os
 import random
 
 import pytest
 import torch
+from conftest import SEED
 
 from flash_dmattn import select_visible
 from flash_dmattn.backends.cuda import library
@@ -79,7 +79,7 @@ def test_long_sequences(values, w, seqlen):
 
 @pytest.mark.parametrize("values", ["distinct", "ties", "up", "special"])
 def test_padding_and_documents_at_length(values):
-    rng = random.Random(int(os.environ["FLASH_DMATTN_TEST_SEED"]))
+    rng = random.Random(SEED)
     for _ in range(5):
         seqlen = rng.randint(500, 5000)
         w = rng.choice([1, 3, 50, 400, 2000])

@@ -1,6 +1,5 @@
 """Attention under any mask and bias, of every backend, against its definition; small shapes in Triton's interpreter."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -14,11 +13,6 @@ from .dense_cases import CASES, GPU_CASES, DenseCase, check, make_inputs, run
 from .kernel_cases import DEVICE, HAS_GPU
 
 INTERPRETED = ("kv-heads", "query-heads", "one-for-all-deterministic", "bias-by-key", "bias-only-causal")
-
-
-@pytest.fixture
-def seed():
-    return int(os.environ["FLASH_DMATTN_TEST_SEED"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

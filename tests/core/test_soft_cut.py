@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-import os
 import random
 import re
 
 import pytest
 import torch
+from conftest import SEED
 
 from flash_dmattn import dynamic_mask_attention, select_visible
 from flash_dmattn.backends import triton
@@ -20,7 +20,6 @@ from tests.core.test_ops import RecordCalls, check_ops, registered_ops
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-SEED = int(os.environ["FLASH_DMATTN_TEST_SEED"])
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or not (HAS_GPU or triton.is_interpreted()),
     reason="Triton is not installed, or neither a GPU nor its interpreter is used",

@@ -1,12 +1,12 @@
 """Soft selection against its definition: forward and gradients, its limit, and what is refused."""
 
 import math
-import os
 import random
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from conftest import SEED
 
 import flash_dmattn
 from flash_dmattn import dynamic_mask_attention, select_visible
@@ -15,7 +15,6 @@ from flash_dmattn.soft_selection import cut_softly, num_visible
 from tests.core import soft_definition
 
 HAS_GPU = torch.cuda.is_available()
-SEED = int(os.environ["FLASH_DMATTN_TEST_SEED"])
 NAMES = ("out", "lse", "dquery", "dkey", "dvalue", "dimportance")
 
 

@@ -1,6 +1,5 @@
 """The Triton kernels against the reference: on a GPU, or small shapes in Triton's interpreter."""
 
-import os
 
 import pytest
 import torch
@@ -12,11 +11,6 @@ from .kernel_cases import DEVICE, GPU_CASES, HAS_GPU, TILED_CASES, check, make_i
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-
-
-@pytest.fixture
-def seed():
-    return int(os.environ["FLASH_DMATTN_TEST_SEED"])
 
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if HAS_GPU else ()))  # numpy, which interprets, has none

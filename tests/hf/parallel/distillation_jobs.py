@@ -34,10 +34,14 @@ STUDENTS = {
 }
 
 
-def distil(name: str, folder: str, cp_size: int = 1) -> dict[str, Any]:
-    """Trains three steps; returns the figures of the log by name, and of the weights the sum of each."""
+def distil(name: str, folder: str, cp_size: int = 1, resume: str | None = None, **options: Any) -> dict[str, Any]:
+    """Trains three steps; returns the figures of the log by name, and of the weights the norm of each.
+
+    resume: the folder of a checkpoint to go on from. options: of DistillationArguments.
+    """
     model, given = STUDENTS[name]()
-    options = {} if cp_size == 1 else on_ranks(cp_size)
+    if cp_size > 1:
+        options.update(on_ranks(cp_size))
     trainer = make_trainer(
         model,
         folder,
@@ -49,9 +53,10 @@ def distil(name: str, folder: str, cp_size: int = 1) -> dict[str, Any]:
         **given,
         **options,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     found = {each: [entry[each] for entry in trainer.state.log_history if each in entry] for each in FIGURES}
-    weights = {key: getattr(p, "full_tensor", lambda p=p: p)() for key, p in trainer.model.named_parameters()}
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    weights = {key: getattr(p, "full_tensor", lambda p=p: p)() for key, p in model.named_parameters()}
     return found | {key: weight.detach().double().norm().item() for key, weight in weights.items()}
 
 
@@ -59,3 +64,13 @@ def distil_on_ranks(rank: int, names: list[str], folder: str) -> dict[str, dict[
     enter_environment(rank)
     let_fsdp_run_on_cpus()
     return {name: distil(name, folder, cp_size=2) for name in names}
+
+
+def resume_on_ranks(rank: int, folder: str) -> dict[str, Any]:
+    """Distils compiled, with accumulated gradients, and again from a checkpoint; returns the figures of both runs."""
+    enter_environment(rank)
+    let_fsdp_run_on_cpus()
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options |= {"torch_compile": True, "torch_compile_backend": "eager"}
+    distil("importance", f"{folder}/whole", cp_size=2, **options)
+    return distil("importance", f"{folder}/resumed", cp_size=2, resume=f"{folder}/whole/checkpoint-2", **options)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .distillation_jobs import STUDENTS, distil, distil_on_ranks
+from .distillation_jobs import STUDENTS, distil, distil_on_ranks, resume_on_ranks
 from .processes import run_on_ranks
 
 pytest.importorskip("accelerate", minversion="1.10")
@@ -20,6 +20,18 @@ def test_two_ranks_distil_as_one(on_two_ranks, tmp_path, name):
     assert len(alone["loss"]) == len(alone["kld"]) == 3 and len(alone["held_out/kld"]) == 2
     for found in on_two_ranks:
         assert isinstance(found, dict), found
-        assert found[name].keys() == alone.keys()
-        for key, expected in alone.items():
-            assert found[name][key] == pytest.approx(expected, abs=1e-5, rel=1e-5), key
+        check(found[name], alone)
+
+
+def test_two_ranks_resume_compiled_as_one_runs_through(tmp_path):
+    alone = distil("importance", str(tmp_path / "alone"), gradient_accumulation_steps=2)
+    for found in run_on_ranks(2, tmp_path, resume_on_ranks, str(tmp_path)):
+        assert isinstance(found, dict), found
+        check(found, alone)
+
+
+def check(found: dict, alone: dict) -> None:
+    """Asserts that figures and weights are those of one process."""
+    assert found.keys() == alone.keys()
+    for key, expected in alone.items():
+        assert found[key] == pytest.approx(expected, abs=1e-5, rel=1e-5), key

@@ -8,13 +8,23 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from ..cli_models import tokenizer
 from ..tiny import tiny_model
 from .jobs import make_model
 from .processes import SECONDS, check_two_gpus_train_as_one, run_on_ranks
-from .trainer_jobs import CASE, ROOT, fail_while_training, losses_of, run_script, train, train_on_gpus, train_on_ranks
+from .trainer_jobs import (
+    CASE,
+    ROOT,
+    fail_while_training,
+    losses_of,
+    resume_on_ranks,
+    run_script,
+    train,
+    train_on_gpus,
+    train_on_ranks,
+)
 
 pytest.importorskip("accelerate", minversion="1.10")
 
@@ -24,6 +34,14 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path):
     assert len(alone) == 6
     for found in run_on_ranks(2, tmp_path, train_on_ranks, str(tmp_path / "ranks")):
         assert found == pytest.approx(alone, abs=1e-6), found
+
+
+def test_two_ranks_accumulate_and_resume_as_one_and_their_model_loads_in_one(tmp_path):
+    alone = train(str(tmp_path / "alone"), gradient_accumulation_steps=2)
+    for found in run_on_ranks(2, tmp_path, resume_on_ranks, str(tmp_path)):
+        assert found == pytest.approx(losses_of(alone), abs=1e-6), found
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    torch.testing.assert_close(saved.state_dict(), alone.model.state_dict(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_rank_that_fails_ends_the_training_of_the_others_with_its_reason(tmp_path):
@@ -48,14 +66,16 @@ def test_torchrun_ends_with_the_reason(tmp_path):
     assert done.returncode and "ArithmeticError: the second layer is tired" in done.stderr
 
 
-def test_the_training_script_shares_sequences(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
+def test_the_training_script_shares_sequences(tmp_path, compiled):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(60)))
     tiny_model("llama", initializer_range=0.3).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     given = str(tmp_path / "model"), str(tmp_path / "text.txt")
+    options = ["training.torch_compile=true", "training.torch_compile_backend=eager"] if compiled else []
     alone = run_on_ranks(1, tmp_path, run_script, *given, str(tmp_path / "alone"))[0]
     assert isinstance(alone, list) and len(alone) == 3, alone
-    for found in run_on_ranks(2, tmp_path, run_script, *given, str(tmp_path / "ranks")):
+    for found in run_on_ranks(2, tmp_path, run_script, *given, str(tmp_path / "ranks"), *options):
         assert found == pytest.approx(alone, abs=1e-5), found
     weights = load_file(tmp_path / "ranks" / "model.safetensors")
     for name, weight in load_file(tmp_path / "alone" / "model.safetensors").items():

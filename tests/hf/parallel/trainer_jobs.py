@@ -37,8 +37,11 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index], "position_ids": self.positions}
 
 
-def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) -> Trainer:
-    """Trains a tiny float32 model, on the CPU unless options say otherwise, and returns its Trainer."""
+def train(folder: str, cp_size: int = 1, model=None, data=None, resume: str | None = None, **options: Any) -> Trainer:
+    """Trains a tiny float32 model, on the CPU unless options say otherwise, and returns its Trainer.
+
+    resume: the folder of a checkpoint to go on from.
+    """
     if cp_size > 1:
         options.update(on_ranks(cp_size))
     arguments = TrainingArguments(
@@ -50,16 +53,15 @@ def train(folder: str, cp_size: int = 1, model=None, data=None, **options: Any) 
         learning_rate=1e-2,
         logging_steps=1,
         report_to="none",
-        save_strategy="no",
         disable_tqdm=True,
-        **{"use_cpu": True, "eval_strategy": "steps", **options},
+        **{"use_cpu": True, "eval_strategy": "steps", "save_strategy": "no", **options},
     )
     if model is None:
         model = make_model(CASE).float()
         use_chunked_loss(model, chunk_size=7, engine="torch")
     data = data or Rows()
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -110,6 +112,20 @@ def train_on_ranks(rank: int, folder: str) -> list[float]:
     return losses_of(train(folder, cp_size=2))
 
 
+SAVED = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": STEPS - 1}
+"""A run with accumulated gradients that leaves a checkpoint before its last step."""
+
+
+def resume_on_ranks(rank: int, folder: str) -> list[float]:
+    """Saves a checkpoint, goes on from it in a new Trainer, and saves the model; returns the losses of both runs."""
+    enter_environment(rank)
+    let_fsdp_run_on_cpus()
+    train(f"{folder}/whole", cp_size=2, **SAVED)
+    trainer = train(f"{folder}/resumed", cp_size=2, resume=f"{folder}/whole/checkpoint-{STEPS - 1}", **SAVED)
+    trainer.save_model(f"{folder}/saved")
+    return losses_of(trainer)
+
+
 def fail_while_training(rank: int, folder: str) -> None:
     """Rank 1 fails in the second step of a Trainer, while the others wait for its part of the weights."""
     enter_environment(rank)
@@ -126,8 +142,8 @@ def fail_while_training(rank: int, folder: str) -> None:
     train(folder, cp_size=2, model=model, eval_strategy="no")
 
 
-def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
-    """Runs scripts/train.py with configs/context_parallel.yaml, made small.
+def run_script(rank: int, model: str, text: str, output: str, *options: str) -> list[float]:
+    """Runs scripts/train.py with configs/context_parallel.yaml, made small, and options of the form key=value.
 
     Returns the losses of its log and that of the evaluation after it.
     """
@@ -145,7 +161,7 @@ def run_script(rank: int, model: str, text: str, output: str) -> list[float]:
     small += ["attention.keep_window_size=16", "importance_learning_rate=0.1"]
     cpu = ["training.use_cpu=true", "training.bf16=false", "training.disable_tqdm=true"]
     named = [f"model={model}", f"output_dir={output}", f"train_files=[{text}]", f"eval_files=[{text}]"]
-    metrics = script.main([str(config), *small, *cpu, *named])
+    metrics = script.main([str(config), *small, *cpu, *named, *options])
     dist.barrier()  # rank 0 writes it
     log = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
     assert ("eval_loss_before" in metrics) == (dist.get_world_size() == 1)  # FSDP2 has none

@@ -13,7 +13,7 @@ from flash_dmattn_hf import iter_gates
 from flash_dmattn_hf.conversion.variants import dense
 from flash_dmattn_hf.evaluation import agreement
 from flash_dmattn_hf.gates.soft_selection import soft_selection
-from flash_dmattn_hf.training import distillation
+from flash_dmattn_hf.training import distillation_checks
 from flash_dmattn_hf.training.distillation import DistillationTrainer
 from flash_dmattn_hf.training.distillation_arguments import DistillationArguments
 from flash_dmattn_hf.training.distillation_course import WARMUP_STEPS
@@ -395,6 +395,6 @@ def test_a_checkpoint_of_the_trainer_is_an_ordinary_one(tmp_path):
 
 
 def test_zero3_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(distillation, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(distillation_checks, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="does not support ZeRO-3 of DeepSpeed"):
         make_trainer(make_model(), tmp_path)
