@@ -27,4 +27,6 @@ def main(name: str, text_file: str, output: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -31,4 +31,6 @@ def main(name: str, text_file: str, output: str, steps: int = 4, length: int = 2
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -25,4 +25,6 @@ def main(name: str, prompt: str = "import os\n" * 100) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

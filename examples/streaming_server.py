@@ -36,4 +36,6 @@ def make_server(name: str, port: int = 8000, max_new_tokens: int = 64) -> Thread
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     make_server(sys.argv[1], *map(int, sys.argv[2:3])).serve_forever()

@@ -135,6 +135,12 @@ class DynamicMaskConfig:
         return cls(**section)
 
 
+def window_in(config: Any) -> int | None:
+    """Returns the keep_window_size of a model config's section, None without a section."""
+    section = getattr(config, SECTION, None)
+    return None if section is None else DynamicMaskConfig.from_dict(section).keep_window_size
+
+
 def read_values(values: Any) -> dict[str, Any]:
     """Returns the settings given as `flash_dmattn=...`, by name.
 

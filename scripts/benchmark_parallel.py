@@ -165,7 +165,7 @@ def run_processes(
                         raise TimeoutError(f"{engine} with {tokens} tokens took too long") from None
                     is_over = processes.join(timeout=0.1)
             yield row
-        limit = time.monotonic() + 30
+        limit = min(time.monotonic() + 30, deadline)
         while not processes.join(timeout=0.5) and time.monotonic() < limit:
             pass
     finally:

@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmark_report import REPOSITORY, gpu_name, load_json
 
 COMMITTED = REPOSITORY / "docs" / "benchmarks"
@@ -126,6 +128,8 @@ def main() -> int:
     parser.add_argument("--threshold", type=float, default=3.0, help="percent that a figure may move without a word")
     parser.add_argument("--seconds", type=float, default=470.0, help="for all parts together")
     arguments = parser.parse_args()
+    if not arguments.quick and not torch.cuda.is_available():
+        parser.error("a CUDA GPU is needed, or --quick")
 
     parts = [part for part in PARTS if arguments.parts is None or part.name in arguments.parts]
     arguments.folder.mkdir(parents=True, exist_ok=True)

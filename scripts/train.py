@@ -243,9 +243,9 @@ def make_trainer(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrai
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> dict[str, float]:
-    """Trains, saves and returns the metrics: eval_loss_before and eval_loss_after where there is an eval text.
+    """Trains, saves, prints and returns the metrics: eval_loss_before and eval_loss_after where there is an eval text.
 
-    With FSDP2 there is no eval_loss_before.
+    With FSDP2 there is no eval_loss_before. Every process returns its own train_loss; that of the first is kept.
     """
     output = Path(config.output_dir)
     if not resume and output.exists() and any(output.iterdir()):
@@ -255,10 +255,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, float]:
     model = load_model(config)
     use_cache = model.config.use_cache
     trainer = make_trainer(config, model, tokenizer)
-    metrics = {}
+    is_first, metrics = trainer.is_world_process_zero(), {}
     with use_chunked_loss(model) if config.chunked_loss else nullcontext():
         if trainer.eval_dataset is not None and not resume and trainer.accelerator.is_fsdp2:
-            print("the loss before training is not measured with FSDP2, which shards a model only with its optimizer")
+            if is_first:
+                print(
+                    "the loss before training is not measured with FSDP2, which shards a model only with its optimizer"
+                )
         elif trainer.eval_dataset is not None and not resume:
             metrics["eval_loss_before"] = trainer.evaluate()["eval_loss"]
         metrics |= trainer.train(resume_from_checkpoint=resume or None).metrics
@@ -267,8 +270,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict[str, float]:
     model.config.use_cache = use_cache  # the Trainer switches it off
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if is_first:
+        text = json.dumps(metrics, indent=2)
+        (output / "metrics.json").write_text(text + "\n")
+        print(text)
     return metrics
 
 
@@ -278,9 +283,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     arguments = parser.parse_args(argv)
-    metrics = train(read_config(arguments.config, arguments.overrides), resume=arguments.resume)
-    print(json.dumps(metrics, indent=2))
-    return metrics
+    return train(read_config(arguments.config, arguments.overrides), resume=arguments.resume)
 
 
 if __name__ == "__main__":

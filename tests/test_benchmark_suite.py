@@ -84,6 +84,18 @@ def test_the_suite_runs_on_a_cpu(tmp_path):
     assert "selection: there is no selection_cpu.json" in done.stdout and "left out: decode" in done.stdout
 
 
+def test_the_suite_refuses_a_machine_without_a_gpu_and_keeps_the_last_results(tmp_path, monkeypatch, capsys):
+    import benchmark_suite
+
+    old = tmp_path / "attention.json"
+    old.write_text("{}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark_suite.py", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        benchmark_suite.main()
+    assert "a CUDA GPU is needed, or --quick" in capsys.readouterr().err and old.exists()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_the_pages_hold_what_the_result_files_say(page):
     from results_tables import PARTS

@@ -184,6 +184,12 @@ class DynamicMaskCache(DynamicCache):
                 move_layer(layer, device, non_blocking)
         return self
 
+    def __iter__(self) -> Any:
+        raise TypeError(
+            "a DynamicMaskCache cannot be taken apart into keys and values, which leaves out where the keys stand and "
+            "how important they are: save its state_dict(), or look at its layers"
+        )
+
     def __reduce_ex__(self, protocol: int) -> Any:
         raise TypeError(
             "a DynamicMaskCache cannot be pickled, it belongs to a model of this process: save its state_dict(), "
@@ -248,7 +254,7 @@ class SeenPadding:
         if num_cached and not self._agrees(mask, num_cached):
             raise ValueError(
                 f"attention_mask must mark the {num_cached} cached tokens as when they came, got other values: a "
-                "DynamicMaskCache has dropped keys since; use a DynamicCache to hide or show cached tokens"
+                "DynamicMaskCache chooses its keys by that; use a DynamicCache to hide or show cached tokens"
             )
         self.mask = None if mask is None else mask[:, : int((~mask).any(0).nonzero()[-1]) + 1].clone()
         return mask

@@ -33,7 +33,7 @@ class LatentCacheLayer(DynamicMaskCacheLayer):
 
         key_states: (B, 1, T, rank). value_states: (B, 1, T, rope dim). Raises what the other layers' update raises.
         """
-        self._check_windows()
+        self._check_settings()
         self._make_room(key_states, value_states)
         self._new = key_states.to(self.dtype), value_states, None
         self._offer(key_states, value_states)

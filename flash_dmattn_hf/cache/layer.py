@@ -149,7 +149,7 @@ class DynamicMaskCacheLayer(OfferingLayer):
 
     def __init__(self, gate):
         super().__init__(gate.windows)
-        self._gate = weakref.ref(gate)
+        self._gate, self._settings = weakref.ref(gate), gate.config
 
     @property
     def gate(self):
@@ -176,28 +176,34 @@ class DynamicMaskCacheLayer(OfferingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `OfferingLayer.update`; latents may come instead of keys and values.
 
-        Raises ValueError also when the gate's windows have changed since the first token.
+        Raises ValueError also when the settings of the model have changed since the first token.
         """
-        self._check_windows()
+        self._check_settings()
         if not self.gate.is_latent:
             self.receive(key_states, value_states)
         self._offer(key_states, value_states)
         return key_states, value_states
 
-    def _check_windows(self) -> None:
+    def _check_settings(self) -> None:
         gate = self.gate
         self.check_attended()
-        if gate.windows != self.windows:
-            self._change_windows(gate)
+        if gate.config is not self._settings:
+            self._change_settings(gate)
 
-    def _change_windows(self, gate) -> None:
-        if self.num_rows:
+    def _change_settings(self, gate) -> None:
+        """Importances that were computed in another way cannot be ranked together, nor can windows be widened."""
+        before, now = self._settings.to_dict(), gate.config.to_dict()
+        changed = [name for name, value in now.items() if value != before[name]]
+        if changed and self.num_rows:
+            before, now = ({name: values[name] for name in changed} for values in (before, now))
             raise ValueError(
-                f"the windows of layer {gate.layer_idx} must be {self.windows}, as when this DynamicMaskCache took its "
-                f"first token, got {gate.windows}; make a new DynamicMaskCache(model)"
+                f"the settings of layer {gate.layer_idx} must be {before}, as when this DynamicMaskCache took its "
+                f"first token, got {now}; make a new DynamicMaskCache(model)"
             )
-        self._release()
-        self.windows = gate.windows
+        self._settings = gate.config
+        if gate.windows != self.windows:
+            self._release()
+            self.windows = gate.windows
 
     def _importance_of(self, value: torch.Tensor) -> torch.Tensor:
         importance = importance_of(self.gate, value)

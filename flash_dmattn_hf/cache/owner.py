@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.attach import check_layers, iter_gates
 from flash_dmattn_hf.gates.wrapped import find_pretrained
 
 
@@ -18,7 +18,11 @@ def model_within(wrapped: nn.Module) -> PreTrainedModel:
 
 
 def gates_by_index(model: PreTrainedModel) -> dict[int, Any]:
-    """Returns layer_idx -> gate. ValueError if there is none, or a cache cannot tell the layers apart."""
+    """Returns layer_idx -> gate. ValueError if there is none, or a cache cannot tell the layers apart.
+
+    Also raises what `check_layers` does.
+    """
+    check_layers(model)
     names, gates = {}, {}
     for name, _, gate in iter_gates(model):
         index = gate.layer_idx

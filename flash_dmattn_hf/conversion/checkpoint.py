@@ -79,8 +79,12 @@ def _local_source(path: Path, allow_pickle: bool) -> Source:
 def _hub_source(model: str, allow_pickle: bool) -> Source:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(model, "config.json"), str):
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
         return Source(model)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"MODEL must be a local path or in the cache of the Hub while HF_HUB_OFFLINE is set, got {model}"
+        )
     try:
         files = HfApi().list_repo_files(model)
     except Exception as error:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flash_dmattn_hf.gates import doge
 from flash_dmattn_hf.gates.eligibility import AttentionShape, is_attention, is_native_doge, judge
 from flash_dmattn_hf.gates.hidden_states import offer_hidden_states, stop_offering
 from flash_dmattn_hf.gates.importance import ImportanceGate, get_gate
+from flash_dmattn_hf.gates.one_config import adopt, check_one_config, is_of_text_part
 from flash_dmattn_hf.names import GATE_NAME, NAMES
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
     result = AttachPlan(config)
     text_config = text_config_of(model)
     for name, module, owner in attention_modules(model):
-        if getattr(module, "config", owner) is not text_config:
+        if not is_of_text_part(module, owner, text_config):
             result.skipped[name] = _OTHER_PART
             continue
         verdict = judge(module, config, text_config)
@@ -91,14 +93,30 @@ def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
             f"{type(model).__name__} is split over {num_ranks} ranks already, which leaves its gates out: load it with "
             f'attn_implementation="{NAMES[0]}"'
         )
+    adopt_layers(model)
     for name in lacking:
         _install(model.get_submodule(name), planned.shapes[name], planned.config)
     if lacking and not planned.config.add_importance_bias:
         freeze_unused(model)
         logger.warning(
-            "add_importance_bias=False: the importance is frozen; only flash_dmattn_hf.soft_selection can train it"
+            "add_importance_bias=False: the importance is frozen, except in a soft selection, as distillation makes one"
         )
     return AttachReport(list(planned.shapes), planned.skipped)
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raises ValueError if a layer with a gate has other settings, or another implementation, than its text model."""
+    text_config = text_config_of(model)
+    for name, module, _ in iter_gates(model):
+        check_one_config(name, module, text_config)
+
+
+def adopt_layers(model: nn.Module) -> None:
+    """Has all attention layers of the text model, and their gates, read its one config."""
+    text_config = text_config_of(model)
+    for _, module, owner in attention_modules(model):
+        if is_of_text_part(module, owner, text_config):
+            adopt(module, text_config)
 
 
 def tensor_parallel_size(model: nn.Module) -> int:
@@ -137,7 +155,7 @@ def _device_of(module: nn.Module) -> torch.device:
     """Returns where a module computes: where its weights are, or are brought if they are offloaded."""
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     brought = next((place for hook in hooks if (place := getattr(hook, "execution_device", None)) is not None), None)
-    weights = next(module.parameters(), None)
+    weights = next(chain(module.parameters(), module.buffers()), None)  # some quantizers make buffers of weights
     return torch.device(brought) if brought is not None else getattr(weights, "device", torch.get_default_device())
 
 

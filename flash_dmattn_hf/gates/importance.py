@@ -1,12 +1,13 @@
 """The gate that gives every key its importance: the submodule `self_attn.dma` of an attention module."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization
+from transformers import PreTrainedModel, initialization
 
 from flash_dmattn.token_importance import can_fuse, token_importance
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, Windows
@@ -119,6 +120,14 @@ class Gate:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "soft_selections"}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Gate":
+        """A copied model has a config of its own; a copy of a layer, or of a gate alone, reads the one it came from."""
+        if not any(isinstance(copied, PreTrainedModel) for copied in memo.values()):
+            memo.setdefault(id(self.model_config), self.model_config)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     @property
     def config(self) -> DynamicMaskConfig:
         """Raises ValueError for a section of the model's config that does not fit the gate's weights or its place."""
@@ -155,9 +164,7 @@ class Gate:
     def windows(self) -> Windows:
         """The windows of this layer, which everything reads here."""
         config = self.config
-        return Windows(
-            config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window
-        )
+        return Windows(config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window)
 
 
 class ImportanceGate(Gate, nn.Module):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from flash_dmattn_hf.config import DynamicMaskConfig, dynamic_mask_config
-from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.attach import check_layers, iter_gates
 from flash_dmattn_hf.gates.wrapped import find_pretrained
 from flash_dmattn_hf.integration.loading import choose_implementation
 from flash_dmattn_hf.integration.preparation import settings_of, uses_dynamic_masks
@@ -42,10 +42,11 @@ def wrap_save(original: Callable) -> Callable:
 
 
 def wrap_save_model(original: Callable) -> Callable:
-    """Writes the settings beside an adapter that transformers itself has added to a model."""
+    """Has all layers saved with the settings that they run with, also beside an adapter that transformers has added."""
 
     @wraps(original)
     def save_pretrained(self, *args, **kwargs):
+        check_layers(self)
         result = original(self, *args, **kwargs)
         given = _arguments(original, self, *args, **kwargs)
         if getattr(self, "_hf_peft_config_loaded", False) and given["is_main_process"]:

@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from flash_dmattn_hf.arguments import by_name, get_cache, name_of_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
-from flash_dmattn_hf.config import SECTION
+from flash_dmattn_hf.config import window_in
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.integration.kept_cache import keep_cache
 from flash_dmattn_hf.names import NAMES, is_ours
@@ -131,10 +131,10 @@ def wrap_dynamic_cache(original):
         if config is None or given.get("ddp_cache_data") is not None or isinstance(self, DynamicMaskCache):
             return
         config = config.get_text_config(decoder=True)
-        section = getattr(config, SECTION, None)
-        if section is None or config._attn_implementation not in NAMES:
+        window = window_in(config)
+        if window is None or config._attn_implementation not in NAMES:
             return
-        if any(_truncates(layer, section["keep_window_size"]) for layer in self.layers):
+        if any(_truncates(layer, window) for layer in self.layers):
             self.layers = [
                 DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.layers
             ]

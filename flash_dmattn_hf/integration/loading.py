@@ -146,6 +146,8 @@ def choose_implementation(
     Raises ValueError for a model that cannot use ours; it then has the implementation of before.
     """
     before = {id(part.config): part.config._attn_implementation for part in submodels(model)}
+    if any(attach.iter_gates(model)):
+        attach.adopt_layers(model)
     attn_implementation = name_text_part(model.config, attn_implementation)
     original(model, attn_implementation, *args, **kwargs)
     if not is_ours(attn_implementation) and not uses_dynamic_masks(model):

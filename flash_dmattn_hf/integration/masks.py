@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_tracing
 from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
-from flash_dmattn_hf.config import SECTION
+from flash_dmattn_hf.config import window_in
 from flash_dmattn_hf.integration.blocks import mark_blocks
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, meaning_of_mask
@@ -22,6 +22,7 @@ from flash_dmattn_hf.names import DENSE_ON_RANKS, NAMES
 from flash_dmattn_hf.parallel.context import Shard, active
 
 _TAG = "_flash_dmattn_tag"
+_DOCUMENTS = "_flash_dmattn_documents"
 
 
 def dynamic_mask_mask(
@@ -174,6 +175,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         if has_three_dims or tag_of(attention_mask) is not None:  # an outer model made it for an inner one
             return True, attention_mask, None, None, None, None, None
         if _is_static_step(inputs_embeds, attention_mask, cache):
+            _check_columns(attention_mask, cache)
             _admit_padding(cache, attention_mask, 1)
             return True, _last_column(attention_mask, inputs_embeds.device), None, None, None, None, None
         result = original(**{**given, "position_ids": None})
@@ -186,6 +188,7 @@ def wrap_preprocess_mask_arguments(original: Callable) -> Callable:
         mask = _admit_padding(cache, mask, q_length)
         _look_at_growth(config, cache, q_offset)
         packed = _documents(position_ids, mask, inputs_embeds.shape[0], cache, q_offset)
+        _look_at_documents(cache, packed is not None, q_offset)
         return is_final, mask if packed is None else packed, None, q_length, kv_length, q_offset, kv_offset
 
     return preprocess
@@ -211,11 +214,27 @@ def _admit_padding(cache: Any, mask: torch.Tensor | None, q_length: int) -> torc
     return cache.padding.admit(None if mask is None else mask.bool(), num_cached)
 
 
-def _look_at_growth(config: Any, cache: Any, num_cached: Any) -> None:
-    section = getattr(config, SECTION, None)
-    if section is None or cache is None or isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
+def _look_at_documents(cache: Any, are_new: bool, num_cached: Any) -> None:
+    """Notes in a cache of all keys that packed documents come into it; ValueError for tokens that follow them.
+
+    They would see all documents, each of which has seen itself alone.
+    """
+    if cache is None or torch.compiler.is_compiling() or not isinstance(num_cached, int):
         return
-    if isinstance(num_cached, int) and num_cached > section["keep_window_size"]:
+    if num_cached and getattr(cache, _DOCUMENTS, False):
+        raise ValueError(
+            f"past_key_values must hold one document in each row, got the {num_cached} cached tokens of packed ones: "
+            "pad the documents to go on from them"
+        )
+    if not num_cached:
+        setattr(cache, _DOCUMENTS, are_new)
+
+
+def _look_at_growth(config: Any, cache: Any, num_cached: Any) -> None:
+    if cache is None or isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
+        return
+    window = window_in(config)
+    if window is not None and isinstance(num_cached, int) and num_cached > window:
         _warn_of_growth()
 
 
@@ -232,13 +251,18 @@ def _warn_of_growth() -> None:
 def _is_static_step(inputs_embeds: torch.Tensor, attention_mask: Any, cache: Any) -> bool:
     """Whether one more token comes to a static cache, where only its own column of the mask is news.
 
-    What the mask function is was checked with the tokens before. Lengths are not looked at: a compiled forward must not
-    depend on them.
+    What the mask function is was checked with the tokens before.
     """
     if not (isinstance(cache, DynamicMaskCache) and cache.is_static and inputs_embeds.shape[1] == 1):
         return False
     is_plain = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
     return is_plain and all(layer.is_initialized for layer in cache.mask_layers)
+
+
+def _check_columns(attention_mask: torch.Tensor | None, cache: DynamicMaskCache) -> None:
+    """Raises ValueError unless a mask is of all tokens, cached and new, or the one column that `_last_column` makes."""
+    if attention_mask is not None and attention_mask.shape[1] != 1 and not torch.compiler.is_compiling():
+        _check_length(attention_mask, cache.num_tokens + 1)
 
 
 def _last_column(attention_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -73,6 +73,7 @@ def check_called(module: nn.Module, args: tuple, output: Any) -> None:
         return
     if module.training and getattr(text_config_of(module), "layerdrop", 0):
         return
+    attach.check_layers(module)
     for name, _, gate in attach.iter_gates(module):
         if not gate.was_called:
             raise RuntimeError(

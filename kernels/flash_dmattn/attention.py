@@ -197,7 +197,7 @@ def dynamic_mask_attention(
         )
         shown = NEVER if selection_band is None else min(num_visible(*sizes, selection_band), NEVER)
     is_plain = is_causal and sliding_window is None and padding_mask is None and cu_seqlens is None and blocks is None
-    if is_plain and seqlen_k <= shown:
+    if is_plain and _fits(seqlen_k, shown):
         arguments.check_selection(importance, **selection)
         visibility = None  # every key stays visible
     elif kept is not None and shown == keep_window_size and sliding_window is None:
@@ -234,6 +234,15 @@ def dynamic_mask_attention(
     else:
         out, lse = attend(call, backend)
     return (out, lse) if return_lse else out
+
+
+def _fits(num_keys: int, num_shown: int) -> bool:
+    """Whether all keys are shown; while exporting only if that is so at every length."""
+    if not torch.compiler.is_exporting():
+        return num_keys <= num_shown
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which takes a second
+
+    return statically_known_true(num_keys <= num_shown)
 
 
 def attend(call: AttentionCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ def test_it_is_a_dynamic_cache_with_a_layer_per_layer(model):
     past = filled(model)
     assert isinstance(past, DynamicCache) and len(past) == 2
     assert all(type(layer) is DynamicMaskCacheLayer for layer in past.layers)
-    assert [keys.shape for keys, values, window in past] == [(1, 2, 16, 8)] * 2
+    assert [layer.keys.shape for layer in past.layers] == [(1, 2, 16, 8)] * 2
     assert past.get_seq_length() == PROMPT and past.get_mask_sizes(3, 0) == (PROMPT + 3, 0)
     assert not past.is_compileable and past.is_croppable and past.get_max_length() == -1
     assert past.is_initialized and past.is_sliding == [False, False]

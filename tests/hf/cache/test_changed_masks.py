@@ -115,10 +115,11 @@ def test_what_is_remembered_of_left_padding_does_not_grow(model):
     assert cache.padding.mask.shape == (3, 17)
 
 
-def test_a_mask_of_another_length_is_refused_as_such(model):
-    cache, (ids, _) = DynamicMaskCache(model), make_prompt()
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_mask_of_another_length_is_refused_as_such(model, static):
+    cache, (ids, _) = DynamicMaskCache(model, static=static), make_prompt(length=LENGTH)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        for length in (LENGTH, LENGTH + 2):
-            with pytest.raises(ValueError, match="attention_mask"):
+        for length in (3, LENGTH, LENGTH + 2):
+            with pytest.raises(ValueError, match=f"attention_mask must have {LENGTH + 1} columns"):
                 model(ids[:, :1], attention_mask=torch.ones(1, length), past_key_values=cache)

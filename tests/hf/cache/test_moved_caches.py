@@ -58,6 +58,17 @@ def test_a_cache_cannot_be_pickled_and_says_what_can():
             save(cache)
 
 
+@torch.no_grad()
+def test_a_cache_cannot_be_taken_apart_into_keys_and_values():
+    """Libraries make caches of such pairs, whose tokens would then be counted, placed and ranked anew."""
+    model = make_model("llama-topk")
+    cache = DynamicMaskCache(model)
+    model(make_prompt()[0], past_key_values=cache)
+    for take in (list, DynamicCache, lambda cache: [keys for keys, *_ in cache]):
+        with pytest.raises(TypeError, match=r"cannot be taken apart.*save its state_dict\(\)"):
+            take(cache)
+
+
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 @torch.no_grad()
 def test_a_cache_can_be_copied(duplicate):

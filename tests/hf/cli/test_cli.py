@@ -245,6 +245,12 @@ def test_missing_model_and_converted_model(converted, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hub_name_that_is_not_cached_is_refused_by_name_when_offline(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    error = refused(capsys, "convert", "nobody/nothing", tmp_path / "out")
+    assert "MODEL must be a local path or in the cache of the Hub" in error and error.endswith("got nobody/nothing")
+
+
 def test_only_checkpoints_are_overwritten_and_only_when_asked(dense, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()

@@ -34,6 +34,20 @@ def test_beside_quantized_weights(dtype, device, configured):
             assert parameter.device.type == device and parameter.dtype == (configured or torch.float32)
 
 
+def test_beside_weights_that_are_buffers():
+    model = tiny_model("llama")
+    model.config.dtype = torch.bfloat16
+    for layer in model.model.layers:
+        for name in PROJECTIONS:
+            packed = getattr(layer.self_attn, name)
+            del packed.weight
+            packed.register_buffer("qweight", torch.zeros(8, dtype=torch.int32, device="meta"))
+    for gate in give_gates(model):
+        assert {(parameter.device.type, parameter.dtype) for parameter in gate.parameters()} == {
+            ("meta", torch.bfloat16)
+        }
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_beside_weights_that_are_not_quantized(dtype):
     for gate in give_gates(tiny_model("llama", dtype=dtype)):

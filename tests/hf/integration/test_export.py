@@ -10,14 +10,14 @@ from ..tiny import tokens
 
 
 class Logits(torch.nn.Module):
-    """A model as exporters want it: ids in, logits out."""
+    """A model as exporters want it: ids in, logits out. Options are those of its forward."""
 
-    def __init__(self, model):
+    def __init__(self, model, **options):
         super().__init__()
-        self.model = model
+        self.model, self.options = model, options
 
     def forward(self, ids):
-        return self.model(input_ids=ids, use_cache=False).logits
+        return self.model(input_ids=ids, **self.options).logits
 
 
 def causes(error):
@@ -27,10 +27,14 @@ def causes(error):
         error = error.__cause__ or error.__context__
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize(
+    ("strict", "options"),
+    [(False, {"use_cache": False}), (True, {"use_cache": False}), (False, {})],
+    ids=["non_strict", "strict", "with_a_cache_of_the_model"],
+)
 @torch.no_grad()
-def test_an_export_of_any_length_from_two_tokens_equals_eager(strict):
-    model = Logits(converted())
+def test_an_export_of_any_length_from_two_tokens_equals_eager(strict, options):
+    model = Logits(converted().eval(), **options)
     length = torch.export.Dim("length", min=2, max=4096)
     exported = torch.export.export(model, (tokens(2, 24),), dynamic_shapes=({1: length},), strict=strict).module()
     for num_tokens in (2, 3, 8, 9, 40):
@@ -41,13 +45,13 @@ def test_an_export_of_any_length_from_two_tokens_equals_eager(strict):
 @torch.no_grad()
 def test_a_trace_is_refused_in_a_sentence():
     with pytest.raises(RuntimeError, match="cannot be recorded by torch.jit.trace.*: use torch.export.export"):
-        torch.jit.trace(Logits(converted()), tokens(2, 24))
+        torch.jit.trace(Logits(converted(), use_cache=False), tokens(2, 24))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="onnxscript is not installed")
 @torch.no_grad()
 def test_onnx_is_refused_in_a_sentence():
     with pytest.raises(Exception) as failure:  # noqa: PT011 - torch wraps ours in one of its own, which differs
-        torch.onnx.export(Logits(converted()), (tokens(2, 24),), dynamo=True)
+        torch.onnx.export(Logits(converted(), use_cache=False), (tokens(2, 24),), dynamo=True)
     sentence = "flash_dmattn cannot be exported to ONNX"
     assert any(sentence in message for message in causes(failure.value))

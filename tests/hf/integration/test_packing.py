@@ -107,6 +107,18 @@ def test_documents_and_a_constant_size_cache_are_refused():
             model(**batch, past_key_values=DynamicMaskCache(model))
 
 
+@torch.no_grad()
+def test_a_cache_of_packed_documents_is_not_continued():
+    """Later tokens would see all documents, each of which has seen itself alone."""
+    model, cache = converted().eval(), DynamicCache()
+    model(**packed(), past_key_values=cache)
+    with pytest.raises(ValueError, match=f"must hold one document in each row, got the {sum(LENGTHS)} cached tokens"):
+        model(tokens(1, 1), past_key_values=cache)
+    cache = DynamicCache()
+    model(tokens(1, 5), past_key_values=cache)
+    assert model(tokens(1, 1), past_key_values=cache).logits.isfinite().all()
+
+
 PADDINGS = {
     "behind": lambda mask: mask.index_fill_(1, torch.tensor([40, 41, 42]), 0),
     "before": lambda mask: mask.index_fill_(1, torch.tensor([0, 1, 2]), 0),

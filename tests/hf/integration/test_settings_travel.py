@@ -155,6 +155,20 @@ def test_a_second_adapter_is_compared_as_well(dense, adapter, tmp_path):
         model.load_adapter(tmp_path, "second")
 
 
+def test_an_edit_of_the_config_reaches_the_gates_of_an_adapter(dense, tmp_path):
+    """PEFT trains copies of the gates."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dma"], task_type="CAUSAL_LM")
+    model = load(dense, **OURS, flash_dmattn=SMALL)
+    wrapped, before = peft.get_peft_model(model, config).eval(), SMALL["keep_window_size"]
+    assert window_of(wrapped) == before
+    model.config.flash_dmattn = {**model.config.flash_dmattn, "keep_window_size": before + 4}
+    assert window_of(wrapped) == before + 4
+    wrapped.save_pretrained(tmp_path)
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits_of(again), logits_of(wrapped), atol=1e-5, rtol=1e-5)
+
+
 def test_an_adapter_of_a_dense_model_leaves_no_settings(dense, tmp_path):
     peft = pytest.importorskip("peft")
     (tmp_path / "flash_dmattn.json").write_text(json.dumps(SMALL))

@@ -52,12 +52,13 @@ def test_layers_taken_out_doubled_and_renumbered(case, kind, tmp_path):
     model, (ids, mask) = operate(six_layers(kind), LAYERS[case]), make_prompt(batch=2)
     out = greedy(model, ids, mask, return_dict_in_generate=True)
     assert torch.equal(out.sequences, greedy(model, ids, mask, use_cache=False))
-    if case != "doubled":  # a copied layer has a config of its own, which the definition does not reach
-        with torch.no_grad(), by_definition(model):
+    if case == "doubled":  # a copied layer without a gate has a config of its own, which the definition does not reach
+        model.set_attn_implementation("flash_dmattn")
+    with torch.no_grad():
+        with by_definition(model):
             expected = model(out.sequences, use_cache=False).logits
-        with torch.no_grad():
-            logits = model(out.sequences, use_cache=False).logits
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # the definition rounds no importance
+        logits = model(out.sequences, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # the definition rounds no importance
     if not any(iter_gates(model)):
         return
     cache = out.past_key_values
@@ -132,6 +133,7 @@ def test_the_average_of_two_models(kind):
 EDITS = {
     "replaced": lambda section: {**section, "keep_window_size": 20, "local_window_size": 9},
     "partial": lambda section: {"keep_window_size": 20},
+    "without_a_window": lambda section: {"num_sink_tokens": 2},
     "in_place": lambda section: section.update(keep_window_size=20, num_sink_tokens=1),
     "no_bias": lambda section: section.update(add_importance_bias=False),
     "form": lambda section: section.update(importance="zoh"),
@@ -159,14 +161,19 @@ def test_an_edit_of_the_config_takes_effect_and_is_what_is_saved(edit, order, tm
     assert DynamicMaskCache(model).mask_layers[0].windows == next(iter_gates(again))[2].windows
 
 
-def test_an_edit_between_two_tokens_is_refused_by_their_cache():
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_between_two_tokens_is_refused_by_their_cache(edit, static):
     model, (ids, _) = make_model("llama-sinks-local"), make_prompt()
-    cache = DynamicMaskCache(model)
+    cache = DynamicMaskCache(model, static=static)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        model.config.flash_dmattn["keep_window_size"] = 20
-        with pytest.raises(ValueError, match="windows of layer 0 must be"):
+        if (section := EDITS[edit](model.config.flash_dmattn)) is not None:
+            model.config.flash_dmattn = section
+        with pytest.raises(ValueError, match="settings of layer 0 must be {.*, as when this DynamicMaskCache took"):
             model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
 
 
 REFUSED = {

@@ -128,7 +128,10 @@ def generate(model: nn.Module, **options: Any) -> list[list[int]]:
 
 
 def compare(rank: int, folder: str, names: list[str]) -> dict[str, dict[str, float]]:
-    """Returns, for every case, the largest differences of two ranks from one process, and of the ranks, on each."""
+    """Returns, for every case, the largest differences of two ranks from one process, and of the ranks, on each.
+
+    Gradients are compared before a step of SGD, tokens and the saved model after it.
+    """
     enter(rank)
     return {name: _differences(CASES[name], Path(folder) / str(number)) for number, name in enumerate(names)}
 
@@ -142,6 +145,7 @@ def _differences(case: Case, folder: Path) -> dict[str, float]:
     for other in others.values():
         dist.broadcast(other, 0)
     found = {f"{name} of the ranks": distance(gradients[name], other) for name, other in others.items()}
+    torch.optim.SGD(split.parameters(), lr=1e-2).step()
     generated = {"generated": generate(split)}
     if case.model_type == "llama" and case.soft is None:
         generated["generated, static"] = generate(split, cache_implementation="static")
@@ -151,6 +155,7 @@ def _differences(case: Case, folder: Path) -> dict[str, float]:
         assert gradients.keys() == expected.keys() and any("dma.A" in name for name in gradients)
         found |= {"logits": distance(logits, expected_logits), "loss": distance(loss, expected_loss)}
         found |= {name: distance(gradients[name], gradient) for name, gradient in expected.items()}
+        torch.optim.SGD(one.parameters(), lr=1e-2).step()
         expected_ids = generate(one)
         found |= {name: float(ids != expected_ids) for name, ids in generated.items()}
         reloaded = load(folder / "again").state_dict()

@@ -66,7 +66,7 @@ def test_torchrun_ends_with_the_reason(tmp_path):
     assert done.returncode and "ArithmeticError: the second layer is tired" in done.stderr
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["as it is", "compiled"])
 def test_the_training_script_shares_sequences(tmp_path, compiled):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(60)))
     tiny_model("llama", initializer_range=0.3).save_pretrained(tmp_path / "model")

@@ -100,6 +100,8 @@ def let_fsdp_run_on_cpus() -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
         if vars(self).get("fsdp_plugin") is not None:  # whoever asks for the state again gets that of the process
             self.distributed_type = DistributedType.FSDP
 
