@@ -228,9 +228,11 @@ def refusal(model: nn.Module, planned: AttachPlan) -> str:
     """Returns the sentence that says why a model cannot be attached to; of its text model, if that has attention."""
     reasons = planned.refused or {name: reason for name, reason in planned.skipped.items() if reason != _OTHER_PART}
     if not reasons and planned.skipped:
+        config = text_config_of(model)
+        says = "does not say which of its parts is the text model" if config is model.config else "is of the text model"
         return (
-            f"{type(model).__name__} cannot use flash_dmattn: none of its attention modules has the config of its text "
-            f"part, which is a {type(text_config_of(model)).__name__}"
+            f"{type(model).__name__} cannot use flash_dmattn: its {type(config).__name__} {says}, and none of its "
+            "attention modules has that config itself"
         )
     if not reasons:
         return f"model must have causal attention modules, got {type(model).__name__}, which has none"

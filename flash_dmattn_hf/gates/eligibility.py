@@ -72,9 +72,13 @@ def is_cross_attention(module: nn.Module) -> bool:
 
     Its class says so, or takes the states of other tokens and is not causal.
     """
-    if "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False) is True:
+    if _is_named_cross(module):
         return True
     return getattr(module, "is_causal", None) is False and _takes_other_states(type(module))
+
+
+def _is_named_cross(module: nn.Module) -> bool:
+    return "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False) is True
 
 
 def is_native_doge(module: nn.Module) -> bool:
@@ -101,8 +105,8 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
     if not uses_attention_interface(module):
         return _judge_without_interface(module, text_config)
     if is_cross_attention(module):
-        reason = f"{name} is cross-attention or not causal: only causal self-attention has dynamic masks"
-        return Verdict("native", reason)
+        kind = "cross-attention" if _is_named_cross(module) else "not causal (is_causal=False), like cross-attention"
+        return Verdict("native", f"{name} is {kind}: only causal self-attention has dynamic masks")
     if getattr(module, "config", None) is None:
         return Verdict("refuse", f"{name} has no config to read its shape from")
     if reason := _unsupported_feature(module):
@@ -112,7 +116,9 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
     if getattr(module, "layer_idx", None) is None:
         return Verdict("refuse", f"{name} has no layer_idx, so no cache can know its layer")
     if getattr(module, "is_kv_shared_layer", False):
-        return Verdict("native", f"layer {module.layer_idx} shares the keys, values and importance of an earlier layer")
+        share_all = getattr(module.config, "num_kv_shared_layers", 0) == module.config.num_hidden_layers
+        source = "keys and values of another model" if share_all else "keys, values and importance of an earlier layer"
+        return Verdict("native", f"layer {module.layer_idx} shares the {source}")
     if (chunk_size := chunk_size_of(module)) is not None:
         return Verdict("native", f"layer {module.layer_idx} attends within chunks of {chunk_size} tokens")
     if settings.layers is not None and module.layer_idx not in settings.layers:

@@ -203,8 +203,8 @@ def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwar
         raise ValueError(f"{name} asks for bidirectional attention, which flash_dmattn does not support")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
-            "attention_mask must have shape (B, S) with flash_dmattn, got "
-            f"{tuple(attention_mask.shape)}: bidirectional and custom masks are not supported"
+            f"attention_mask must have shape (B, S) with flash_dmattn, got {tuple(attention_mask.shape)} in {name}: "
+            "bidirectional and custom masks are not supported, nor is a model that writes its masks out"
         )
 
 

@@ -46,11 +46,11 @@ def meaning_of_mask(
     # What stands beside a block must be the one causal function, or another one would hide what the block shows.
     is_hidden = blocks and (len(blocks) > 1 or len(parts) - len(limits) > 1)
     if others or len(limits) == len(parts) or is_mixed or is_hidden:
-        name = getattr(mask_function, "__qualname__", type(mask_function).__name__)
+        name = _name_of(mask_function) if compiling else _composition_of(mask_function)
         hint = "; blocks cannot be compiled with fullgraph=True" if compiling else ""
         raise ValueError(
             "flash_dmattn supports causal, sliding-window, chunked, padding and packed masks only, some with blocks "
-            f"such as images or a prefix, got another one ({name}), such as a bidirectional or custom mask{hint}"
+            f"such as images or a prefix, got another one: {name}{hint}"
         )
     limits = MaskLimits(
         min((_held_by(part, "sliding_window") for part in sliding), default=None),
@@ -86,6 +86,21 @@ def _conjuncts(mask_function: Callable) -> Iterator[Callable | _Widening]:
                 yield from (*inner, *wider)
                 return
     yield mask_function
+
+
+def _composition_of(mask_function: Callable) -> str:
+    """Says what a mask function is made of: the names of its parts, and how they are combined."""
+    code = _code_of(mask_function)
+    if code is not _AND_CODE and code is not _OR_CODE:
+        return _name_of(mask_function)
+    parts = [_composition_of(part) for part in _held_by(mask_function, "mask_functions")]
+    return f"({(' and ' if code is _AND_CODE else ' or ').join(parts)})"
+
+
+def _name_of(function: Callable) -> str:
+    """Returns the name of a function, or of the one that makes it, if every such function is an `inner_mask`."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return name.removesuffix(".<locals>.inner_mask").rpartition(".")[2]
 
 
 def _code_of(function: Callable) -> Any:

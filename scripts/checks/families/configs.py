@@ -16,7 +16,7 @@ SIZES: list[tuple[str, int]] = [
     (r"(?!image|video|audio|num|.*token).*(hidden_size|d_model|n_embd|emb_dim|embedding_dim|lru_width)", 64),
     (r"(embedding_size|input_embedding_size|output_embedding_size|word_embed_proj_dim|d_inner)", 64),
     (r"(attention_hidden_size|.*_embed_dim|hidden_dim|embed_dim|out_hidden_size)", 64),
-    (r"(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|depth|num_blocks)", 2),
+    (r"(num_hidden_layers|n_layers?|num_layers|layers|(num_)?(en|de)coder_layers|depth|num_blocks)", 2),
     (r"(num_|n_|decoder_|encoder_|num_decoder_|num_encoder_|swa_num_)?(attention_)?heads?", 4),
     (r"(mamba_n_heads|n_mamba_heads|mamba_num_heads)", 4),
     (r"(mamba_d_head|mamba_head_dim|mamba_headdim)", 32),

@@ -11,20 +11,20 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from checks.families.configs import tiny_config
-from checks.families.images import image_inputs
-from checks.families.sizes import VOCAB_SIZE
+from checks.families.images import has_prefix, image_inputs, said, token_types
+from checks.families.sizes import LENGTH, VOCAB_SIZE
 from flash_dmattn_hf import iter_gates
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))  # the definition is part of the tests
 
 from hf.dense_definition import by_definition  # noqa: E402
 
-WIDE = {"keep_window_size": 24}
 NARROW = {"keep_window_size": 8, "num_sink_tokens": 2, "local_window_size": 3}
 NARROW_WITH_IMAGE = {"keep_window_size": 9, "num_sink_tokens": 1, "local_window_size": 5}
 """An image whose tokens see each other must fit into the local window."""
+NARROW_WITH_PREFIX = {"keep_window_size": 14, "num_sink_tokens": 1, "local_window_size": 10}
+"""The same for a prefix with an image in it."""
 DOGE = {"keep_window_size": 8}  # its own mask has neither sinks nor a local window
-LENGTH = 24
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
 """Largest difference that passes, as a part of the largest logit: many models compute norms in float32 anyway."""
 
@@ -44,13 +44,13 @@ class Unequal(Exception):
 class Family:
     """A tiny random eager model of one type, saved. Raises whatever transformers raises if it cannot be made.
 
-    inputs: what it is called with, once `make_inputs` has run.
+    inputs: what it is called with, once `make_inputs` has run. half: how many of its tokens have the image among them.
+    wide, narrow: windows that hold all tokens, and some.
     """
 
     def __init__(self, task: str, model_type: str, folder: Path):
         self.folder = folder
         self.has_image = task == "image"
-        self.narrow = NARROW_WITH_IMAGE if self.has_image else NARROW
         config = tiny_config(model_type)
         self.auto, self.cls = TASKS[task], class_of(task, model_type)
         if not isinstance(config, self.cls.config_class):  # a composite config, and the class of a part of it
@@ -63,7 +63,11 @@ class Family:
             for name, parameter in self.eager.named_parameters():
                 if not parameter.any():  # zeros at first would hide that they are left out
                     parameter.normal_(std=1.0 if name.endswith("sinks") else 0.02)
-        self.inputs = {"input_ids": tokens(2, LENGTH)}
+        self.narrow = NARROW_WITH_IMAGE if self.has_image else NARROW
+        if has_prefix(self.eager):
+            self.narrow = NARROW_WITH_PREFIX
+        types = token_types(self.eager, tokens(LENGTH)) if task != "causal" else {}
+        self._use({"input_ids": tokens(LENGTH), **types})
         self.dtype = torch.float32
         self.loaded: dict[int, PreTrainedModel] = {}
         self.eager.save_pretrained(folder / "eager")
@@ -74,7 +78,7 @@ class Family:
         float64 where the model runs in it. The definition of Doge is its eager attention, which does not.
         """
         if self.has_image:
-            self.inputs = image_inputs(self.eager, self.inputs["input_ids"])
+            self._use(image_inputs(self.eager, tokens))
         inputs = self.inputs
         self.logits(self.eager, inputs)
         if self.eager.config.model_type != "doge":
@@ -87,6 +91,10 @@ class Family:
                 self.inputs, self.dtype = inputs, torch.float32
         self.loaded.clear()
         self.eager.to(self.dtype).save_pretrained(self.folder / "eager")
+
+    def _use(self, inputs: dict[str, torch.Tensor]) -> None:
+        self.inputs, length = inputs, inputs["input_ids"].shape[1]
+        self.half, self.wide = length - LENGTH // 2, {"keep_window_size": length}
 
     def ours(self, windows: dict[str, int]) -> PreTrainedModel:
         """The saved model loaded by name, with an importance far from zero if some keys are to be dropped."""
@@ -105,9 +113,10 @@ class Family:
         return model
 
     def load(self, folder: Path, **options: Any) -> PreTrainedModel:
-        """A saved model, by default with our attention."""
+        """A saved model, by default with our attention; by its class if the Auto class does not know its config."""
+        loader = self.auto if type(self.eager.config) in self.auto._model_mapping else self.cls
         options = {"attn_implementation": "flash_dmattn", "experts_implementation": "eager", **options}
-        return self.auto.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
+        return loader.from_pretrained(folder, dtype=self.dtype, **options).to(self.dtype).eval()
 
     def gates(self) -> str:
         """How many of the layers that transformers calls attention have a gate."""
@@ -116,9 +125,8 @@ class Family:
         return f"{sum(1 for _ in iter_gates(model))} of {num_layers}"
 
     def run(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
-        """The logits of a model, without a cache; 0 for tokens that it never says (Chameleon's images)."""
-        logits = model(**inputs, use_cache=False).logits
-        return logits.masked_fill(logits == torch.finfo(logits.dtype).min, 0.0)
+        """The logits of a model, without a cache."""
+        return said(model(**inputs, use_cache=False).logits)
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
         """The same without gradients."""
@@ -153,10 +161,10 @@ def definition_of(model: PreTrainedModel) -> Iterator[None]:
             layer.keep_window_size = size
 
 
-def tokens(batch: int, length: int) -> torch.Tensor:
-    """(batch, length) ids without special ones, none of them twice in a row: equal tokens would tie."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([torch.randperm(VOCAB_SIZE - 8, generator=generator)[:length] + 4 for _ in range(batch)])
+def tokens(length: int) -> torch.Tensor:
+    """(2, length) ids without special ones, in a row none again before all were there: equal tokens would tie."""
+    generator, index = torch.Generator().manual_seed(0), torch.arange(length) % (VOCAB_SIZE - 8)
+    return torch.stack([torch.randperm(VOCAB_SIZE - 8, generator=generator)[index] + 4 for _ in range(2)])
 
 
 def model_types(task: str) -> list[str]:

@@ -1,15 +1,19 @@
-"""An image for any model that takes one, made without a processor: pixels, and the tokens that stand for them."""
+"""What the processor of an image-text model makes: pixels, the tokens that stand for them, and the types of tokens."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from checks.families.sizes import LENGTH
+
 FIRST = 6
 """Where the tokens of an image begin: behind those that padding takes away."""
-MOST = 12
-"""How many tokens an image may have."""
+PREFIX = FIRST + 4
+"""How many tokens see each other in front of a text, in models with such a prefix; an image is among them."""
+BATCH = 2
 
 _TILE = {"pixels": (1, 3, 16, 16)}
 _TILES = {"pixels": (2, 3, 16, 16), "image_sizes": [16, 16]}
@@ -19,6 +23,7 @@ _POSITIONS = [[x, y] for y in range(6) for x in range(6)]
 _NAVIT = {"flat": (3, 8, 128), "along": 2, "target_sizes": [4, 4]}
 
 IMAGES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {"pixels": (3, 16, 16), "image_sizes": [16, 16]},
     "emu3": {"pixels": (3, 16, 16), "image_sizes": [16, 16]},
     "chameleon": {"pixels": (3, 32, 32)},
     "blip-2": {"pixels": (3, 16, 16)},
@@ -35,7 +40,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "idefics2": _TILE,
     "idefics3": _TILE,
     "instructblip": {"pixels": (3, 16, 16), **_QFORMER},
-    "instructblipvideo": {"pixels": (4, 3, 16, 16), **_QFORMER},
+    "instructblipvideo": {"pixels": (4, 3, 16, 16), "num_tokens": 4, **_QFORMER},
     "kimi_k25": {"flat": (16, 3, 8, 8), "image_grid_thw": [1, 4, 4]},
     "lfm2_vl": {"pixels": (16, 192), "spatial_shapes": [4, 4], "pixel_attention_mask": [1] * 16},
     "lighton_ocr": _SIZED,
@@ -54,11 +59,12 @@ IMAGES: dict[str, dict[str, Any]] = {
         "num_tokens": 1,
     },
     "kosmos-2": {"pixels": (3, 16, 16), "image_embeds_position_mask": [0] * 6 + [1] * 4 + [0] * 14},
+    "kosmos-2.5": {"flattened_patches": (4, 194), "image_embeds_position_mask": [0] * 6 + [1] * 4 + [0] * 14},
     "molmo2": {
         "pixels": (4, 192),
-        "image_token_pooling": [[0, 1], [2, 3]],
         "image_grids": [1, 1, 1, 1],
         "image_num_crops": 1,
+        "together": {"image_token_pooling": [[0, 1], [2, 3], [4, 5], [6, 7]]},
     },
     "nemotron_h_omni": {"flat": (16, 192), "image_grid_hw": [4, 4]},
     "paddleocr_vl": {"flat": (16, 3, 8, 8), "image_grid_thw": [1, 4, 4]},
@@ -71,9 +77,11 @@ IMAGES: dict[str, dict[str, Any]] = {
 """Model type -> what `image_inputs` cannot guess.
 
 pixels, flat: the shape of one image; images are stacked, or put one behind another along their first dimension. Tuples
-under other names are shapes of further pixels; all else is what an image has under that name.
+under other names are shapes of further pixels. together: what both images have together. All else is what an image has
+under that name.
 """
-
+PIXELS = frozenset({"pixels", "flat", "flattened_patches"})
+"""Names in such a line that say that the pixels need no guess."""
 
 NEEDS_IMAGE = ("blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2")
 """Model types that take no text without an image."""
@@ -84,35 +92,51 @@ def takes_images(cls: type) -> bool:
     return not {"pixel_values", "flattened_patches"}.isdisjoint(inspect.signature(cls.forward).parameters)
 
 
-def image_inputs(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def has_prefix(model: PreTrainedModel) -> bool:
+    """Whether the first tokens of a text see each other, as those of PaliGemma do, and later ones do not."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "use_bidirectional_attention", None) is True for config in configs)
+
+
+def token_types(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the (B, T) types of tokens that a processor gives a model: 1 for an image, or for all behind a prefix."""
+    if has_prefix(model):
+        types = (torch.arange(input_ids.shape[1]) >= PREFIX).long().expand_as(input_ids)
+    else:
+        token = image_token_of(model.config)
+        types = (input_ids == (-1 if token is None else token)).long()
+    names = ("mm_token_type_ids", "token_type_ids")
+    return {name: types for name in names if name in inspect.signature(model.forward).parameters}
+
+
+def image_inputs(model: PreTrainedModel, text: Callable[[int], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the inputs of a model with an image in every row, in place of some tokens of text.
 
-    input_ids: (B, T) tokens of text. Raises whatever the model raises, and ValueError if the image changes nothing.
+    text: gives (2, T) tokens for a length T. A longer image makes a longer text: its first half holds the image.
+    Raises whatever the model raises, and ValueError if the image changes nothing.
     """
-    parameters = inspect.signature(model.forward).parameters
-    batch, token = input_ids.shape[0], image_token_of(model.config)
-    line = dict(IMAGES.get(model.config.model_type, {}))
-    if not line.keys() & {"pixels", "flat"}:
-        line |= _guess(model.config, parameters)
+    token, line = image_token_of(model.config), dict(IMAGES.get(model.config.model_type, {}))
+    if not line.keys() & PIXELS:
+        line |= _guess(model.config, inspect.signature(model.forward).parameters)
     start, num_tokens = line.pop("start", None), line.pop("num_tokens", None)
-    image = _image(line, batch, seed=0)
-    input_ids = input_ids.clone()
+    image, input_ids = _image(line, seed=0), text(LENGTH)
     if token is not None:
-        num_tokens = num_tokens or _count_tokens(model, image) // batch
-        if not 0 < num_tokens <= MOST:
-            raise ValueError(f"an image must have at most {MOST} tokens, got {num_tokens}")
+        num_tokens = num_tokens or _count_tokens(model, image) // BATCH
+        input_ids = text(LENGTH + max(0, FIRST + num_tokens - LENGTH // 2))
         input_ids[:, FIRST : FIRST + num_tokens] = token
     if start is not None:
         input_ids[:, FIRST - 1] = start
-    inputs = {"input_ids": input_ids, **image}
-    for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in parameters:
-            inputs[name] = (input_ids == token).long()
+    inputs = {"input_ids": input_ids, **image, **token_types(model, input_ids)}
     with torch.no_grad():
-        found, other = (model(**{**inputs, **_image(line, batch, seed=seed)}).logits for seed in (0, 1))
+        found, other = (said(model(**{**inputs, **_image(line, seed=seed)}).logits) for seed in (0, 1))
     if not (found - other).abs().max() > 1e-6 * found.abs().max():
         raise ValueError("another image must give other logits, got the same")
     return inputs
+
+
+def said(logits: torch.Tensor) -> torch.Tensor:
+    """Returns logits with 0 for tokens that a model never says, such as those of Chameleon's images."""
+    return logits.masked_fill(logits <= torch.finfo(torch.float32).min, 0.0)
 
 
 def _guess(config: PreTrainedConfig, parameters: Any) -> dict[str, Any]:
@@ -126,18 +150,18 @@ def _guess(config: PreTrainedConfig, parameters: Any) -> dict[str, Any]:
     return {"flat": (side**2, channels * frames * vision.patch_size**2), "image_grid_thw": [1, side, side]}
 
 
-def _image(line: dict[str, Any], batch: int, seed: int) -> dict[str, torch.Tensor]:
+def _image(line: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     along = line.get("along", 0)
-    result = {}
+    result = {name: torch.tensor(value) for name, value in line.get("together", {}).items()}
     for name, value in line.items():
         if name == "flat":
-            parts = [torch.randn(*value, generator=generator) for _ in range(batch)]
+            parts = [torch.rand(*value, generator=generator) for _ in range(BATCH)]
             result["pixel_values"] = torch.cat(parts, along)[None] if along else torch.cat(parts)
         elif isinstance(value, tuple) and "flat" not in line:
-            result["pixel_values" if name == "pixels" else name] = torch.randn(batch, *value, generator=generator)
-        elif name not in ("along", "pixels"):
-            result[name] = torch.tensor([value] * batch)
+            result["pixel_values" if name == "pixels" else name] = torch.rand(BATCH, *value, generator=generator)
+        elif name not in ("along", "pixels", "together"):
+            result[name] = torch.tensor([value] * BATCH)
     return result
 
 

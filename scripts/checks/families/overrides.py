@@ -48,6 +48,14 @@ _NO_MODALITY_TWICE = {
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        **{"image_token_id": 3, "audio_token_id": 4, "image_token_offset": 83, "audio_token_offset": 91},
+        "audio_config": {"codebook_dim": 64, "codebook_size": 8},
+        "vision_config": {
+            **{"codebook_size": 8, "embed_dim": 32, "latent_channels": 32, "base_channels": 32},
+            **{"channel_multiplier": [1, 1, 2, 2], "num_res_blocks": 1},
+        },
+    },
     "bamba": {"attn_layer_indices": [1]},
     "blt": {
         "encoder_hash_byte_group_vocab": 99,
@@ -67,8 +75,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": _COHERE_COMPASS,
     "cohere_compass": {"text_config": _COHERE_COMPASS},
     "deepseek_ocr2": {
-        "text_config": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_experts_per_tok": 2}
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_experts_per_tok": 2},
+        "vision_config": {"sam_config": {"downsample_channels": [32, 64], "initializer_range": 0.02}},
     },
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [0]}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
     "emu3": {
         "vocabulary_map": {
@@ -96,7 +106,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "idefics2": {"text_config": _SLIDING_ONLY, "perceiver_config": {"resampler_n_latents": 4}},
     "blip-2": {"num_query_tokens": 4, **_IMAGE_TOKEN, **_VISIBLE},
     "instructblip": {"num_query_tokens": 4, "image_token_index": 3, **_VISIBLE},
-    "instructblipvideo": {"num_query_tokens": 1, "video_token_index": 3, **_VISIBLE},
+    "instructblipvideo": {"num_query_tokens": 1, "image_token_id": 3, "video_token_index": 3, **_VISIBLE},
     "llama4": {
         "vision_config": {
             "vision_output_dim": 64,
@@ -125,10 +135,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"cross_attention_layers": [1]},
         "vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 128},
     },
-    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}, "vision_config": {"image_size": [16, 16]}},
+    "molmo2": {
+        "image_patch_id": 3,
+        "adapter_config": {"vision_feature_layer": [-1, -2]},
+        "vision_config": {"image_size": [16, 16]},
+    },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}, "out_hidden_size": 256},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, **_IMAGE_TOKEN},
     "paddleocr_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}},
+    "paligemma": {"projection_dim": 64},
     "perception_lm": {
         "vision_config": {
             "architecture": "vit_pe_core_tiny_patch16_384",
@@ -173,6 +188,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": _HEAD_DIM,
     "jamba": _ATTENTION_LAST,
     "kosmos-2": {"latent_query_num": 4},
+    "kosmos-2.5": {"latent_query_num": 4, "vision_config": {"patch_embed_hidden_size": 192}},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},

@@ -3,5 +3,5 @@
 VOCAB_SIZE = 99
 HEAD_DIM = 16
 SLIDING_WINDOW = 10
-IMAGE_SIZE = 16
-PATCH_SIZE = 8
+LENGTH = 24
+"""Tokens of a text, if no image makes it longer."""

@@ -25,11 +25,12 @@ _HEAD = """# Supported models
 This page says of every causal language model and of every image-text model of transformers whether it can use dynamic
 masks, and what was tried to find out. `python scripts/checks/walk_families.py` writes it. A tiny random model of every
 type is saved and loaded by name. No dropout is on. Image-text models are tried twice: with text alone, and with an
-image, which is random pixels and the tokens that stand for them.
+image, which is random pixels and the tokens that stand for them. Where they take types of tokens, they get those that
+their processors give. PaliGemma gets a prefix of 10 tokens.
 
 | column | what must hold |
 | --- | --- |
-| gates | how many layers have an importance gate at `keep_window_size=8` (9 with an image); others stay as they are |
+| gates | how many layers have a gate at `keep_window_size=8` (9 with an image, PaliGemma 14); others stay as they are |
 | equal | the logits of eager attention, while all tokens fit into the window |
 | definition | the logits of a mask written out in full, beyond the window |
 | padding | the logits of a mask written out in full, with left padding, up to the window and beyond |
@@ -44,8 +45,8 @@ do it either, such as recurrent layers that mix packed documents. "no positions"
 
 A model is *right* if every column holds, and *partly* right if one of them is refused. A *refused* model raises the
 sentence in the last column when it is loaded or first called. One that is *not tried* takes no images, or no text
-without an image. One that is *unbuildable* cannot be made by transformers itself, whatever its config. For one that is
-*not built*, no tiny model or no image was made.
+without an image. One that is *unbuildable* cannot be made or called by transformers itself, even with its default
+config. For one that is *not built*, no tiny model or no image was made.
 """
 
 

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from checks.families.family import LENGTH, WIDE, Family, Unequal, class_of, definition_of
-from checks.families.images import NEEDS_IMAGE, image_token_of, takes_images
+from checks.families.family import Family, Unequal, class_of, definition_of
+from checks.families.images import NEEDS_IMAGE, image_token_of, said, takes_images
 from checks.families.overrides import REQUIRED
+from checks.families.sizes import LENGTH
 
 COLUMNS = ("equal", "definition", "padding", "packing", "backward", "generate", "reload")
 PASSED = ("yes", "as eager", "no positions")
@@ -27,16 +28,16 @@ def walk(task: str, model_type: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             family = Tries(task, model_type, Path(folder))
-            if reason := family.does_not_apply():
-                return record_of(model_type, "not tried", reason)
             if reason := family.refusal():  # before its inputs: a model that is refused anyway may need any
                 return record_of(model_type, "refused", reason)
+            if reason := family.does_not_apply():
+                return record_of(model_type, "not tried", reason)
             family.make_inputs()
         except Exception as error:  # whatever a model of transformers raises is its reason
             is_hopeless = sentence(error) == failure_of_default(task, model_type)
             return record_of(model_type, "unbuildable" if is_hopeless else "not built", sentence(error))
         try:
-            family.run(family.ours(WIDE), family.inputs)
+            family.run(family.ours(family.wide), family.inputs)
         except Exception as error:
             return record_of(model_type, "refused" if is_ours(error) else "wrong", sentence(error))
         tried, reasons = {}, []
@@ -55,11 +56,13 @@ def record_of(model_type: str, verdict: str, reason: str) -> dict[str, Any]:
 
 
 def failure_of_default(task: str, model_type: str) -> str:
-    """Why transformers itself cannot make the model type with its default config; empty if it can."""
+    """Why transformers itself cannot make and call the model type with its default config; empty if it can."""
     try:
         with torch.device("meta"):
             config = CONFIG_MAPPING[model_type](**REQUIRED.get(model_type, {}))
-            class_of(task, model_type)._from_config(config)
+            model = class_of(task, model_type)._from_config(config, attn_implementation="eager")
+            ids, mask = (torch.ones((1, LENGTH), dtype=torch.long) for _ in range(2))
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
     except Exception as error:
         return sentence(error)
     return ""
@@ -79,14 +82,14 @@ class Tries(Family):
     def refusal(self) -> str:
         """The sentence with which this package refuses the model, whatever its inputs are; empty if it does not."""
         try:
-            self.run(self.ours(WIDE), self.inputs)
+            self.run(self.ours(self.wide), self.inputs)
         except Exception as error:
             return sentence(error) if is_ours(error) else ""
         return ""
 
     def equal(self) -> None:
         """Loaded by name, with a window that holds all tokens: the eager model."""
-        self._equal(self.ours(WIDE))
+        self._equal(self.ours(self.wide))
 
     def _equal(self, model: PreTrainedModel) -> None:
         expected = self.logits(self.eager, self.inputs)
@@ -104,10 +107,10 @@ class Tries(Family):
 
     def padding(self) -> None:
         """Left padding, on both sides of the window."""
-        mask = torch.ones(2, LENGTH, dtype=torch.long)
+        mask = torch.ones_like(self.inputs["input_ids"])
         mask[0, :5] = 0
         inputs, real = {**self.inputs, "attention_mask": mask}, mask.bool()
-        for windows in (WIDE, self.narrow):
+        for windows in (self.wide, self.narrow):
             model = self.ours(windows)
             ours = self.logits(model, inputs)
             with definition_of(model):  # eager attention in float64 is NaN where a row is all padding
@@ -118,16 +121,19 @@ class Tries(Family):
         self._packing(self.ours(self.narrow))
 
     def _packing(self, model: PreTrainedModel) -> None:
-        half = LENGTH // 2
-        position_ids = torch.arange(LENGTH)[None].expand(2, -1) % half
-        documents = [cut(self.inputs, 0, half), cut(self.inputs, half, LENGTH)]
+        half, length = self.half, self.inputs["input_ids"].shape[1]
+        position_ids = torch.arange(length).repeat(2, 1) % half
+        documents = [cut(self.inputs, 0, half), cut(self.inputs, half, length)]
         if self.has_image:  # it is in the first document; without positions its tokens would get others
             documents[1] = {
                 name: documents[1][name]
                 for name in ("input_ids", "mm_token_type_ids", "token_type_ids")
                 if name in documents[1]
             }
-            documents = [{**document, "position_ids": position_ids[:, :half]} for document in documents]
+            documents = [
+                {**document, "position_ids": position_ids[:, : document["input_ids"].shape[1]].contiguous()}
+                for document in documents
+            ]
         packed = self.logits(model, {**self.inputs, "position_ids": position_ids})
         alone = [self.logits(model, document) for document in documents]
         self.compare("packed documents", packed, torch.cat(alone, 1))
@@ -154,12 +160,12 @@ class Tries(Family):
     def _generate(self, model: PreTrainedModel) -> None:
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         options |= {"return_dict_in_generate": True, "output_logits": True}
-        inputs = cut(self.inputs, 0, 14)
+        inputs = cut(self.inputs, 0, self.half + 2)
         image_token = image_token_of(self.eager.config) if self.has_image else None
         if image_token is not None:  # a model that says it would have to see another image
             options["suppress_tokens"] = [image_token]
-        cached, uncached = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
-        self.compare("generation with a cache", torch.stack(cached.logits), torch.stack(uncached.logits))
+        found = [model.generate(**inputs, **options, use_cache=use_cache).logits for use_cache in (True, False)]
+        self.compare("generation with a cache", *(said(torch.stack(logits)) for logits in found))
 
     def reload(self) -> None:
         """Saved and loaded again: the same gates."""
@@ -213,4 +219,4 @@ def is_ours(error: Exception) -> bool:
 def sentence(error: Exception) -> str:
     """The first sentence of an error, without what breaks a table."""
     text = " ".join(str(error).split()).replace("|", "/") or type(error).__name__
-    return text[:240].rstrip(".")
+    return text[:320].rstrip(".")

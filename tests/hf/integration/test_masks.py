@@ -139,6 +139,13 @@ def test_recognition_does_not_trust_the_flags():
     assert tag_of(dynamic_mask_mask(2, 6, 6, mask_function=other, local_size=3)).limits == MaskLimits(4)
 
 
+def test_a_refused_mask_is_named_by_its_parts():
+    causal, window = masking_utils.causal_mask_function, masking_utils.sliding_window_overlay(3)
+    function = masking_utils.or_masks(masking_utils.and_masks(window, causal), _everything)
+    with pytest.raises(ValueError, match=r"\(\(sliding_window_overlay and causal_mask_function\) or _everything\)$"):
+        dynamic_mask_mask(2, 6, 6, mask_function=function)
+
+
 NO_BLOCKS = torch.full((2, 6), -1)
 WITHOUT_IMAGES = {
     "causal": (None, dict(block_sequence_ids=NO_BLOCKS)),
@@ -185,7 +192,7 @@ def test_token_types_of_text_are_those_of_no_token_types():
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
 def test_four_dimensional_masks_raise(dtype):
     mask = torch.ones(2, 1, 24, 24).tril().to(dtype)
-    with pytest.raises(ValueError, match=r"attention_mask must have shape \(B, S\)"):
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(B, S\).* in LlamaAttention"):
         converted()(tokens(), attention_mask=mask)
 
 

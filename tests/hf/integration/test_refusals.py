@@ -47,6 +47,10 @@ REFUSED = {
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, _NOT_DISPATCHED),
     "mamba": ({"state_size": 4}, "must have causal attention modules"),
     "bert": ({}, "not causal"),
+    "bigbird_pegasus": (
+        {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32},
+        r"BigBirdPegasusDecoderAttention is not causal \(is_causal=False\), like cross-attention",
+    ),
     "jetmoe": (
         {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "activation_function": "silu"},
         "after they are cached",
