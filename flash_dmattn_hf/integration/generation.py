@@ -25,6 +25,7 @@ from flash_dmattn_hf.names import NAMES, is_ours
 from flash_dmattn_hf.versions import FIRST_SERVING, can_serve
 
 _CONSTANT = "the default DynamicMaskCache is of constant size anyway"
+_OWN_CACHE = "makes a cache of a class of its own in its forward and takes no other"
 _REFUSED = {
     "quantized": 'keys and values in 8 bits are cache_config={"slot_dtype": "float8_e4m3fn"} without it',
     "offloaded": f"evicting needs the keys on the device; {_CONSTANT}",
@@ -43,9 +44,9 @@ def wrap_prepare_cache(original):
     """Makes generate() use a DynamicMaskCache where it would have made a DynamicCache or a StaticCache.
 
     The replacement raises ValueError for a `cache_implementation` other than None, "dynamic" and "static", for "static"
-    where the model makes its own cache or `DynamicMaskCache` raises, for a `cache_config` with more than "slot_dtype",
-    and for a cache passed by the caller that is neither a DynamicCache holding all keys nor a DynamicMaskCache of this
-    model, or has another slot_dtype.
+    where the model makes its own cache or `DynamicMaskCache` raises, for a `cache_config` with more than "slot_dtype"
+    or where the model makes its own cache, and for a cache passed by the caller that is neither a DynamicCache holding
+    all keys nor a DynamicMaskCache of this model, or has another slot_dtype.
     """
 
     @functools.wraps(original)
@@ -62,6 +63,8 @@ def wrap_prepare_cache(original):
         static = generation_config.cache_implementation == "static"
         if static:
             _refuse_static(self)
+        if slot_dtype is not None and generation_config.use_cache is not False:
+            _refuse_rounding(self)
         with _dynamic(generation_config):
             result = original(self, generation_config, model_kwargs, *args, **kwargs)
         name = name_of_cache(model_kwargs)
@@ -233,7 +236,7 @@ def _refuse_static(model: PreTrainedModel) -> None:
     """Raises ValueError for a model that transformers itself cannot generate with over a static cache."""
     why = None
     if not model._supports_default_dynamic_cache():
-        why = "makes a cache of a class of its own in its forward and takes no other"
+        why = _OWN_CACHE
     elif model.config.model_type == "paligemma" and hasattr(model.config.get_text_config(), "layer_types"):
         why = "does not take the masks of its sliding and full layers (PaliGemma 2) that generate() makes for it then"
     if why is not None:
@@ -241,6 +244,11 @@ def _refuse_static(model: PreTrainedModel) -> None:
             f"cache_implementation must not be 'static' for {type(model).__name__}, which {why}: leave "
             "cache_implementation out"
         )
+
+
+def _refuse_rounding(model: PreTrainedModel) -> None:
+    if not model._supports_default_dynamic_cache():
+        raise ValueError(f"cache_config must not have a slot_dtype for {type(model).__name__}, which {_OWN_CACHE}")
 
 
 PATCHES = [

@@ -207,7 +207,10 @@ def test_states_outside_the_cache_are_refused():
         greedy(model, *prompt(6), cache_implementation="static")
 
 
-def test_a_model_that_makes_its_own_cache_refuses_a_static_one():
-    model = converted("minimax")
+def test_a_model_that_makes_its_own_cache_refuses_a_static_one_and_slots_in_8_bits():
+    model, rounding = converted("minimax"), {"slot_dtype": "float8_e4m3fn"}
     with pytest.raises(ValueError, match="must not be 'static' for MiniMaxForCausalLM, which makes a cache"):
         greedy(model, *prompt(6), cache_implementation="static")
+    with pytest.raises(ValueError, match="must not have a slot_dtype for MiniMaxForCausalLM, which makes a cache"):
+        greedy(model, *prompt(6), cache_config=rounding)
+    assert torch.equal(greedy(model, *prompt(6), cache_config=rounding, use_cache=False), greedy(model, *prompt(6)))
