@@ -14,7 +14,7 @@ import flash_dmattn
 from flash_dmattn_hf import DynamicMaskCache, iter_gates, soft_selection
 from flash_dmattn_hf.conversion.variants import dense
 from flash_dmattn_hf.gates.soft_selection import hard_selection
-from flash_dmattn_hf.integration import attention
+from flash_dmattn_hf.integration import attention, packed_attention
 from flash_dmattn_hf.training import freeze_all_but_importance, parameter_groups
 
 from ..converted import converted
@@ -57,7 +57,8 @@ def test_the_layers_attend_with_the_temperature(case, band, monkeypatch):
         options = {**options, "selection_temperature": 0.7, "selection_band": band}
         return flash_dmattn.dynamic_mask_attention(*args, **options)
 
-    monkeypatch.setattr(attention, "dynamic_mask_attention", attend)
+    for module in (attention, packed_attention):
+        monkeypatch.setattr(module, "dynamic_mask_attention", attend)
     assert torch.equal(soft, logits_of(model, **inputs))
     assert not torch.allclose(soft, hard, atol=1e-4)
 
