@@ -46,7 +46,7 @@ def meaning_of_mask(
     # What stands beside a block must be the one causal function, or another one would hide what the block shows.
     is_hidden = blocks and (len(blocks) > 1 or len(parts) - len(limits) > 1)
     if others or len(limits) == len(parts) or is_mixed or is_hidden:
-        # A compiler that reaches the error here, in no function below, leaves all of this to Python, unless it must not.
+        # A compiler that reaches the error here, in no function below, leaves all of this to Python, if it may.
         name = type(mask_function).__name__ if compiling else _composition_of(mask_function)
         hint = "; blocks cannot be compiled with fullgraph=True" if compiling else ""
         raise ValueError(

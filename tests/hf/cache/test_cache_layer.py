@@ -434,7 +434,8 @@ def test_other_windows_are_taken_by_an_empty_layer_only():
     layer = make_layer(case)
     process(layer, case, 0, 9)
     layer.gate.config = small.config
-    with pytest.raises(ValueError, match=r"settings of layer 0 must be .*'keep_window_size': 8.*got .*'keep_window_size': 5"):
+    sentence = "settings of layer 0 must be .*'keep_window_size': 8.*got .*'keep_window_size': 5"
+    with pytest.raises(ValueError, match=sentence):
         layer.update(*tokens(case, 9, 10))
     layer.reset()
     view = process(layer, small, 0, 12)
