@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from flash_dmattn_hf.integration.observed_attention import uncompiled
+from flash_dmattn_hf.integration.uncompiled import uncompiled
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _forward(model: nn.Module, input_ids: torch.Tensor, change: Callable) -> tor
     device = inner.get_input_embeddings().weight.device
     handle = head.register_forward_pre_hook(replace)
     try:
-        with torch.no_grad(), uncompiled():
+        with torch.no_grad(), uncompiled(model):
             logits = model(input_ids=input_ids[None].to(device), use_cache=False).logits[0]
     finally:
         handle.remove()

@@ -2,23 +2,16 @@
 
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from flash_dmattn_hf.integration.uncompiled import eagerly
+
 IMPLEMENTATION = "dmattn_observed"
-
-
-def uncompiled() -> AbstractContextManager[None]:
-    """Returns a context manager inside which what torch.compile has made of a model runs the model's own code.
-
-    What was compiled knows nothing of attention and hooks that are there for a while. The compiled module is still the
-    one to call: it may be the one that FSDP2 has sharded.
-    """
-    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
@@ -55,7 +48,7 @@ def observed_attention(modules: Collection[nn.Module], compute: Callable[..., to
     try:
         for config in configs:
             config._attn_implementation_internal = IMPLEMENTATION
-        with uncompiled():
+        with eagerly:
             yield
     finally:
         for config in configs:

@@ -12,7 +12,7 @@ from torch import nn
 from flash_dmattn_hf.conversion.variants import dense_switch
 from flash_dmattn_hf.evaluation.final_states import evaluating
 from flash_dmattn_hf.gates.attach import text_config_of
-from flash_dmattn_hf.integration.observed_attention import uncompiled
+from flash_dmattn_hf.integration.uncompiled import uncompiled
 from flash_dmattn_hf.names import is_ours
 from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training.deferred_logits import DeferredLogits, check_output_layer_of, deferred_logits
@@ -33,7 +33,7 @@ class Teacher:
     def logits(self, inputs: dict[str, Any]) -> DeferredLogits:
         """Returns the deferred logits (B, S, vocabulary) of the model for these keyword arguments."""
         # Another model, or the attention in it, may be compiled for itself: FlexAttention is slow without it.
-        code = uncompiled() if self.is_student else nullcontext()
+        code = uncompiled(self.model) if self.is_student else nullcontext()
         with self.mode(), evaluating(self.model), deferred_logits(self.model), code:
             return self.model(**inputs, use_cache=False).logits
 
