@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from flash_dmattn_hf.config import SECTION
+from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.gates.importance import Gate, get_gate
 from flash_dmattn_hf.names import NAMES
 
@@ -33,7 +33,10 @@ def adopt(module: nn.Module, text_config: Any) -> None:
 
 def check_one_config(name: str, module: nn.Module, text_config: Any) -> None:
     """Raises ValueError if a module with a gate has other settings, or another implementation, than its model."""
-    mine, expected = _choices(module.config), _choices(text_config)
+    if module.config is text_config:
+        return
+    is_dense = get_gate(module).starts_dense
+    mine, expected = _choices(module.config, is_dense), _choices(text_config, is_dense)
     if mine != expected:
         different = [key for key in {**expected, **mine} if mine.get(key) != expected.get(key)]
         wanted, found = ({key: choices.get(key) for key in different} for choices in (expected, mine))
@@ -43,5 +46,8 @@ def check_one_config(name: str, module: nn.Module, text_config: Any) -> None:
         )
 
 
-def _choices(config: Any) -> dict[str, Any]:
-    return {"attn_implementation": config._attn_implementation, **(getattr(config, SECTION, None) or {})}
+def _choices(config: Any, is_dense: bool) -> dict[str, Any]:
+    """Returns what decides how a layer runs, the settings that a section leaves out included."""
+    section = getattr(config, SECTION, None)
+    settings = {} if section is None else DynamicMaskConfig.from_dict(section).resolve(dense=is_dense).to_dict()
+    return {"attn_implementation": config._attn_implementation, **settings}

@@ -87,6 +87,17 @@ def test_layers_with_other_settings_are_refused_until_they_are_chosen_anew(surge
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_a_section_means_the_same_with_and_without_its_defaults():
+    model, other = make_model(KIND), make_model(KIND)
+    model.model.layers[0] = other.model.layers[0]
+    model.config.flash_dmattn = DynamicMaskConfig(**model.config.flash_dmattn).chosen()
+    assert len(model.config.flash_dmattn) < len(other.config.flash_dmattn)
+    DynamicMaskCache(model)
+    model.config.flash_dmattn = WIDER
+    with pytest.raises(ValueError, match=r"must have \{'keep_window_size': 24, .*, got \{'keep_window_size': 16"):
+        DynamicMaskCache(model)
+
+
 def test_a_checkpoint_may_have_more_layers_than_the_model(tmp_path):
     model, (ids, _) = make_model(KIND), make_prompt(length=40)
     model.save_pretrained(tmp_path)
