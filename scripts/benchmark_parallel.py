@@ -154,16 +154,20 @@ def run_processes(
     try:
         for engine, tokens in parts:
             limit = min(time.monotonic() + settings["part_seconds"], deadline)
-            row, is_over = None, False
+            row, is_over, error = None, False, None
             while row is None:
                 try:
                     row = rows.get(timeout=0.5)
                 except queue.Empty:
                     if is_over:
-                        raise RuntimeError(f"the processes ended without a row for {engine} {tokens}") from None
+                        what = f"the processes ended without a row for {engine} {tokens}"
+                        raise error or RuntimeError(what) from None
                     if time.monotonic() > limit:
                         raise TimeoutError(f"{engine} with {tokens} tokens took too long") from None
-                    is_over = processes.join(timeout=0.1)
+                    try:
+                        is_over = processes.join(timeout=0.1)
+                    except Exception as ended:  # the row may have come before
+                        is_over, error = True, ended
             yield row
         limit = min(time.monotonic() + 30, deadline)
         while not processes.join(timeout=0.5) and time.monotonic() < limit:

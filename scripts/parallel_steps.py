@@ -60,6 +60,8 @@ def work(
             row = measure(settings, model, optimizer, engine, tokens, where)
         if rank == 0:
             rows.put({"num_gpus": num_gpus, "engine": engine, "tokens": tokens, **row})
+    rows.close()
+    rows.join_thread()  # all rows are sent before threads of gloo can end a process
     dist.barrier()
     dist.destroy_process_group()
 

@@ -80,6 +80,8 @@ def _job(rank, world_size, folder, device, results, function, arguments) -> None
             rank=rank,
         )
         results.put((rank, function(rank, *arguments)))
+        results.close()
+        results.join_thread()  # the result is sent before threads of gloo can end the process
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:

@@ -33,13 +33,13 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path):
     alone = losses_of(train(str(tmp_path / "alone")))
     assert len(alone) == 6
     for found in run_on_ranks(2, tmp_path, train_on_ranks, str(tmp_path / "ranks")):
-        assert found == pytest.approx(alone, abs=1e-6), found
+        assert found == pytest.approx(alone, abs=1e-5), found
 
 
 def test_two_ranks_accumulate_and_resume_as_one_and_their_model_loads_in_one(tmp_path):
     alone = train(str(tmp_path / "alone"), gradient_accumulation_steps=2)
     for found in run_on_ranks(2, tmp_path, resume_on_ranks, str(tmp_path)):
-        assert found == pytest.approx(losses_of(alone), abs=1e-6), found
+        assert found == pytest.approx(losses_of(alone), abs=1e-5), found
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     torch.testing.assert_close(saved.state_dict(), alone.model.state_dict(), atol=1e-5, rtol=1e-4)
 
