@@ -132,7 +132,9 @@ def rows_of_stage(
                 done += 1
         except Exception as error:
             traceback.print_exc()
-            engine, tokens = parts[done] if done < len(parts) else ("end of the processes", 0)
+            if done == len(parts):  # all have their rows: a process failed to end
+                return
+            engine, tokens = parts[done]
             row = {"num_gpus": num_gpus, "engine": engine, "tokens": tokens}
             yield {**row, "failed": f"{type(error).__name__}: {str(error)[-2000:]}"}
             done += 1

@@ -61,7 +61,8 @@ def find_shard(
     begins = torch.where(starts, row, 0).cummax(-1).values
     first = context.rank * num_rows
     mask = begins[:, first : first + num_rows].contiguous()
-    setattr(mask, SHARD, Shard(context, mask, bool(has_documents(numbers))))
+    # Of the mask itself it would make a cycle, which keeps the group and its threads until Python collects garbage.
+    setattr(mask, SHARD, Shard(context, mask.detach(), bool(has_documents(numbers))))
     return mask
 
 

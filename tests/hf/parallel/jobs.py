@@ -1,7 +1,9 @@
 """What the ranks of a test do: a tiny model on a shard of the sequence, beside the same model on the whole of it."""
 
 import contextlib
+import gc
 import threading
+import weakref
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -251,6 +253,17 @@ def compiled(rank: int) -> dict[str, float]:
     got = gradients_of(model)
     differences = {name: float((got[name] - gradient).abs().max()) for name, gradient in expected.items()}
     return {**differences, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+def is_freed(rank: int, name: str) -> bool:
+    """Whether a step leaves nothing that holds its context, and so the group, without a collection of garbage."""
+    model, batch = make_model(CASES[name]), make_batch(CASES[name])
+    gc.disable()
+    with context_parallel() as context:
+        train_step(CASES[name], model, context.shard(batch))
+    still = weakref.ref(context)
+    del context
+    return still() is None
 
 
 def order_of_events(rank: int) -> list[str]:

@@ -23,7 +23,7 @@ _IMPORTED = [
 ]
 """What the first process imports for all; modules of the tests it could not find."""
 
-SECONDS = 120
+SECONDS = 300
 """After this a test has failed."""
 
 

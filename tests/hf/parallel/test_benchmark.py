@@ -59,14 +59,27 @@ def test_steps_on_more_gpus_are_computed_from_the_parts(scripts, capsys, tmp_pat
 def test_a_part_that_fails_does_not_end_the_others(scripts):
     from benchmark_parallel import QUICK, rows_of_stage
 
-    settings = {**QUICK, "device": "cpu", "seed": 0, "runs": 1, "minutes": 5, "part_seconds": 120}
+    settings = {**QUICK, "device": "cpu", "seed": 0, "runs": 1, "minutes": 5, "part_seconds": 300}
     parts = [("flash_dmattn", 127), ("exchange", 0), ("flash_dmattn", 128)]
-    failed, exchange, row = rows_of_stage(2, parts, settings, time.monotonic() + 300)
+    failed, exchange, row = rows_of_stage(2, parts, settings, time.monotonic() + 600)
     assert "multiple of the 2 ranks, got 127" in failed["failed"] and failed["tokens"] == 127
     assert exchange["bytes_per_layer"] == 16 * 2 * (2 * 8 * 2 + 8)
     assert row["bytes_per_layer"] == exchange["bytes_per_layer"] and row["milliseconds"] > 0
     slow = {**settings, "part_seconds": 0.1}
-    (late,) = rows_of_stage(2, parts[2:], slow, time.monotonic() + 300)
+    (late,) = rows_of_stage(2, parts[2:], slow, time.monotonic() + 600)
     assert late["failed"].startswith("TimeoutError: flash_dmattn with 128 tokens took too long")
     (over,) = rows_of_stage(2, parts[2:], settings, time.monotonic() - 1)
     assert over["failed"] == "TimeoutError: the 5 minutes were over"
+
+
+def test_processes_that_fail_to_end_add_no_row(scripts, monkeypatch, capsys):
+    import benchmark_parallel
+
+    def run_processes(num_gpus, parts, settings, deadline):
+        yield from ({"engine": engine, "tokens": tokens} for engine, tokens in parts)
+        raise RuntimeError("process 1 was killed")
+
+    monkeypatch.setattr(benchmark_parallel, "run_processes", run_processes)
+    rows = [*benchmark_parallel.rows_of_stage(2, [("exchange", 0), ("sdpa", 8)], {}, time.monotonic() + 60)]
+    assert rows == [{"engine": "exchange", "tokens": 0}, {"engine": "sdpa", "tokens": 8}]
+    assert "process 1 was killed" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from .jobs import (
     compiled,
     fail_on_one_rank,
     half_precision,
+    is_freed,
     order_of_events,
     positions_of_one_row,
     refusals,
@@ -48,6 +49,11 @@ def test_an_exchange_has_the_same_bytes_for_every_length(tmp_path):
     for rank, found in enumerate(run_on_ranks(2, tmp_path, traffic, (32, 64, 128))):
         returned = layers * window * kv_heads * (2 * head_dim * 4 + 4) * rank  # the gradient of the first rank's keys
         assert found == [(layers, layers * one, returned)] * 3
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "packed", "soft", "whole logits"])
+def test_a_step_keeps_no_context(tmp_path, name):
+    assert run_on_ranks(2, tmp_path, is_freed, name) == [True, True]
 
 
 def test_keys_and_values_travel_while_the_rank_selects(tmp_path):

@@ -50,17 +50,17 @@ def test_a_part_that_fails_is_noted_and_the_next_has_the_time_that_is_left(tmp_p
     from benchmark_serving import Parts
 
     path = tmp_path / "figures.json"
-    parts, now = Parts({"rows": []}, 2, 100.0, str(path)), time.perf_counter()
+    parts, now = Parts({"rows": []}, 2, 1000.0, str(path)), time.perf_counter()
 
     def fail(deadline):
-        assert 49 < deadline - now < 51
+        assert 490 < deadline - now < 510
         raise MemoryError("no room")
 
     parts.run("load", fail, engine="sdpa")
     saved = json.loads(path.read_text())["rows"]
     assert saved == [{"part": "load", "engine": "sdpa", "failed": "MemoryError: no room", "peak_gib": None}]
     row = parts.run("live", lambda deadline: {"left": deadline - now})
-    assert 98 < row["left"] < 101 and json.loads(path.read_text())["rows"][1] == row
+    assert 980 < row["left"] < 1010 and json.loads(path.read_text())["rows"][1] == row
 
 
 def test_a_load_stops_at_its_deadline_and_its_tokens_count():
@@ -69,8 +69,8 @@ def test_a_load_stops_at_its_deadline_and_its_tokens_count():
     model = make_model("llama-topk")
     load = make_load(4, 9, 100_000, model.config.vocab_size, None, seed=0)
     with Session(model, "flash_dmattn", batching(num_blocks=3), 9) as session:
-        row = run_load(session, load, time.perf_counter() + 2.0)
-    assert (row["finished"], row["requests"]) == (0, 4) and 2.0 <= row["seconds"] < 20.0
+        row = run_load(session, load, time.perf_counter() + 4.0)
+    assert (row["finished"], row["requests"]) == (0, 4) and 4.0 <= row["seconds"] < 60.0
     assert row["tokens_per_s"] > 0 and row["most_live"] == 3 and row["cache_gib"] > 0
 
 

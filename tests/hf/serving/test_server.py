@@ -57,7 +57,7 @@ def server(checkpoint):
 def client(server):
     import openai
 
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
         yield client
 
 
@@ -103,7 +103,7 @@ def test_a_client_that_goes_away_gives_its_row_back(server, client, checkpoint):
     scheduler = server.generation_state._cb_manager.scheduler
     assert scheduler.active_requests
     stream.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while scheduler.active_requests and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not scheduler.active_requests and not scheduler.cache.rows.held
@@ -111,7 +111,7 @@ def test_a_client_that_goes_away_gives_its_row_back(server, client, checkpoint):
 
 def post(url, data):
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=120) as response:
         return response.status
 
 
@@ -123,7 +123,7 @@ def test_bad_requests(server, body, status):
     with pytest.raises(urllib.error.HTTPError) as error:
         post(f"{server.url}/v1/completions", body)
     assert error.value.code == status
-    with urllib.request.urlopen(f"{server.url}/health", timeout=30) as response:
+    with urllib.request.urlopen(f"{server.url}/health", timeout=120) as response:
         assert json.load(response) == {"status": "ok"}
 
 

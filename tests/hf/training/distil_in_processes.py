@@ -32,3 +32,6 @@ def main(folder: str, batch_size: int, minutes: float | None = None) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:]))
+    torch.distributed.barrier()
+    # DDP keeps the group, whose threads would otherwise release tensors while Python ends, which can abort the process.
+    os._exit(0)
