@@ -13,7 +13,7 @@ from flash_dmattn_hf.conversion.checkpoint import Source, load_model, load_token
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 CHUNK = 1 << 18
-"""Characters of a piece of text: the tokenizer gets no more in one."""
+"""Characters of a piece of text: the tokenizer gets a few times as many in one, however long a line is."""
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, dtype: bool = True) -> None:
@@ -83,6 +83,12 @@ def load(source: Source, args: argparse.Namespace) -> PreTrainedModel:
     return load_model(source, dtype=dtype, allow_pickle=args.allow_pickle).to(device).eval()
 
 
+def check_differs(out: Path, source: Source) -> None:
+    """Raises ValueError if OUT, an absolute path, is where the model comes from."""
+    if source.is_local and out.resolve() == Path(source.path).resolve():
+        raise ValueError(f"OUT must differ from MODEL, got {out} for both")
+
+
 def check_length(model: PreTrainedModel, length: int, option: str) -> None:
     """Raises ValueError if a sequence is longer than the model's table of position embeddings, if it has one."""
     config = model.config.get_text_config(decoder=True)
@@ -132,12 +138,22 @@ def read_documents(tokenizer: Tokenizer, paths: Iterable[Path], max_tokens: int)
 
 
 def _pieces(paths: Iterable[Path]) -> Iterator[str | None]:
-    """Yields each text in pieces of about CHUNK characters that end at the end of a line, and then None."""
+    """Yields each text in pieces of about CHUNK characters, and then None.
+
+    A piece ends at the end of a line, or in front of a space where a line goes on for another CHUNK characters.
+    """
     for path in paths:
         try:
             with open(path, encoding="utf-8") as stream:
+                rest = ""
                 while chunk := stream.read(CHUNK):
-                    yield chunk + stream.readline()
+                    end_of_line = stream.readline(CHUNK)
+                    piece, rest = rest + chunk + end_of_line, ""
+                    if len(end_of_line) == CHUNK and (space := piece.rfind(" ")) > 0:
+                        piece, rest = piece[:space], piece[space:]
+                    yield piece
+                if rest:
+                    yield rest
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} must be UTF-8 text: {error}") from error
         yield None

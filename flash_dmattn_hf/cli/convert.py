@@ -117,8 +117,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out.expanduser().absolute()
     check_destination(out, args.overwrite)
     source = find_source(args.model, allow_pickle=args.allow_pickle)
-    if source.is_local and out.resolve() == Path(source.path).resolve():
-        raise ValueError(f"OUT must differ from MODEL, got {args.out} for both")
+    common.check_differs(out, source)
     tokenizer = load_tokenizer(source) if args.calibrate is None else common.need_tokenizer(source)
 
     model = common.load(source, args)

@@ -25,7 +25,7 @@ from flash_dmattn_hf.evaluation.tasks import TASKS
 from flash_dmattn_hf.training.held_out import HeldOut
 from flash_dmattn_hf.training.planted_facts import random_values
 from flash_dmattn_hf.training.recipe import Recipe
-from flash_dmattn_hf.training.stages import train_stage
+from flash_dmattn_hf.training.stages import check_packages, train_stage
 from flash_dmattn_hf.training.teacher import cast_parameters
 
 DESCRIPTION = """\
@@ -56,10 +56,12 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains, prints the table and writes OUT. All input is checked before a model is loaded."""
     recipe = read_recipe(args)
+    check_packages(recipe)
     out = args.out.expanduser().absolute()
     check_destination(out, args.overwrite)
     args.device, args.dtype = str(_device(args.device)), "float32"
     source = find_source(args.model, allow_pickle=args.allow_pickle)
+    common.check_differs(out, source)
     tokenizer = common.need_tokenizer(source)
     results = Results.open(out.with_name(out.name + UNFINISHED), recipe, args)
 
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         split=args.data_split,
         progress=not args.quiet,
     )
+    results.check_text(input_ids)
     input_ids, held_out_ids = hold_out(input_ids, recipe.length)
     leading, prompts = leading_tokens(tokenizer), _prompts(tokenizer, held_out_ids, recipe)
     held_out = HeldOut(
@@ -108,12 +111,13 @@ def run(args: argparse.Namespace) -> None:
         if stage == "importance":
             save_importance(model, results.importance, base_model=args.model)
         reference = None if stage == "importance" else common.load(source, args)
-        if stage == recipe.stages[-1]:
+        if stage == recipe.stages[-1]:  # the weights that are written, in the arithmetic of the other rows
             cast_parameters(model, _own_dtype(source))
+            cast_parameters(model, torch.float32)
         with _autocast(model):
             results.measure_stage(model, stage, log, reference=reference, **measure)
         del reference
-    cast_parameters(model, _own_dtype(source))  # a resumed run may have nothing left to train
+    cast_parameters(model, _own_dtype(source))
     _write(out, model, tokenizer, results, recipe, args, len(input_ids))
 
 

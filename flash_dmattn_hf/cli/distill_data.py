@@ -1,6 +1,7 @@
 """The text that a model is distilled on: files, directories of files, or data sets; and what is held out of it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from flash_dmattn_hf.cli import common
+from flash_dmattn_hf.conversion.checkpoint import first_line
 from flash_dmattn_hf.progress import progress_bar
 
 HELD_OUT = 20
@@ -62,22 +64,51 @@ def hold_out(input_ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.
 def _documents(tokenizer: Tokenizer, item: str, max_tokens: int, column: str, split: str) -> Iterator[torch.Tensor]:
     """Yields the tokens of every document of an item that is not empty."""
     path = Path(item).expanduser()
-    files = [path] if path.is_file() and path.suffix.lower() not in TABLES else sorted(path.rglob("*.txt"))
+    files = _text_files(path)
     if files:
         documents = common.read_documents(tokenizer, files, max_tokens)
     else:
-        documents = _rows(tokenizer, item, path, column, split)
+        documents = _rows(tokenizer, _texts(_load(item, path, split), item, column))
     return (tokens for tokens in documents if len(tokens))
 
 
-def _rows(tokenizer: Tokenizer, item: str, path: Path, column: str, split: str) -> Iterator[torch.Tensor]:
-    rows = iter(_load(item, path, column, split))
-    while batch := [row[column] or "" for row in islice(rows, ROWS)]:
+def _text_files(path: Path) -> list[Path]:
+    """Returns the files of an item that is text; none for a data set, whatever else its directory holds."""
+    if path.is_file():
+        return [] if path.suffix.lower() in TABLES else [path]
+    return [] if _is_saved(path) else [file for file in sorted(path.rglob("*.txt")) if not file.is_dir()]
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether a directory is what save_to_disk of the package datasets writes."""
+    return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _rows(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[torch.Tensor]:
+    while batch := list(islice(texts, ROWS)):
         for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             yield torch.tensor(tokens, dtype=torch.long)
 
 
-def _load(item: str, path: Path, column: str, split: str):
+def _texts(data, item: str, column: str) -> Iterator[str]:
+    """Yields the text of every row of a data set, "" where it has none."""
+    with _loading(item):
+        columns = data.column_names or list(next(iter(data), {}))
+        rows = iter(data)
+    if column not in columns:
+        raise ValueError(f"--text-column must be a column of {item}, which has {columns}, got {column}")
+    while True:
+        with _loading(item):
+            row = next(rows, None)
+        if row is None:
+            return
+        if not isinstance(row[column], str | None):
+            found = type(row[column]).__name__
+            raise ValueError(f"--text-column must be a column of text, but {column} of {item} holds {found}")
+        yield row[column] or ""
+
+
+def _load(item: str, path: Path, split: str):
     """Returns a data set of the package datasets, streamed where it can be."""
     if not path.exists() and (item.startswith((".", "/", "~")) or item.count("/") > 1):
         raise ValueError(f"--data must exist, got {item}")
@@ -85,18 +116,24 @@ def _load(item: str, path: Path, column: str, split: str):
         import datasets
     except ImportError as error:
         raise ImportError(f"--data {item} is no text file, and data sets need: pip install datasets") from error
-    try:
+    with _loading(item):
         if path.is_file():
             loader = TABLES[path.suffix.lower()]
-            data = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
-        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(str(path))
-            data = data[split] if isinstance(data, dict) else data
-        else:
-            data = datasets.load_dataset(str(path) if path.is_dir() else item, split=split, streaming=True)
-    except Exception as error:  # its loaders raise whatever their file formats do
-        raise ValueError(f"--data {item} cannot be loaded: {' '.join(str(error).split())}") from error
-    columns = data.column_names or list(next(iter(data), {}))
-    if column not in columns:
-        raise ValueError(f"--text-column must be a column of {item}, which has {columns}, got {column}")
-    return data
+            return datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True)
+        if not _is_saved(path):
+            return datasets.load_dataset(str(path) if path.is_dir() else item, split=split, streaming=True)
+        data = datasets.load_from_disk(str(path))
+    if not isinstance(data, dict):
+        return data
+    if split not in data:
+        raise ValueError(f"--data-split must be one of {list(data)} in {item}, got {split}")
+    return data[split]
+
+
+@contextmanager
+def _loading(item: str) -> Iterator[None]:
+    """Errors inside the block become one ValueError, because loaders raise whatever their file formats do."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"--data {item} cannot be loaded: {first_line(error)}") from error

@@ -75,12 +75,13 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
     values = {} if args.config is None else _read_yaml(args.config)
     given = {entry.name: getattr(args, entry.name, None) for entry in fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
-    if given.get("tasks") == ["none"]:
-        given["tasks"] = []
     for name, other in (("minutes", "steps"), ("steps", "minutes")):
         if name in given:
             values.pop(other, None)
-    recipe = Recipe.from_dict({**values, **given}, str(args.config))
+    values |= given
+    if values.get("tasks") in ("none", ["none"]):
+        values["tasks"] = []
+    recipe = Recipe.from_dict(values, str(args.config))
     if unknown := [name for name in recipe.tasks or () if name not in TASKS]:
         raise ValueError(f"--tasks must be among {list(TASKS)}, got {unknown[0]!r}")
     return recipe

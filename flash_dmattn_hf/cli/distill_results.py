@@ -1,12 +1,14 @@
 """What a distillation measures before and after each stage, kept on disk so that an interrupted run can go on."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from flash_dmattn_hf.evaluation.prompts import Prompt
@@ -18,6 +20,8 @@ from flash_dmattn_hf.training.recipe import Recipe
 
 START = "calibrated"
 LABELS = {"importance": "importance trained", "all": "all weights trained"}
+ADAPTER = "adapter trained"
+"""Instead of the label of the stage "all"."""
 
 
 class Results:
@@ -26,8 +30,9 @@ class Results:
     folder: of the unfinished run; it holds run.json, the checkpoints of every stage, and the trained importance.
     """
 
-    def __init__(self, folder: Path, state: dict, window: int) -> None:
-        self.folder, self._state, self._window = folder, state, window
+    def __init__(self, folder: Path, state: dict, recipe: Recipe) -> None:
+        self.folder, self._state, self._window = folder, state, recipe.keep_window_size
+        self._labels = LABELS if recipe.lora_rank is None else {**LABELS, "all": ADAPTER}
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, args: argparse.Namespace) -> "Results":
@@ -35,10 +40,11 @@ class Results:
 
         Raises ValueError for an unfinished run that should not be resumed, or that has other settings.
         """
-        settings = json.loads(json.dumps({"model": args.model, "data": args.data, **asdict(recipe)}))
+        read = {name: getattr(args, name) for name in ("model", "data", "text_column", "data_split")}
+        settings = json.loads(json.dumps({**read, **asdict(recipe)}))
         file = folder / "run.json"
         if not file.is_file():
-            return cls(folder, {"settings": settings, "rows": [], "logs": {}}, recipe.keep_window_size)
+            return cls(folder, {"settings": settings, "rows": [], "logs": {}}, recipe)
         if not args.resume:
             raise ValueError(f"{folder} holds a run that was interrupted: pass --resume to go on, or delete it")
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -46,7 +52,13 @@ class Results:
             before = state["settings"].get(name)
             if before != value:
                 raise ValueError(f"{name} must be that of the run in {folder}, {before!r}, got {value!r}")
-        return cls(folder, state, recipe.keep_window_size)
+        return cls(folder, state, recipe)
+
+    def check_text(self, input_ids: torch.Tensor) -> None:
+        """Raises ValueError if the run was started with other token ids (N,) int64 than these, of the same files."""
+        found = hashlib.sha256(input_ids.numpy()).hexdigest()
+        if self._state.setdefault("text_sha256", found) != found:
+            raise ValueError(f"the text of --data must be that of the run in {self.folder}, but it has changed")
 
     @property
     def importance(self) -> Path:
@@ -94,7 +106,7 @@ class Results:
     ) -> None:
         """Adds the row of a model after a stage, compared with the dense attention of `reference` or of its own."""
         row = measure_row(
-            Row(LABELS[stage], "importance", self._window, model, nullcontext()),
+            Row(self._labels[stage], "importance", self._window, model, nullcontext()),
             held_out.input_ids,
             prompts,
             context_length=held_out.context_length,

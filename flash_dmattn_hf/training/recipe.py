@@ -88,7 +88,11 @@ class Recipe:
         for name in ("minutes", "learning_rate"):
             number = getattr(self, name)
             if number is not None and not _is_positive(number):
-                raise ValueError(f"{name} must be above 0, got {number!r}")
+                raise ValueError(f"{name} must be a number above 0, got {number!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {self.seed!r}")
+        if self.tasks is not None and not _are_names(self.tasks):
+            raise ValueError(f"tasks must be a list of names, got {self.tasks!r}")
         self._check_stages()
         if self.selection_band is not None and not (_is_positive(self.selection_band) and self.selection_band >= 1):
             raise ValueError(f"selection_band must be None or at least 1, got {self.selection_band!r}")
@@ -103,13 +107,15 @@ class Recipe:
                 f"length must be at least keep_window_size + 2 = {self.keep_window_size + 2}, so that there are rows "
                 f"beyond the window, got {self.length}"
             )
-        self.mask()
+        self._check_gradients(self.mask())
 
     def _check_stages(self) -> None:
-        stages = tuple(stage for stage in STAGES if stage in self.stages)
-        if isinstance(self.stages, str) or not stages or list(stages) != list(self.stages):
+        stages = tuple(stage for stage in STAGES if stage in self.stages) if _are_names(self.stages) else ()
+        if not stages or list(stages) != list(self.stages):
             raise ValueError(f"stages must be one or both of {list(STAGES)}, in this order, got {self.stages!r}")
         object.__setattr__(self, "stages", stages)
+        if self.steps is not None and self.steps < len(stages):
+            raise ValueError(f"steps must be at least {len(stages)}, one for each stage, got {self.steps}")
         for name in ("importance_share", "hard_share"):
             share = getattr(self, name)
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
@@ -124,12 +130,25 @@ class Recipe:
                 raise ValueError(f"{name} must be a mapping from {list(STAGES)}, got {values!r}")
             object.__setattr__(self, name, {**default, **values})
         for stage in STAGES:
-            if not _is_positive(self.gate_learning_rates[stage]):
-                raise ValueError(f"gate_learning_rates must be above 0, got {self.gate_learning_rates[stage]!r}")
+            if not _is_positive(rate := self.gate_learning_rates[stage]):
+                raise ValueError(f"gate_learning_rates must be numbers above 0, got {rate!r}")
             pair = self.temperatures[stage]
             if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_positive, pair)):
                 raise ValueError(f"temperatures must be a first and a last one above 0 for each stage, got {pair!r}")
             self.temperatures[stage] = tuple(pair)
+
+    def _check_gradients(self, mask: DynamicMaskConfig) -> None:
+        """Refuses a stage in which nothing would have a gradient, before the stages that come before it run."""
+        if "importance" in self.stages and mask.num_sink_tokens + mask.local_window_size == mask.keep_window_size:
+            raise ValueError(
+                f"num_sink_tokens + local_window_size must be below keep_window_size = {mask.keep_window_size} with "
+                "the stage importance: no key is kept for its importance, so nothing would have a gradient"
+            )
+        if self.hard_share and "all" not in self.stages and not self.add_importance_bias:
+            raise ValueError(
+                f"hard_share must be 0 with the stage importance alone, got {self.hard_share}: under the hard mask "
+                "nothing has a gradient where the importance is not added to the logits"
+            )
 
     def mask(self) -> DynamicMaskConfig:
         """Returns the settings of the conversion. Raises ValueError for sizes that do not fit."""
@@ -145,12 +164,13 @@ class Recipe:
 
     def limit_of(self, stage: str) -> dict[str, float | int]:
         """Returns the minutes or steps of a stage, under the name of its training argument."""
-        share = 1.0
-        if len(self.stages) == 2:
-            share = self.importance_share if stage == "importance" else 1 - self.importance_share
+        name, whole = ("max_minutes", self.minutes) if self.steps is None else ("max_steps", self.steps)
+        if len(self.stages) == 1:
+            return {name: whole}
+        first = whole * self.importance_share
         if self.steps is not None:
-            return {"max_steps": max(1, round(self.steps * share))}
-        return {"max_minutes": self.minutes * share}
+            first = min(max(1, round(first)), whole - 1)  # together the stages take all steps, and each takes one
+        return {name: first if stage == "importance" else whole - first}
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> "Recipe":
@@ -165,3 +185,7 @@ class Recipe:
 
 def _is_positive(number: Any) -> bool:
     return not isinstance(number, bool) and isinstance(number, int | float) and 0 < number < math.inf
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)

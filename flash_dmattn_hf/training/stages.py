@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -97,11 +98,16 @@ def _last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
+def check_packages(recipe: Recipe) -> None:
+    """Raises ImportError if a stage of the recipe needs a package that is not installed."""
+    if recipe.lora_rank is not None and find_spec("peft") is None:
+        raise ImportError("an adapter needs the package peft: pip install peft")
+
+
 def _adapted(model: PreTrainedModel, recipe: Recipe):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("an adapter needs the package peft: pip install peft") from error
+    check_packages(recipe)
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(recipe.seed)
     rank = recipe.lora_rank
     options = {"target_modules": "all-linear", "modules_to_save": ["dma"], "task_type": "CAUSAL_LM"}

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash_dmattn_hf import load_importance
-from flash_dmattn_hf.cli import distill_progress, main
+from flash_dmattn_hf.cli import build_parser, distill_progress, main
+from flash_dmattn_hf.cli.common import read_tokens
 from flash_dmattn_hf.cli.distill import UNFINISHED
+from flash_dmattn_hf.cli.distill_data import hold_out
+from flash_dmattn_hf.cli.distill_options import read_recipe
 from flash_dmattn_hf.evaluation import agreement
 
 from ..cli_models import tokenizer
@@ -78,23 +82,19 @@ def test_both_stages_end_in_an_ordinary_checkpoint_with_its_figures(folder, tmp_
     )
 
 
-def test_the_last_row_is_what_the_written_model_reaches(folder, tmp_path):
-    from flash_dmattn_hf.cli.common import read_tokens
-    from flash_dmattn_hf.cli.distill_data import hold_out
-
-    out = tmp_path / "out"
-    assert distill(folder, out, "--steps", "4", "--stages", "all") == 0
+def held_out_agreement(folder, model, reference=None):
+    """The agreement of a model with dense on the text that `distill` holds out."""
     text = read_tokens(tokenizer(), folder / "text.txt", 10**6)
     _, held_out = hold_out(torch.cat([text, torch.tensor([tokenizer().eos_token_id])]), LENGTH)
+    options = {"context_length": LENGTH, "first_row": WINDOW, "max_stretches": 2}
+    return agreement(model, held_out, reference=reference, **options)
+
+
+def test_the_last_row_is_what_the_written_model_reaches(folder, tmp_path):
+    out = tmp_path / "out"
+    assert distill(folder, out, "--steps", "4", "--stages", "all") == 0
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
-    near = agreement(
-        AutoModelForCausalLM.from_pretrained(out),
-        held_out,
-        context_length=LENGTH,
-        first_row=WINDOW,
-        reference=dense,
-        max_stretches=2,
-    )
+    near = held_out_agreement(folder, AutoModelForCausalLM.from_pretrained(out), dense)
     row = results_of(out)["rows"][-1]
     assert row["mask"] == "all weights trained" and row["num_rows"] == near.num_rows
     assert row["kld"] == pytest.approx(near.kld, abs=1e-5) and row["loss"] == pytest.approx(near.loss, abs=1e-5)
@@ -114,6 +114,10 @@ def test_the_importance_alone_leaves_the_backbone_as_it_is(folder, tmp_path, dty
     assert all(torch.equal(tensor, after[name]) for name, tensor in again.state_dict().items() if ".dma." in name)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     assert [row["mask"] for row in results_of(out)["rows"]][2:] == ["calibrated", "importance trained"]
+    near = held_out_agreement(folder, AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    rows = results_of(out)["rows"]
+    assert rows[-1]["kld"] == pytest.approx(near.kld, abs=1e-6) and rows[-1]["top1"] == near.top1
+    assert rows[0]["loss"] == pytest.approx(near.reference_loss, abs=1e-6)  # all rows are of the same arithmetic
 
 
 def test_an_adapter_is_merged(folder, tmp_path):
@@ -126,6 +130,7 @@ def test_an_adapter_is_merged(folder, tmp_path):
     for name, weight in before.items():
         assert torch.equal(after[name], weight) != ("_proj" in name), name
     assert results_of(out)["recipe"]["lora_rank"] == 4 and results_of(out)["recipe"]["steps"] == 3
+    assert results_of(out)["rows"][-1]["mask"] == "adapter trained"
 
 
 def test_a_limit_in_minutes_ends_the_run(folder, tmp_path):
@@ -164,6 +169,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(folder, tmp_path, monkey
     assert "holds a run that was interrupted: pass --resume" in capsys.readouterr().err
     assert distill(folder, out, *options, "--resume", "--seed", "1") == 2
     assert "seed must be that of the run in" in capsys.readouterr().err
+    assert distill(folder, out, *options, "--resume", "--text-column", "body") == 2
+    assert "text_column must be that of the run in" in capsys.readouterr().err
+    text = (folder / "text.txt").read_text()
+    (folder / "text.txt").write_text(text.replace("argparse", "argument", 1))
+    assert distill(folder, out, *options, "--resume") == 2
+    assert "the text of --data must be that of the run in" in capsys.readouterr().err
+    (folder / "text.txt").write_text(text)
     (out.with_name("out" + UNFINISHED) / stop[0] / "checkpoint-9").mkdir()  # another one, which was never finished
     assert distill(folder, out, *options, "--resume") == 0
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(out)
@@ -178,7 +190,7 @@ BAD = {
     "short text": (["--length", "6000"], "--data must hold at least 20 stretches of --length 6000"),
     "length": (["--length", "17"], "length must be"),
     "stages": (["--stages", "gates"], "stages must be one or both of"),
-    "learning rate": (["--learning-rate", "-1"], "learning_rate must be above 0"),
+    "learning rate": (["--learning-rate", "-1"], "learning_rate must be a number above 0"),
     "two limits": (["--minutes", "1"], "argument --minutes: not allowed with argument --steps"),
     "tasks": (["--tasks", "poetry"], "--tasks must be among"),
     "local window": (["--local-window-size", "14"], "num_sink_tokens + local_window_size must not exceed"),
@@ -215,6 +227,29 @@ def test_a_bad_config_ends_with_one_sentence(folder, tmp_path, capsys, content, 
     assert distill(folder, tmp_path / "out", "--config", str(config)) == 2
     assert sentence in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert distill(folder, tmp_path / "out", "--steps", "2", "--lora") == 2
+    assert "an adapter needs the package peft: pip install peft" in capsys.readouterr().err
+    assert distill(folder, tmp_path / "out", "--steps", "2", "--seed", "-1") == 2
+    assert "seed must be an integer from 0 to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_itself_is_not_replaced(folder, capsys):
+    before = weights_of(folder / "dense")
+    assert distill(folder, folder / "dense", "--steps", "2", "--overwrite") == 2
+    assert "OUT must differ from MODEL" in capsys.readouterr().err
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(folder / "dense").items())
+
+
+def test_a_file_may_leave_recall_out(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("tasks: none\nkeep_window_size: 16\nlength: 80\n")
+    arguments = build_parser().parse_args(["distill", "dense", "out", "--data", "text.txt", "--config", str(config)])
+    assert read_recipe(arguments).tasks == ()
 
 
 def test_a_converted_model_is_refused(folder, tmp_path, capsys):

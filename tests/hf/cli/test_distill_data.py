@@ -107,6 +107,58 @@ def test_the_package_datasets_reads_a_file(tmp_path):
     assert read(file) == ids("first") + [END] + ids("third") + [END]
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\nand more\n"])
+def test_a_line_without_end_is_read_and_tokenized_in_pieces(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(common, "CHUNK", 16)
+    text = "word " * 1000 + end
+    (tmp_path / "line.txt").write_text(text)
+    *pieces, last = common._pieces([tmp_path / "line.txt"])
+    assert last is None and "".join(pieces) == text
+    assert max(map(len, pieces)) <= 64
+    assert {word for piece in pieces for word in piece.split()} <= {"word", "and", "more"}
+    assert read(tmp_path / "line.txt") == [*ids(text), END][:1000]
+
+
+def test_text_beside_a_saved_data_set_is_no_corpus(tmp_path, monkeypatch):
+    stub_datasets(monkeypatch, ROWS)
+    (tmp_path / "license.txt").write_text("all rights")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert read(tmp_path, split="test") == ids("first") + [END]
+    with pytest.raises(ValueError, match=r"--data-split must be one of \['train', 'test'\] in .*, got nothing"):
+        read(tmp_path, split="nothing")
+
+
+def test_a_folder_named_like_a_text_is_none(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "folder.txt" / "a.txt").write_text("abc")
+    assert read(tmp_path) == ids("abc") + [END]
+
+
+@pytest.mark.parametrize("value", [5, ["two", "words"]])
+def test_a_column_without_text_is_refused(monkeypatch, value):
+    stub_datasets(monkeypatch, [{"text": "first"}, {"text": value}], columns=["text"])
+    found = type(value).__name__
+    with pytest.raises(ValueError, match=f"--text-column must be a column of text, but text of a/b holds {found}"):
+        read("a/b")
+
+
+def test_a_data_set_that_breaks_off_is_refused_by_name(monkeypatch):
+    class Broken(Exception):
+        pass
+
+    class Rows(list):
+        column_names = ["text"]
+
+        def __iter__(self):
+            yield from ROWS
+            raise Broken("row 3 is\nno JSON")
+
+    stub_datasets(monkeypatch, ROWS)
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *args, **kwargs: Rows())
+    with pytest.raises(ValueError, match="--data a/b cannot be loaded: row 3 is no JSON"):
+        read("a/b")
+
+
 def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
     stub_datasets(monkeypatch, ROWS)
     with pytest.raises(ValueError, match="--text-column must be a column of owner/name, .* got body"):

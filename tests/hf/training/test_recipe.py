@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flash_dmattn_hf.training.recipe import Recipe
+from flash_dmattn_hf.training.recipe import STAGES, Recipe
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -33,6 +33,9 @@ def test_limits_are_shared_between_the_stages():
     assert Recipe().limit_of("all") == {"max_minutes": 18.0}
     assert Recipe(steps=50).limit_of("importance") == {"max_steps": 5}
     assert Recipe(steps=50).limit_of("all") == {"max_steps": 45}
+    for steps in range(2, 40):  # halves are not rounded up, or down, twice
+        assert sum(Recipe(steps=steps).limit_of(stage)["max_steps"] for stage in STAGES) == steps
+    assert Recipe(steps=2, importance_share=0.9).limit_of("all") == {"max_steps": 1}
     assert Recipe(stages=("all",), minutes=3.0).limit_of("all") == {"max_minutes": 3.0}
     assert Recipe(stages=("importance",), steps=9).limit_of("importance") == {"max_steps": 9}
 
@@ -46,12 +49,14 @@ WRONG = {
     "keep_window_size": (0, "keep_window_size must be an integer of at least 1, got 0"),
     "length": (513, r"length must be at least keep_window_size \+ 2 = 514, .* got 513"),
     "batch_size": (2.5, "batch_size must be an integer of at least 1, got 2.5"),
-    "minutes": (0, "minutes must be above 0, got 0"),
-    "learning_rate": ("fast", "learning_rate must be above 0, got 'fast'"),
+    "minutes": (0, "minutes must be a number above 0, got 0"),
+    "learning_rate": ("5e-5", "learning_rate must be a number above 0, got '5e-5'"),
+    "seed": (-1, r"seed must be an integer from 0 to 2\*\*32 - 1, got -1"),
+    "tasks": ("pass_key", "tasks must be a list of names, got 'pass_key'"),
     "stages": (["all", "importance"], r"stages must be one or both of \['importance', 'all'\], in this order"),
     "importance_share": (1, "importance_share must be at least 0 and below 1, got 1"),
     "hard_share": (-0.1, "hard_share must be at least 0 and below 1, got -0.1"),
-    "gate_learning_rates": ({"all": 0.0}, "gate_learning_rates must be above 0, got 0.0"),
+    "gate_learning_rates": ({"all": 0.0}, "gate_learning_rates must be numbers above 0, got 0.0"),
     "temperatures": ({"all": [0.3, 0.0]}, "temperatures must be a first and a last one above 0 for each stage"),
     "selection_band": (0.5, "selection_band must be None or at least 1, got 0.5"),
     "importance_input": ("keys", "importance_input must be one of"),
@@ -72,6 +77,16 @@ def test_what_does_not_go_together_is_refused():
         Recipe(minutes=2, steps=3)
     with pytest.raises(ValueError, match="lora_rank needs the stage all"):
         Recipe(stages=("importance",), lora_rank=4)
+    with pytest.raises(ValueError, match="steps must be at least 2, one for each stage, got 1"):
+        Recipe(steps=1)
+    with pytest.raises(ValueError, match="below keep_window_size = 16 with the stage importance: no key"):
+        Recipe(keep_window_size=16, num_sink_tokens=4, local_window_size=12)
+    Recipe(keep_window_size=16, num_sink_tokens=4, local_window_size=12, stages=("all",))
+    with pytest.raises(ValueError, match="hard_share must be 0 with the stage importance alone, got 0.5"):
+        Recipe(stages=("importance",), hard_share=0.5)
+    Recipe(stages=("importance",), hard_share=0.5, add_importance_bias=True)
+    with pytest.raises(ValueError, match=r"stages must be one or both of .*, got None"):
+        Recipe(stages=None)
     with pytest.raises(ValueError, match="importance_share must be above 0"):
         Recipe(importance_share=0.0)
     with pytest.raises(ValueError, match="recipe must hold a mapping, got list"):
