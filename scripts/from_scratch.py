@@ -62,6 +62,9 @@ def main() -> int:
     where = environment(arguments.device)
     print(header(where), flush=True)
     tokens = torch.load(arguments.tokens, weights_only=True)
+    for name, ids in tokens.items():
+        if len(ids) <= arguments.length:
+            raise ValueError(f"{name} of --tokens must hold more than {arguments.length} tokens, got {len(ids)}")
     train_ids, test_ids, covered = reduce_vocabulary(tokens["train"], tokens["test"], arguments.vocabulary)
     print(f"{arguments.vocabulary} tokens cover {covered:.1%} of the held-out text", flush=True)
 

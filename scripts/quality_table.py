@@ -23,11 +23,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from benchmark_report import environment, header, save_json
 from demo import smollm2
 from flash_dmattn_hf import Calibration, DynamicMaskConfig, convert_model
+from flash_dmattn_hf.config import SECTION
 from flash_dmattn_hf.conversion.checkpoint import find_source, load_model, load_tokenizer
 from flash_dmattn_hf.conversion.convert import with_window
 from flash_dmattn_hf.evaluation import TASKS, Prompt, leading_tokens, pictures, recall_prompts
@@ -72,6 +73,7 @@ def main() -> int:
     print(header(where), flush=True)
     tokenizer = load_tokenizer(find_source(arguments.base))
     tokens = {name: ids.long() for name, ids in torch.load(arguments.tokens, weights_only=True).items()}
+    check(arguments, tokens["test"])
     leading = leading_tokens(tokenizer)
     samples = {"tasks": arguments.tasks, "depths": arguments.depths, "samples": arguments.samples}
 
@@ -160,6 +162,18 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def check(arguments: argparse.Namespace, test_ids: torch.Tensor) -> None:
+    """Raises ValueError for what would end a measurement after its first rows, or make it of less text than asked."""
+    needed = arguments.stretches * max(setting.context_length for setting in arguments.settings)
+    if len(test_ids) < needed:
+        raise ValueError(f"test of --tokens must hold at least {needed} tokens, got {len(test_ids)}")
+    trained = [text.split("=", 1)[1] for text in arguments.model]
+    for name in [*trained, *([arguments.control] if arguments.control else [])]:
+        config = AutoConfig.from_pretrained(find_source(name).path).get_text_config(decoder=True)
+        if getattr(config, SECTION, None) is None:
+            raise ValueError(f"a trained model must be converted, got {name} without {SECTION} in its config")
+
+
 def load(name: str, device: str) -> PreTrainedModel:
     """Loads weights in float32; bfloat16 is a matter of `precision`."""
     return load_model(find_source(name), dtype=torch.float32).to(device).eval()
@@ -179,22 +193,23 @@ def rows(base: PreTrainedModel, setting: Setting, arguments: argparse.Namespace)
     if arguments.control:
         model = load(arguments.control, arguments.device)
         variant = sinks_and_window(model, window, gate_config(model).num_sink_tokens)
-        yield Row(TRAINED_WINDOW, TRAINED_WINDOW, window, model, variant)
+        yield Row(label_of(TRAINED_WINDOW, model, window), TRAINED_WINDOW, window, model, variant)
         del model
     yield calibrated._replace(label="calibrated", kind="calibrated")
     for text in arguments.model:
         label, folder = text.split("=", 1)
         model = load(folder, arguments.device)
-        trained = gate_config(model).keep_window_size
-        label = label if trained == window else f"{label} (trained at w = {trained})"
-        yield Row(label, "importance", window, model, with_window(model, window))
+        yield Row(label_of(label, model, window), "importance", window, model, with_window(model, window))
+
+
+def label_of(label: str, model: nn.Module, window: int) -> str:
+    """Returns the label of a trained model, with the window of its training if that was another."""
+    trained = gate_config(model).keep_window_size
+    return label if trained == window else f"{label} (trained at w = {trained})"
 
 
 def gate_config(model: nn.Module) -> DynamicMaskConfig:
-    gate = next(iter_gates(model), None)
-    if gate is None:
-        raise ValueError(f"a trained model must be converted, got a {type(model).__name__} without an importance gate")
-    return gate[2].config
+    return next(iter_gates(model))[2].config
 
 
 def peers(model: PreTrainedModel, setting: Setting, prompts: list[Prompt], num_sinks: int) -> Iterator[dict]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf.tiny import tiny_model
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 SHARES = {"tokens": 1.0, "answers": 1.0, "all_right": 1.0}
@@ -79,7 +80,7 @@ def test_a_table_has_the_rows_that_were_measured(monkeypatch, tmp_path):
         return {**found, "recall": [CELL]}
 
     monkeypatch.setattr(quality_table, "measure_row", measure)
-    torch.save({"train": torch.arange(600), "test": torch.arange(600)}, tmp_path / "tok.pt")
+    torch.save({"train": torch.arange(600), "test": torch.arange(1024)}, tmp_path / "tok.pt")
     files = ["--tokens", str(tmp_path / "tok.pt"), "--output", str(tmp_path / "table"), "--base", "model"]
     options = ["--settings", "64/16", "--no-peers", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["quality_table.py", *files, *options])
@@ -89,6 +90,35 @@ def test_a_table_has_the_rows_that_were_measured(monkeypatch, tmp_path):
     assert [row["mask"] for row in table["rows"]] == names[:2]
     assert table["rows"][1]["share_of_gap"] == 0.0
     assert names[1] in (tmp_path / "table.md").read_text()
+
+
+def test_a_table_that_could_not_be_finished_is_refused_before_its_first_row(tmp_path):
+    from quality_table import Setting, check
+
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    options = Namespace(settings=[Setting(64, 16)], stretches=2, model=[], control=None)
+    check(options, torch.arange(128))
+    with pytest.raises(ValueError, match="test of --tokens must hold at least 128 tokens, got 127"):
+        check(options, torch.arange(127))
+    options.model = [f"label={tmp_path / 'dense'}"]
+    with pytest.raises(ValueError, match="a trained model must be converted, got .*dense without flash_dmattn"):
+        check(options, torch.arange(128))
+    options.model, options.control = [], str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="MODEL must exist, got .*nothing"):
+        check(options, torch.arange(128))
+
+
+def test_the_window_of_the_training_is_in_the_label_of_every_trained_model(monkeypatch):
+    import quality_table
+    from flash_dmattn_hf import DynamicMaskConfig, convert_model
+
+    model = convert_model(tiny_model("llama"), DynamicMaskConfig(keep_window_size=16))
+    monkeypatch.setattr(quality_table, "load", lambda *_: model)
+    options = Namespace(control="control", model=["label=folder"], device="cpu")
+    found = {w: list(quality_table.rows(model, quality_table.Setting(64, w), options)) for w in (8, 16)}
+    assert [row.label for row in found[16]][2::2] == ["sinks + window, trained", "label"]
+    at_16 = " (trained at w = 16)"
+    assert [row.label for row in found[8]][2::2] == ["sinks + window, trained" + at_16, "label" + at_16]
 
 
 def test_a_dense_attention_that_does_not_serve_a_shape_leaves_the_others_their_rows(monkeypatch):

@@ -62,8 +62,13 @@ def text_file(text: str) -> Path:
 
 
 def check_folder(path: Path | None, option: str) -> None:
-    """Raises ValueError if a file to write is not in an existing directory."""
-    if path is not None and not path.expanduser().absolute().parent.is_dir():
+    """Raises ValueError if a file to write is not in an existing directory, or is one itself."""
+    if path is None:
+        return
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, got the directory {path}")
+    if not path.parent.is_dir():
         raise ValueError(f"{option} must be in an existing directory, got {path}")
 
 

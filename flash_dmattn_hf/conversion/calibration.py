@@ -106,7 +106,15 @@ def required_tokens(gate, stretch_length: int) -> int:
     """Tokens, in whole stretches, whose usable keys are SAMPLES_PER_FEATURE for each feature of this gate."""
     usable = int(usable_keys(gate, stretch_length).sum())
     if usable == 0:
-        reach = gate.windows.num_sink_tokens + gate.windows.local_window_size + MIN_FAR_QUERIES
+        keep, sinks, local, sliding = gate.windows
+        needed = local + MIN_FAR_QUERIES
+        if sliding is not None and sliding < needed:
+            raise ValueError(
+                f"the sliding window of layer {gate.layer_idx} must be at least local_window_size + {MIN_FAR_QUERIES} "
+                f"= {needed} for calibration, got {sliding}; with a keep_window_size of {sliding} instead of {keep} "
+                "the layer would stay as it is"
+            )
+        reach = sinks + local + MIN_FAR_QUERIES
         raise ValueError(
             f"stretch_length must exceed num_sink_tokens + local_window_size + {MIN_FAR_QUERIES} = {reach} "
             f"for calibration, got {stretch_length}; a smaller local_window_size would do as well"

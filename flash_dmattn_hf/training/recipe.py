@@ -25,7 +25,7 @@ _COUNTS = {
     "eval_stretches": 1,
     "samples": 1,
 }
-_OPTIONAL = ("local_window_size", "steps", "lora_rank")
+_OPTIONAL = ("local_window_size", "minutes", "steps", "lora_rank")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Recipe:
             raise ValueError(f"minutes or steps must be given, got both: {self.minutes} and {self.steps}")
         for name in ("minutes", "learning_rate"):
             number = getattr(self, name)
-            if number is not None and not _is_positive(number):
+            if not _is_positive(number) and not (name in _OPTIONAL and number is None):
                 raise ValueError(f"{name} must be a number above 0, got {number!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {self.seed!r}")

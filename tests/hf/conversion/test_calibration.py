@@ -232,6 +232,13 @@ def test_too_short_stretches_name_what_is_needed():
         calibrate(model, Calibration(tokens(1, 4000), stretch_length=40))
 
 
+def test_a_sliding_window_without_far_queries_is_what_is_named():
+    model = gated("mistral", sliding_window=79)
+    with pytest.raises(ValueError, match="window of layer 0 must be at least .* = 80 .* got 79; with a keep"):
+        calibrate(model, Calibration(tokens(1, 4000), stretch_length=STRETCH))
+    calibrate(gated("mistral", sliding_window=80), Calibration(tokens(1, 40 * STRETCH), stretch_length=STRETCH))
+
+
 @pytest.mark.parametrize("model_type", ["llama", "doge"])
 def test_only_gates_of_our_own_can_be_calibrated(model_type):
     model = tiny_model(model_type, **({"head_dim": 8} if model_type == "doge" else {}))

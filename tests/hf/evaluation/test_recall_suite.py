@@ -196,6 +196,7 @@ def refused(capsys, folder, *options, suite=("--suite", "recall")):
         (["--picture", "/nowhere/at/all.png"], "--picture must be in an existing directory, got /nowhere/at/all.png"),
         (["--picture", "picture.doc"], "a picture must end in one of"),
         (["--json", "/nowhere/at/all.json"], "--json must be in an existing directory"),
+        (["--json", "/"], "--json must be a file, got the directory /"),
         (["--teacher", "/nowhere/model"], "MODEL must exist, got /nowhere/model"),
         (["--suite", "memory"], "invalid choice: 'memory'"),
     ],

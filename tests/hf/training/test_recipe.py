@@ -85,6 +85,8 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="hard_share must be 0 with the stage importance alone, got 0.5"):
         Recipe(stages=("importance",), hard_share=0.5)
     Recipe(stages=("importance",), hard_share=0.5, add_importance_bias=True)
+    with pytest.raises(ValueError, match="learning_rate must be a number above 0, got None"):
+        Recipe(learning_rate=None)
     with pytest.raises(ValueError, match=r"stages must be one or both of .*, got None"):
         Recipe(stages=None)
     with pytest.raises(ValueError, match="importance_share must be above 0"):
