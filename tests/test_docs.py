@@ -83,6 +83,11 @@ def test_every_link_leads_somewhere(path):
         assert not anchor or anchor in anchors(page), f"links to {target}{anchor}, but there is no such heading"
 
 
+def test_the_list_of_pages_has_every_page():
+    listed = {target for target, _ in LINK.findall((REPOSITORY / "docs" / "README.md").read_text())}
+    assert {path.name for path in (REPOSITORY / "docs").glob("*.md")} - listed == {"README.md"}
+
+
 def test_every_result_is_linked_from_a_page():
     pages = "".join(path.read_text() for path in EVERY_PAGE)
     results = [file for folder in ("benchmarks", "demo") for file in (REPOSITORY / "docs" / folder).iterdir()]
