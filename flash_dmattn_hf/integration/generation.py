@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import transformers
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousMixin
 
@@ -154,7 +154,8 @@ def wrap_dynamic_cache(original):
 def wrap_init_continuous_batching(original):
     """Gives a model that runs through flash_dmattn a manager of slots instead of pages.
 
-    The replacement raises ValueError before transformers 5.23, and what `SlotBatchingManager` raises.
+    The replacement raises ValueError before transformers 5.23, for another slot_dtype than that of a manager that the
+    model keeps, and what `SlotBatchingManager` raises.
     """
     names = parameter_names(original)[1:]
 
@@ -174,8 +175,11 @@ def wrap_init_continuous_batching(original):
         if kept is not None and isinstance(kept, SlotBatchingManager) != active:
             self.destroy_cached_continuous_batching_manager()  # it was made for another implementation
             kept = None
+        given = by_name(names, args, kwargs)
         if active and kept is None:
-            return make_manager(self, **by_name(names, args, kwargs))
+            return make_manager(self, **given)
+        if active:
+            _check_kept_slots(self, kept.generation_config, given.get("generation_config"))
         return original(self, *args, **kwargs)
 
     return init_continuous_batching
@@ -207,6 +211,18 @@ def _check_slot_dtype(cache, slot_dtype: torch.dtype | None) -> None:
         raise ValueError(
             f"past_key_values must be a DynamicMaskCache(model, slot_dtype={slot_dtype}), as cache_config says, got a "
             f"{type(cache).__name__} whose keys and values are not rounded"
+        )
+
+
+def _check_kept_slots(
+    model: PreTrainedModel, kept: GenerationConfig, generation_config: GenerationConfig | None
+) -> None:
+    """Raises ValueError for slots that are not those of a kept manager. kept: what that one was made with."""
+    asked, made = (slot_dtype_of(config) for config in (generation_config or model.generation_config, kept))
+    if asked != made and not (generation_config is None and asked is None):
+        raise ValueError(
+            f"slot_dtype of cache_config must be {made}, that of the manager which the model keeps "
+            f"(persistent_manager=True), got {asked}: call model.destroy_cached_continuous_batching_manager() first"
         )
 
 

@@ -80,6 +80,29 @@ def test_slots_in_8_bits(kind):
     assert engine.cache.bytes_per_sector < Engine(model, num_blocks=3).cache.bytes_per_sector / 2
 
 
+def test_a_kept_manager_has_the_slots_that_are_asked_for():
+    model, prompts = make_model("llama-sinks-local"), make_prompts((40, 17))
+    rounded = greedy_config(cache_config={"slot_dtype": "float8_e4m3fn"})
+
+    def generated(config):
+        results = model.generate_batch(prompts, config, batching(), persistent_manager=True)
+        return [result.generated_tokens for result in results.values()]
+
+    expected = generated(rounded)
+    assert generated(rounded) == generated(None) == expected
+    message = "slot_dtype of cache_config must be {}, that of the manager which the model keeps .*, got {}"
+    with pytest.raises(ValueError, match=message.format("torch.float8_e4m3fn", None)):
+        generated(greedy_config())
+    model.destroy_cached_continuous_batching_manager()
+    generated(greedy_config())
+    with pytest.raises(ValueError, match=message.format(None, "torch.float8_e4m3fn")):
+        generated(rounded)
+    model.generation_config.cache_config = rounded.cache_config
+    with pytest.raises(ValueError, match=message.format(None, "torch.float8_e4m3fn")):
+        generated(None)
+    model.destroy_cached_continuous_batching_manager()
+
+
 def make_sink_model(sliding_window):
     """A tiny gpt_oss, whose logits follow its attention more than its experts."""
     torch.manual_seed(0)
@@ -165,7 +188,7 @@ def test_more_sequences_than_rows_and_empty_prompts_fail_alone():
 
 def test_sampling_parameters_per_request():
     """Of one candidate the sample is the greedy one; a hot request beside it is not."""
-    model, (prompt,) = make_model("llama-topk"), make_prompts((20,))
+    model, (prompt,) = make_model("llama-topk"), make_prompts((40, 17))
     config = greedy_config(do_sample=True, top_k=5, temperature=2.0)
     engine = Engine(model, config, per_request_processors=True, allow_block_sharing=False, seed=0)
     engine.add("cold", prompt, 8, top_k=1)
