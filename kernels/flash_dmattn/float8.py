@@ -44,7 +44,7 @@ def round_to_float8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def from_float8(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns numbers (..., D) times scales (...) in `dtype`, exactly, but for what is beyond its largest number."""
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    precision = torch.float32 if dtype == torch.float16 else dtype  # float16 holds no large scale
     largest = torch.finfo(dtype).max
     return numbers.to(precision).mul_(scales.unsqueeze(-1)).clamp_(-largest, largest).to(dtype)
 

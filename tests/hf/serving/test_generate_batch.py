@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
+from flash_dmattn_hf.serving.server import check_room
 from tests.hf import gpu_models
 from tests.hf.converted import WINDOW, converted
 from tests.hf.generation_models import KINDS, VOCAB, make_model
@@ -77,6 +78,7 @@ def test_slots_in_8_bits(kind):
     slots = engine.cache.live_requests.slots
     assert {state.keys.dtype for state in slots.values()} == {torch.float8_e4m3fn}
     assert engine.cache.bytes_per_sector * 3 == sum(state.nbytes for each in slots.values() for state in each)
+    assert check_room(model, batching(num_blocks=3)) == (3, engine.cache.bytes_per_sector)
     assert engine.cache.bytes_per_sector < Engine(model, num_blocks=3).cache.bytes_per_sector / 2
 
 
