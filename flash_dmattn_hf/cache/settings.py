@@ -19,3 +19,16 @@ def slot_dtype_of(generation_config: GenerationConfig) -> torch.dtype | None:
     if others := sorted(set(settings) - {_SLOT_DTYPE}):
         raise ValueError(f"cache_config must have no setting but {_SLOT_DTYPE!r} with flash_dmattn, got {others}")
     return check_slot_dtype(settings.get(_SLOT_DTYPE))
+
+
+def check_kept_slots(kept: GenerationConfig, given: GenerationConfig | None, default: GenerationConfig) -> None:
+    """Raises ValueError for slots that are not those of the manager of continuous batching that a model keeps.
+
+    kept: what that manager was made with. given: of the present call, None for the model's, which is `default`.
+    """
+    made, asked = slot_dtype_of(kept), slot_dtype_of(given or default)
+    if asked != made and not (given is None and asked is None):
+        raise ValueError(
+            f"{_SLOT_DTYPE} of cache_config must be {made}, that of the manager which the model keeps "
+            f"(persistent_manager=True), got {asked}: call model.destroy_cached_continuous_batching_manager() first"
+        )

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 import torch
 import transformers
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousMixin
 
 from flash_dmattn_hf.arguments import by_name, get_cache, name_of_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
-from flash_dmattn_hf.cache.settings import slot_dtype_of
+from flash_dmattn_hf.cache.settings import check_kept_slots, slot_dtype_of
 from flash_dmattn_hf.config import window_in
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.integration.kept_cache import keep_cache
@@ -179,7 +179,7 @@ def wrap_init_continuous_batching(original):
         if active and kept is None:
             return make_manager(self, **given)
         if active:
-            _check_kept_slots(self, kept.generation_config, given.get("generation_config"))
+            check_kept_slots(kept.generation_config, given.get("generation_config"), self.generation_config)
         return original(self, *args, **kwargs)
 
     return init_continuous_batching
@@ -211,18 +211,6 @@ def _check_slot_dtype(cache, slot_dtype: torch.dtype | None) -> None:
         raise ValueError(
             f"past_key_values must be a DynamicMaskCache(model, slot_dtype={slot_dtype}), as cache_config says, got a "
             f"{type(cache).__name__} whose keys and values are not rounded"
-        )
-
-
-def _check_kept_slots(
-    model: PreTrainedModel, kept: GenerationConfig, generation_config: GenerationConfig | None
-) -> None:
-    """Raises ValueError for slots that are not those of a kept manager. kept: what that one was made with."""
-    asked, made = (slot_dtype_of(config) for config in (generation_config or model.generation_config, kept))
-    if asked != made and not (generation_config is None and asked is None):
-        raise ValueError(
-            f"slot_dtype of cache_config must be {made}, that of the manager which the model keeps "
-            f"(persistent_manager=True), got {asked}: call model.destroy_cached_continuous_batching_manager() first"
         )
 
 
