@@ -190,7 +190,7 @@ def test_more_sequences_than_rows_and_empty_prompts_fail_alone():
 
 def test_sampling_parameters_per_request():
     """Of one candidate the sample is the greedy one; a hot request beside it is not."""
-    model, (prompt,) = make_model("llama-topk"), make_prompts((40, 17))
+    model, (prompt,) = make_model("llama-topk"), make_prompts((20,))
     config = greedy_config(do_sample=True, top_k=5, temperature=2.0)
     engine = Engine(model, config, per_request_processors=True, allow_block_sharing=False, seed=0)
     engine.add("cold", prompt, 8, top_k=1)
