@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from flash_dmattn_hf import dynamic_mask_config, iter_gates
-from flash_dmattn_hf.serving.server import check_room
 from tests.hf import gpu_models
 from tests.hf.converted import WINDOW, converted
 from tests.hf.generation_models import KINDS, VOCAB, make_model
@@ -64,6 +63,8 @@ def test_keys_that_layers_share(family, layers):
 @pytest.mark.parametrize("kind", ["llama-sinks-local", "gemma3n_text"])
 def test_slots_in_8_bits(kind):
     """As generate() has them where a prompt is one chunk; in the second model layers read slots of earlier ones."""
+    from flash_dmattn_hf.serving.server import check_room
+
     model = converted(kind) if kind == "gemma3n_text" else make_model(kind)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.generation_config.cache_config = {"slot_dtype": "float8_e4m3fn"}
