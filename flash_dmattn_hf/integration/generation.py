@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from flash_dmattn_hf.arguments import by_name, get_cache, name_of_cache, parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
-from flash_dmattn_hf.cache.settings import slot_dtype_of
+from flash_dmattn_hf.cache.settings import check_kept_slots, slot_dtype_of
 from flash_dmattn_hf.config import window_in
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.integration.kept_cache import keep_cache
@@ -154,7 +154,8 @@ def wrap_dynamic_cache(original):
 def wrap_init_continuous_batching(original):
     """Gives a model that runs through flash_dmattn a manager of slots instead of pages.
 
-    The replacement raises ValueError before transformers 5.23, and what `SlotBatchingManager` raises.
+    The replacement raises ValueError before transformers 5.23, for another slot_dtype than that of a manager that the
+    model keeps, and what `SlotBatchingManager` raises.
     """
     names = parameter_names(original)[1:]
 
@@ -174,8 +175,11 @@ def wrap_init_continuous_batching(original):
         if kept is not None and isinstance(kept, SlotBatchingManager) != active:
             self.destroy_cached_continuous_batching_manager()  # it was made for another implementation
             kept = None
+        given = by_name(names, args, kwargs)
         if active and kept is None:
-            return make_manager(self, **by_name(names, args, kwargs))
+            return make_manager(self, **given)
+        if active:
+            check_kept_slots(kept.generation_config, given.get("generation_config"), self.generation_config)
         return original(self, *args, **kwargs)
 
     return init_continuous_batching

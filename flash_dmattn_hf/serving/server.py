@@ -5,6 +5,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
 
+from flash_dmattn_hf.cache.settings import slot_dtype_of
 from flash_dmattn_hf.names import NAMES
 from flash_dmattn_hf.serving.cache import count_requests
 from flash_dmattn_hf.serving.layers import served_layers
@@ -63,6 +64,6 @@ def make_server(
 def check_room(model: PreTrainedModel, settings: ContinuousBatchingConfig) -> tuple[int, int]:
     """Returns for how many requests there will be room and the bytes of each; raises as `SlotBatchingManager` does."""
     manager = make_manager(model, continuous_batching_config=settings)
-    layers = served_layers(model)
+    layers = served_layers(model, slot_dtype_of(manager.generation_config))
     num_rows = count_requests(model, layers, manager.continuous_batching_config)
     return num_rows, bytes_per_request(layers, model.dtype)

@@ -33,19 +33,20 @@ def round_to_float8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns numbers (..., D) float8_e4m3fn and scales (...) bfloat16, whose product is next to states (..., D).
 
     A scale is the smallest power of 2 by which no number is above 448, and at least 2^-126. An element x changes by at
-    most 2^-4 |x|, or by 2^-17 of the largest |x| of its row where that is more.
+    most 2^-4 |x|, or by 2^-17 of the largest |x| of its row, or 2^-136, where that is more.
+    A row with an element that is not finite in float32 has no such scale. All of it is NaN, its scale included.
     """
-    largest = states.abs().amax(-1).float().view(torch.int32)
-    exponent = ((largest + _BEYOND_LARGEST) >> 23).clamp(min=9) - 8
-    scales = (exponent << 23).view(torch.float32)
+    largest = states.abs().amax(-1).float()
+    exponent = ((largest.view(torch.int32) + _BEYOND_LARGEST) >> 23).clamp(min=9) - 8
+    scales = (exponent << 23).view(torch.float32).masked_fill(~largest.isfinite(), torch.nan)
     return (states / scales.unsqueeze(-1)).to(NUMBERS), scales.to(SCALES)
 
 
 def from_float8(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns numbers (..., D) times scales (...) in `dtype`, exactly, but for what is beyond its largest number."""
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    precision = torch.float32 if dtype == torch.float16 else dtype  # float16 holds no large scale
     largest = torch.finfo(dtype).max
-    return (numbers.to(precision) * scales.unsqueeze(-1)).clamp_(-largest, largest).to(dtype)
+    return numbers.to(precision).mul_(scales.unsqueeze(-1)).clamp_(-largest, largest).to(dtype)
 
 
 def keys_and_values(

@@ -62,6 +62,17 @@ def test_the_largest_number_stays_finite():
     assert torch.equal(from_float8(*round_to_float8(row), torch.float16), row)
 
 
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan, 1e300], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_that_is_not_finite_stays_no_number(dtype, number):
+    """It would become a large finite number otherwise, which nobody notices."""
+    rows = torch.tensor([[1, number, 2], [1, 3, 2]], dtype=torch.float64).to(dtype)
+    numbers, scales = round_to_float8(rows)
+    found = from_float8(numbers, scales, dtype)
+    assert found[0].isnan().all() and numbers[0].isnan().all() and scales[0].isnan()
+    assert torch.equal(found[1], rows[1])
+
+
 def rounded(states):
     return from_float8(*round_to_float8(states), states.dtype)
 
@@ -101,6 +112,42 @@ def test_backends_store_the_same(dtype, small_programs):  # noqa: F811
         torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
     assert all(map(torch.equal, ours[2:], theirs[2:]))
     assert all(torch.equal(one.float(), other.float()) for one, other in zip(ours[:2], theirs[:2], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of Triton's interpreter
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_a_token_that_is_not_finite_is_seen(backend, dtype, name, number):
+    """By itself and by the next token: the head that holds it has no result, and the other one has."""
+    slots = make_slots(1, 2, 4, 16, dtype, DEVICE, slot_dtype=NUMBERS)
+    token = {state: torch.ones(1, 1, 2, 16, dtype=dtype, device=DEVICE) for state in ("query", "key", "value")}
+    token["importance"] = torch.zeros(1, 2, 1, dtype=torch.float64 if dtype == torch.float64 else None, device=DEVICE)
+    token[name] = token[name].clone()
+    token[name][0, 0, 0, 3] = number
+    for _ in range(2):
+        out = decode_step(**token, slots=slots, backend=backend)
+        assert out[0, 0, 0].isnan().all() and torch.equal(out[0, 0, 1], torch.ones_like(out[0, 0, 1]))
+        token[name] = torch.ones_like(token[name])
+
+
+@pytest.mark.skipif(NO_TRITON, reason="Triton is not installed, or neither a GPU nor its interpreter is used")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sliding_window", [None, 4], ids=["seen", "hidden"])
+def test_a_value_without_weight_takes_no_digits_of_others(dtype, sliding_window):
+    """It is 2^22 times as large as the other 7."""
+    slots = [make_slots(1, 1, 8, 16, dtype, DEVICE, slot_dtype=NUMBERS) for _ in range(2)]
+    large, size = (2.0**22, 1) if dtype == torch.bfloat16 else (2.0**12, 2.0**-10)
+    query, key = (torch.ones(1, 1, 1, 16, dtype=dtype, device=DEVICE) for _ in range(2))
+    for number in range(8):
+        value = torch.randn(1, 1, 1, 16, device=DEVICE).to(dtype) * (large if number == 0 else size)
+        token = (query, key * (-20 if number == 0 else number / 7), value, torch.zeros(1, 1, 1, device=DEVICE))
+        windows = {"sliding_window": sliding_window}
+        out, expected = (
+            decode_step(*token, one, **windows, backend=backend)
+            for one, backend in zip(slots, ("triton", "reference"), strict=True)
+        )
+    torch.testing.assert_close(out / size, expected / size, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)

@@ -200,6 +200,8 @@ def test_what_is_refused():
         DynamicMaskCache(model).load_state_dict(after(model, 9).state_dict())
     with pytest.raises(ValueError, match=r"cache_config must have no setting but 'slot_dtype' .* got \['nbits'\]"):
         greedy(model, ids, mask, cache_config={"nbits": 4})
+    with pytest.raises(ValueError, match=r"cache_config must be a dict such as .*, got 'float8_e4m3fn'"):
+        greedy(model, ids, mask, cache_config="float8_e4m3fn")
     with pytest.raises(ValueError, match=r"must be a DynamicMaskCache\(model, slot_dtype=torch.float8_e4m3fn\), as"):
         cache = DynamicMaskCache(model)
         greedy(model, ids, mask, past_key_values=cache, cache_config={"slot_dtype": "float8_e4m3fn"})

@@ -63,6 +63,8 @@ def test_keys_that_layers_share(family, layers):
 @pytest.mark.parametrize("kind", ["llama-sinks-local", "gemma3n_text"])
 def test_slots_in_8_bits(kind):
     """As generate() has them where a prompt is one chunk; in the second model layers read slots of earlier ones."""
+    from flash_dmattn_hf.serving.server import check_room
+
     model = converted(kind) if kind == "gemma3n_text" else make_model(kind)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.generation_config.cache_config = {"slot_dtype": "float8_e4m3fn"}
@@ -77,7 +79,31 @@ def test_slots_in_8_bits(kind):
     slots = engine.cache.live_requests.slots
     assert {state.keys.dtype for state in slots.values()} == {torch.float8_e4m3fn}
     assert engine.cache.bytes_per_sector * 3 == sum(state.nbytes for each in slots.values() for state in each)
+    assert check_room(model, batching(num_blocks=3)) == (3, engine.cache.bytes_per_sector)
     assert engine.cache.bytes_per_sector < Engine(model, num_blocks=3).cache.bytes_per_sector / 2
+
+
+def test_a_kept_manager_has_the_slots_that_are_asked_for():
+    model, prompts = make_model("llama-sinks-local"), make_prompts((40, 17))
+    rounded = greedy_config(cache_config={"slot_dtype": "float8_e4m3fn"})
+
+    def generated(config):
+        results = model.generate_batch(prompts, config, batching(), persistent_manager=True)
+        return [result.generated_tokens for result in results.values()]
+
+    expected = generated(rounded)
+    assert generated(rounded) == generated(None) == expected
+    message = "slot_dtype of cache_config must be {}, that of the manager which the model keeps .*, got {}"
+    with pytest.raises(ValueError, match=message.format("torch.float8_e4m3fn", None)):
+        generated(greedy_config())
+    model.destroy_cached_continuous_batching_manager()
+    generated(greedy_config())
+    with pytest.raises(ValueError, match=message.format(None, "torch.float8_e4m3fn")):
+        generated(rounded)
+    model.generation_config.cache_config = rounded.cache_config
+    with pytest.raises(ValueError, match=message.format(None, "torch.float8_e4m3fn")):
+        generated(None)
+    model.destroy_cached_continuous_batching_manager()
 
 
 def make_sink_model(sliding_window):

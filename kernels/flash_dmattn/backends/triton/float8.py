@@ -28,12 +28,15 @@ def into_float16(rows):
 def weighted_sum(weights, values, scales, PRECISION: tl.constexpr):
     """Returns weights (G, N) up to 1 times values (N, D) float16 or float32 times scales (N,) bfloat16: (G, D) float32.
 
-    The largest scale is taken out, because float16 has no room for it.
+    A value counts by its weight times its scale, so what is brought into float16 is their product.
     """
-    scales = scales.to(tl.float32)
-    unit = tl.maximum(tl.max(scales, axis=0), 1.1754943508222875e-38)
-    weights *= (scales / unit)[None, :]
-    return tl.dot(weights.to(values.dtype), values, input_precision=PRECISION) * unit
+    weights *= scales.to(tl.float32)[None, :]
+    if values.dtype == tl.float32:
+        total = tl.dot(weights, values, input_precision=PRECISION)
+    else:
+        weights, unit = into_float16(weights)
+        total = tl.dot(weights, values) * unit[:, None]
+    return total
 
 
 @triton.jit
@@ -41,12 +44,15 @@ def round_to_float8(row):
     """Returns the numbers of a row (N,) float32 in float32, where a conversion to float8e4nv is exact, and its scale.
 
     The numbers are rounded here, to even on a tie, because conversions round as each GPU, or the interpreter, does.
+    Both are NaN where the row is not finite, which a conversion might turn into 448.
     """
-    largest = tl.max(tl.abs(row), axis=0).to(tl.int32, bitcast=True)
-    exponent = tl.maximum((largest + 0x1FFFFF) >> 23, 9) - 8
+    largest = tl.max(row.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)  # as integers, of which NaN is the largest
+    is_finite = largest < 0x7F800000
+    exponent = tl.maximum((tl.minimum(largest, 0x7F800000) + 0x1FFFFF) >> 23, 9) - 8
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     size = tl.abs(row) * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     # added to this power of 2, a float32 has as many digits left as the number has: 4, fewer below 2^-6
     shift = ((tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 121) + 20) << 23).to(tl.float32, bitcast=True)
     size = (size + shift) - shift
-    return tl.where(row < 0, -size, size), scale
+    numbers = tl.where(row < 0, -size, size)
+    return tl.where(is_finite, numbers, float("nan")), tl.where(is_finite, scale, float("nan"))
