@@ -41,6 +41,32 @@ def test_a_module(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "['a'] True __main__\n"
 
 
+def test_a_file_may_change_its_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "sibling_of_launcher.py").write_text("")
+    (tmp_path / "program.py").write_text(
+        "import os; os.chdir('..'); import sibling_of_launcher; print(os.path.isabs(__file__))"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "program.py"]) == 0
+    assert capsys.readouterr().out == "True\n"
+
+
+@pytest.mark.parametrize("program", [["program.py"], ["-m", "program"]], ids=["file", "module"])
+def test_a_safe_path_stays_safe(tmp_path, program):
+    (tmp_path / "program.py").write_text("import sys; print(sys.path[0])")
+    command = "import sys; from flash_dmattn_hf.cli.launch import launch; sys.path.append('.'); launch(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", command, *program],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    is_safe = sys.version_info >= (3, 11)
+    assert (done.stdout.strip() != str(tmp_path)) == is_safe
+
+
 def test_a_console_script(capsys):
     assert run("pytest", "--version") == 0
     assert "pytest" in capsys.readouterr().out
