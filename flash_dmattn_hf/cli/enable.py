@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import py_compile
 import sysconfig
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from flash_dmattn_hf.cli import startup_hook
@@ -33,7 +35,7 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
 
 
 def enable(args: argparse.Namespace) -> None:
-    """Writes the two files of the hook."""
+    """Writes the two files of the hook, and the bytecode of one."""
     folder = site_packages()
     for name, text in hook_files().items():
         own = folder / f"{name}.{os.getpid()}"
@@ -42,15 +44,16 @@ def enable(args: argparse.Namespace) -> None:
             own.replace(folder / name)  # at once: other programs start, and may enable the hook as well
         finally:
             own.unlink(missing_ok=True)
+    py_compile.compile(str(folder / MODULE))  # programs that may not write bytecode would compile it at every start
     print(f"enabled: {folder / PTH}\n{DISABLING_VARIABLE}=1 turns it off, and `flash-dmattn disable` removes it")
 
 
 def disable(args: argparse.Namespace) -> None:
-    """Deletes both files."""
+    """Deletes both files, and the bytecode."""
     folder = site_packages()
     was_enabled = is_enabled()
-    for name in (PTH, MODULE):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / PTH, folder / MODULE, Path(cache_from_source(str(folder / MODULE)))):
+        path.unlink(missing_ok=True)
     print(f"removed from {folder}" if was_enabled else f"was not enabled in {folder}")
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,12 @@ def test_enable_writes_whole_files(python, monkeypatch):
     assert main(["enable"]) == 2
     assert (python.site / enable.MODULE).read_text() == "x = 1"
     assert {path.name for path in python.site.iterdir() if "hook" in path.name} == {enable.MODULE, enable.PTH}
+
+
+def test_programs_that_may_not_write_bytecode_find_it(python):
+    assert Path(cache_from_source(str(python.site / enable.MODULE))).is_file()
+    assert main(["disable"]) == 0
+    assert not [path for path in python.site.rglob("*") if "hook" in path.name]
 
 
 def test_what_info_says_of_the_hook(python, monkeypatch):
