@@ -15,7 +15,7 @@ import torch
 
 import flash_dmattn
 from flash_dmattn.backends.cuda import library
-from flash_dmattn_hf.cli.enable import is_enabled
+from flash_dmattn_hf.cli import enable
 
 
 def add_parser(commands, shared: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table, or JSON."""
-    facts = {"versions": versions(), "devices": devices(), "hook": is_enabled()}
+    facts = {"versions": versions(), "devices": devices(), "hook": enable.is_enabled()}
     facts["cuda_library"] = cuda_library()
     facts["engines"] = flash_dmattn.explain_backends()
     if args.json:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:14} {version or 'not installed'}")
     for device in facts["devices"]:
         print(f"{'device':14} {device}")
-    print(f"{'start-up hook':14} {'enabled' if facts['hook'] else 'not enabled'}")
+    print(f"{'start-up hook':14} {enable.describe()}")
     library_facts = facts["cuda_library"]
     print(f"{'CUDA library':14} {library_facts['state']}")
     if library_facts["built"] and library_facts["missing"]:

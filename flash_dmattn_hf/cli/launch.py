@@ -36,7 +36,7 @@ def launch(argv: list[str]) -> int:
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "-m" and len(argv) > 1:
-        sys.path.insert(0, os.getcwd())
+        _import_first_from(os.getcwd())
         sys.argv = argv[1:]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         return 0
@@ -52,10 +52,16 @@ def launch(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    sys.path.insert(0, str(path.parent))
+    _import_first_from(os.path.dirname(os.path.realpath(path)))
     sys.argv = [str(path), *argv[1:]]
-    runpy.run_path(str(path), run_name="__main__")
+    runpy.run_path(os.path.abspath(path), run_name="__main__")  # the program may change its folder
     return 0
+
+
+def _import_first_from(folder: str) -> None:
+    """Puts a program's folder where Python puts it, which `python -P` and PYTHONSAFEPATH forbid since Python 3.11."""
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, folder)
 
 
 def _find_script(command: str) -> Path | None:

@@ -18,6 +18,7 @@ class Watch:
     def __init__(self):
         self.pending = None
         self.replaced = {}
+        self.is_activating = False
         self.done = False
 
     def find_spec(self, name, path=None, target=None):
@@ -25,7 +26,7 @@ class Watch:
 
         The watch stays in sys.meta_path when it is done: Python walks through that list, and would skip a finder.
         """
-        if self.done:
+        if self.done or self.is_activating:
             return None
         try:
             if name == MODULE and self.pending is None:
@@ -40,7 +41,7 @@ class Watch:
         """Returns what the finders behind the watch find, with a loader that tells the watch."""
         finders = list(sys.meta_path)
         for finder in finders[finders.index(self) + 1 :]:
-            spec = finder.find_spec(name, path, target)
+            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     spec.loader = Loader(spec.loader, self)
@@ -75,6 +76,7 @@ class Watch:
             return self.latest(model_class, "from_pretrained", load).__get__(None, cls)(*args, **kwargs)
 
         __init__.__wrapped__, from_pretrained.__wrapped__ = make, load.__func__
+        __init__.__doc__, from_pretrained.__doc__ = make.__doc__, load.__doc__
         for name, ours, original in (
             ("__init__", __init__, make),
             ("from_pretrained", classmethod(from_pretrained), load),
@@ -85,13 +87,13 @@ class Watch:
     def latest(self, owner, name, original):
         """Activates the package; returns the method that a call of ours stands for.
 
-        That is what the class has now, unless this is our own method or wraps it, because a patch put it back.
+        That is what the class has after that, unless the call came through something that wraps ours.
         """
-        if self.done or vars(owner).get(name) is not self.replaced[owner, name][0]:
-            self.activate()
-            return original
+        ours = self.replaced[owner, name][0]
+        is_outermost = not self.done and vars(owner).get(name) is ours
         self.activate()
-        return vars(owner)[name]
+        method = vars(owner)[name]
+        return method if is_outermost and method is not ours else original
 
     def stop(self):
         """Puts back what is still as it was changed."""
@@ -101,14 +103,22 @@ class Watch:
                 setattr(owner, name, original)
 
     def activate(self):
-        """Imports the package; a failure is a warning, and transformers then works as without it."""
+        """Imports the package; a failure is a warning, and transformers then works as without it.
+
+        A thread that makes a model while another one imports the package waits for that here, as Python's import does,
+        so what was changed is put back last.
+        """
         if self.done:
             return
-        self.stop()
+        self.is_activating = True
         try:
-            __import__(PACKAGE)
+            package = __import__(PACKAGE)
+            if not getattr(package.__spec__, "_initializing", False):
+                self.stop()
         except Exception as error:
             self.give_up(error)
+        finally:
+            self.is_activating = False
 
     def give_up(self, error):
         """Says why the package is not imported, as a warning; on stderr where warnings are errors."""
@@ -118,13 +128,24 @@ class Watch:
             f"FLASH_DMATTN_DISABLE_HOOK=1 turns the hook off; without the package, delete {__file__} and "
             "flash_dmattn_hook.pth beside it"
         )
-        try:
-            import warnings
+        for say in (warn, print_to_stderr):
+            try:
+                return say(message)
+            except Exception:  # warnings are errors, or stderr is closed
+                continue
 
-            warnings.warn(message, stacklevel=2)
-        except Exception:
-            if sys.stderr is not None:
-                print(message, file=sys.stderr)
+
+def warn(message):
+    """Warns of what the watch could not do."""
+    import warnings
+
+    warnings.warn(message, stacklevel=3)
+
+
+def print_to_stderr(message):
+    """Says what a warning may not say."""
+    if sys.stderr is not None:
+        print(message, file=sys.stderr)
 
 
 class Loader:
@@ -148,6 +169,6 @@ class Loader:
 
 
 def install():
-    """Begins to watch this process."""
-    if MODULE not in sys.modules:
+    """Begins to watch this process, once: Python may read a .pth file twice, or find one in two folders."""
+    if MODULE not in sys.modules and not any(isinstance(finder, Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, Watch())

@@ -1,5 +1,6 @@
 """Checks that a checkpoint's importance weights fit the gates of the model that they are loaded into."""
 
+import warnings
 from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any
@@ -48,6 +49,19 @@ def check_weights(
             f"but it {words}"
         )
     return bool(lacking)
+
+
+def warn_if_unused(unexpected: Collection[str]) -> None:
+    """Warns if a model without gates was loaded from a checkpoint with importance: its config has no settings.
+
+    unexpected: names of weights that found no place, as transformers reports them.
+    """
+    if any(f".{GATE_NAME}." in key and not _is_of_absent_layer(key, unexpected) for key in unexpected):
+        warnings.warn(
+            f"this checkpoint was converted to dynamic masks, but it was loaded with a config without {SECTION}: its "
+            "attention is dense and the importance is not used",
+            stacklevel=5,
+        )
 
 
 def _is_of_absent_layer(key: str, unexpected: Collection[str]) -> bool:

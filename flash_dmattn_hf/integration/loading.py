@@ -14,7 +14,7 @@ from flash_dmattn_hf.gates.attach import text_config_of
 from flash_dmattn_hf.gates.eligibility import chooses_class_by_name
 from flash_dmattn_hf.gates.importance import ImportanceGate
 from flash_dmattn_hf.gates.offload import materialize
-from flash_dmattn_hf.integration.fitting_weights import check_weights
+from flash_dmattn_hf.integration.fitting_weights import check_weights, warn_if_unused
 from flash_dmattn_hf.integration.lost_settings import warn_if_lost
 from flash_dmattn_hf.integration.preparation import (
     choose_for_text_part,
@@ -23,6 +23,7 @@ from flash_dmattn_hf.integration.preparation import (
     prepare,
     refuse_without_gates,
     remove_hook,
+    settings_of,
     submodels,
     uses_dynamic_masks,
 )
@@ -47,11 +48,12 @@ def wrap_check_implementation(original: Callable) -> Callable:
         elif is_init_check and getattr(text_config_of(self), SECTION, None) is not None:
             if attn_implementation is None:
                 return NAMES[0]
-            warnings.warn(
-                f'this checkpoint was converted to dynamic masks, but attn_implementation="{attn_implementation}" '
-                "was chosen: its attention is dense and the importance is not used",
-                stacklevel=2,
-            )
+            if text_config_of(self) is self.config:  # the text part of a composite model chooses itself
+                warnings.warn(
+                    f'this checkpoint was converted to dynamic masks, but attn_implementation="{attn_implementation}" '
+                    "was chosen: its attention is dense and the importance is not used",
+                    stacklevel=2,
+                )
         return original(self, attn_implementation, is_init_check, *args, **kwargs)
 
     return check
@@ -115,13 +117,15 @@ def wrap_load_time(original: Callable) -> Callable:
 
 
 def wrap_config_from_dict(original: Callable) -> Callable:
-    """Lets `flash_dmattn={...}` change single values of a section instead of replacing all of it."""
+    """Lets `flash_dmattn={...}` change single values of a section instead of replacing all of it; None changes none."""
 
     @wraps(original)
     def from_dict(cls, config_dict, **kwargs):
         section, values = config_dict.get(SECTION), kwargs.get(SECTION)
         if section is not None and values is not None:
             kwargs[SECTION] = DynamicMaskConfig.from_dict(section).updated(read_values(values)).to_dict()
+        elif section is not None:
+            kwargs.pop(SECTION, None)
         return original(cls, config_dict, **kwargs)
 
     return from_dict
@@ -192,6 +196,7 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     if not has_gates:
         if uses_dynamic_masks(model):
             raise ValueError(model._flash_dmattn_refusal)
+        warn_if_unused(info["unexpected_keys"])
         return
     is_new = check_weights(model, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     for _, _, gate in attach.iter_gates(model):
@@ -200,6 +205,12 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     attach.freeze_unused(model)
     if is_new and uses_dynamic_masks(model):
         _warn_untrained()
+    if not is_new and any(getattr(part, "_flash_dmattn_has_default_settings", False) for part in submodels(model)):
+        warnings.warn(
+            f"this checkpoint was converted to dynamic masks, but it was loaded with a config without {SECTION}: it "
+            f"runs with the defaults, {settings_of(model).to_dict()}",
+            stacklevel=4,
+        )
 
 
 def _warn_untrained() -> None:

@@ -55,7 +55,9 @@ def prepare(model: PreTrainedModel, previous: dict[int, str] | None = None) -> N
     attach.attach(model, planned)
     remember(model)
     is_doge = any(map(is_native_doge, model.modules()))
-    if not is_doge or load_time_values() or getattr(text_config, SECTION, None) is not None:
+    has_settings = bool(load_time_values()) or getattr(text_config, SECTION, None) is not None
+    if not is_doge or has_settings:
+        model._flash_dmattn_has_default_settings = not has_settings
         setattr(text_config, SECTION, planned.config.to_dict())
     _hand_back(model, text_config, previous or {})
     _watch_first_forward(model)

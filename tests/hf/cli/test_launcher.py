@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,32 @@ def test_a_module(tmp_path, capsys, monkeypatch):
     Path("program_of_launcher.py").write_text(PROGRAM)
     assert run("-m", "program_of_launcher", "a") == 7
     assert capsys.readouterr().out == "['a'] True __main__\n"
+
+
+def test_a_file_may_change_its_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "sibling_of_launcher.py").write_text("")
+    (tmp_path / "program.py").write_text(
+        "import os; os.chdir('..'); import sibling_of_launcher; print(os.path.isabs(__file__))"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "program.py"]) == 0
+    assert capsys.readouterr().out == "True\n"
+
+
+@pytest.mark.parametrize("program", [["program.py"], ["-m", "program"]], ids=["file", "module"])
+def test_a_safe_path_stays_safe(tmp_path, program):
+    (tmp_path / "program.py").write_text("import sys; print(sys.path[0])")
+    command = "import sys; from flash_dmattn_hf.cli.launch import launch; sys.path.append('.'); launch(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", command, *program],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    is_safe = sys.version_info >= (3, 11)
+    assert (done.stdout.strip() != str(tmp_path)) == is_safe
 
 
 def test_a_console_script(capsys):
@@ -200,6 +227,36 @@ def test_a_model_made_through_a_wrap_of_the_hook_activates(python):
     assert python(program) == "waits\nimported\n13 14\n"
 
 
+SLOW = """
+import time
+from transformers.model import PreTrainedModel as Class
+time.sleep(0.5)
+make = Class.__init__
+def __init__(self, x=0):
+    make(self, x)
+    self.is_ours = True
+Class.__init__ = __init__
+"""
+
+
+def test_a_model_of_another_thread_waits_until_we_are_imported(python):
+    (python.site / "flash_dmattn_hf.py").write_text(SLOW)
+    program = "import sys, threading, time\nfrom transformers.model import Model\n"
+    program += "thread = threading.Thread(target=Model, args=(1,))\nthread.start()\n"
+    program += "while 'flash_dmattn_hf' not in sys.modules: time.sleep(0.01)\nprint(hasattr(Model(2), 'is_ours'))"
+    assert python(program) == "waits\nTrue\n"
+
+
+def test_the_hook_watches_once_where_python_reads_it_twice(python):
+    program = f"site.addsitedir({str(python.site)!r})\nimport transformers"
+    assert python(program + CHECK) == "False [False]\n"
+
+
+def test_the_hook_passes_by_finders_of_old_packages(python):
+    finder = "class Old:\n    find_module = lambda *args: None\nsys.meta_path.insert(1, Old())\n"
+    assert python(finder + "import transformers.modeling_utils" + CHECK) == "early\nimported\nTrue [True]\n"
+
+
 def test_an_error_of_the_hook_stays_inside(python):
     (python.site / "transformers/modeling_utils.py").write_text("x = 1")
     (python.site / "transformers/model.py").write_text("from transformers.modeling_utils import x; print(x)")
@@ -224,6 +281,12 @@ def test_a_package_that_cannot_be_imported_is_a_warning(python, broken):
     assert said.startswith("waits\n3\n") and "FLASH_DMATTN_DISABLE_HOOK=1 turns the hook off" in said
 
 
+def test_a_closed_stderr_lets_no_failure_out(python):
+    (python.site / "flash_dmattn_hf.py").unlink()
+    program = "sys.stderr.close(); from transformers.model import Model; print(Model(3).x)"
+    assert python(program) == "waits\n3\n"
+
+
 @pytest.mark.parametrize("broken", ["this is no Python", "raise SystemError", None])
 def test_a_broken_hook_does_not_stop_python(python, broken):
     hook = python.site / enable.MODULE
@@ -244,6 +307,37 @@ def test_disable_removes_the_hook(python, capsys):
     assert main(["disable"]) == 0
     assert "was not enabled" in capsys.readouterr().out
     assert python("import transformers.modeling_utils" + CHECK) == "False []\n"
+
+
+def test_enable_writes_whole_files(python, monkeypatch):
+    (python.site / enable.MODULE).write_text("x = 1")
+
+    def write_half(path, text, *args, **kwargs):
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    assert main(["enable"]) == 2
+    assert (python.site / enable.MODULE).read_text() == "x = 1"
+    assert {path.name for path in python.site.iterdir() if "hook" in path.name} == {enable.MODULE, enable.PTH}
+
+
+def test_programs_that_may_not_write_bytecode_find_it(python):
+    assert Path(cache_from_source(str(python.site / enable.MODULE))).is_file()
+    assert main(["disable"]) == 0
+    assert not [path for path in python.site.rglob("*") if "hook" in path.name]
+
+
+def test_what_info_says_of_the_hook(python, monkeypatch):
+    assert enable.describe() == "enabled"
+    monkeypatch.setenv(enable.DISABLING_VARIABLE, "1")
+    assert enable.describe() == "enabled, but FLASH_DMATTN_DISABLE_HOOK=1 turns it off here"
+    monkeypatch.delenv(enable.DISABLING_VARIABLE)
+    (python.site / enable.MODULE).write_text("x = 1")
+    assert "not as this version writes it" in enable.describe()
+    (python.site / enable.MODULE).unlink()
+    assert "_flash_dmattn_hook.py is missing" in enable.describe() and not enable.is_enabled()
+    assert main(["disable"]) == 0 and enable.describe() == "not enabled"
 
 
 def test_the_hook_with_transformers_itself(tmp_path, monkeypatch):

@@ -318,6 +318,32 @@ def test_weights_that_do_not_fit_are_an_error(converted, tmp_path, damage, ignor
         AutoModelForCausalLM.from_pretrained(path, ignore_mismatched_sizes=ignore)
 
 
+def config_without_settings(path):
+    values = AutoConfig.from_pretrained(path).to_dict()
+    del values["flash_dmattn"]
+    return LlamaConfig.from_dict(values)
+
+
+def test_importance_that_a_config_leaves_out_is_a_warning(converted):
+    with pytest.warns(UserWarning, match="a config without flash_dmattn: its attention is dense"):
+        model = AutoModelForCausalLM.from_pretrained(converted, config=config_without_settings(converted))
+    assert gates_of(model) == []
+
+
+def test_importance_with_the_default_settings_is_a_warning(converted):
+    ours = {"config": config_without_settings(converted), "attn_implementation": "flash_dmattn"}
+    with pytest.warns(UserWarning, match="without flash_dmattn: it runs with the defaults, {'keep_window_size': 2048"):
+        AutoModelForCausalLM.from_pretrained(converted, **ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModelForCausalLM.from_pretrained(converted, flash_dmattn=SMALL, **ours)
+
+
+def test_no_settings_given_at_load_time_change_nothing(converted):
+    assert load(converted, None, flash_dmattn=None).config.flash_dmattn == load(converted).config.flash_dmattn
+    assert AutoConfig.from_pretrained(converted, flash_dmattn=None).flash_dmattn["keep_window_size"] == 8
+
+
 def test_unknown_keys_in_a_section_are_an_error(converted, tmp_path):
     path = damaged(converted, tmp_path, section={"keep_window": 5, "sinks": 1})
     with pytest.raises(ValueError, match=r"got \['keep_window', 'sinks'\]"):

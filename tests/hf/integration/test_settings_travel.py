@@ -317,3 +317,18 @@ def test_ours_for_the_whole_of_a_composite_model(composite, vision, is_loaded):
     parts = model.config.text_config, model.config.vision_config
     assert [part._attn_implementation for part in parts] == ["flash_dmattn", vision or "sdpa"]
     assert window_of(model) == 8
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [({"": "eager"}, "flash_dmattn"), ({"text_config": "eager"}, "eager"), ("eager", "eager")],
+    ids=str,
+)
+def test_a_converted_composite_model_warns_where_its_text_part_is_dense(composite, tmp_path, chosen, text):
+    load_composite = AutoModelForImageTextToText.from_pretrained
+    load_composite(composite, attn_implementation="flash_dmattn", flash_dmattn=SMALL).save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        model = load_composite(tmp_path, attn_implementation=chosen)
+    assert model.config.text_config._attn_implementation == text
+    assert any("its attention is dense" in str(entry.message) for entry in record) == (text == "eager")
