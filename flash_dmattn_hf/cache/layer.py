@@ -132,17 +132,23 @@ class OfferingLayer(EvictingLayer):
         self._settle()
 
     def _remove(self, count: int) -> None:
-        from_tail = min(count, len(self._tail))
+        lengths, from_tail = self._lengths_before(count), min(count, len(self._tail))
         if from_tail:
-            self.lengths.sub_(self._tail.drop_last(from_tail).unsqueeze(1))
+            self._tail.drop_last(from_tail)
+        self.lengths.copy_(lengths)
         self._num_undoable -= count
         self.num_rows -= count
         if count > from_tail:  # these stand in slots, of which none was given up since
-            rows = self.row_is_real[:, self.num_rows : self.num_rows + count - from_tail]
-            self.lengths.sub_(rows.sum(-1, keepdim=True, dtype=torch.int32))
-            self.positions.masked_fill_(self.positions >= self.lengths.unsqueeze(-1), -1)
+            self.positions.masked_fill_(self.positions >= lengths.unsqueeze(-1), -1)
             self._refresh_victims()
         self.row_is_real[:, self.num_rows :] = True
+
+    def _lengths_before(self, count: int) -> torch.Tensor:
+        """Returns the lengths, (B, Hc) or (B, 1), that there were before the last `count` tokens."""
+        from_tail = min(count, len(self._tail))
+        rows = self.row_is_real[:, self.num_rows - count : self.num_rows - from_tail]
+        num_real = rows.sum(-1, dtype=torch.int32) + self._tail.num_real(from_tail)
+        return self.lengths - num_real.unsqueeze(1)
 
 
 class DynamicMaskCacheLayer(OfferingLayer):

@@ -2,7 +2,8 @@
 
 A captured step needs tensors of fixed shapes at fixed addresses, and no decision of the host. transformers'
 StaticSlidingWindowLayer decides on the host whether its window is full. A layer of slots whose local window is the
-native one keeps the same keys, and its step is the step of every other layer.
+native one keeps the same keys, and its step is the step of every other layer. But positions count padding too, as
+native windows and chunks do, which then hold fewer keys than there are slots; chunks begin at the first real token.
 """
 
 import torch
@@ -21,7 +22,7 @@ class NativeCacheLayer(OfferingLayer):
     """
 
     def __init__(self, layer_idx: int, reach: int, is_chunked: bool):
-        super().__init__(Windows(reach, 0, reach, None))
+        super().__init__(Windows(reach, 0, reach, reach))
         self.layer_idx, self.is_chunked = layer_idx, is_chunked
 
     def _num_heads(self, key_states: torch.Tensor) -> int:
@@ -45,17 +46,38 @@ class NativeCacheLayer(OfferingLayer):
         """
         self._make_room(key, value)
         self.num_rows = mask.shape[1] - key.shape[2]
-        self.lengths += mask[:, : self.num_rows].sum(1, keepdim=True, dtype=torch.int32)
+        self.lengths += self._is_counted(mask[:, : self.num_rows]).sum(1, keepdim=True, dtype=torch.int32)
         self.receive(key, value)
         self._num_new = key.shape[2]
         self.view(mask[:, self.num_rows :])
         self.evict()
 
+    def _is_counted(self, padding_mask: torch.Tensor) -> torch.Tensor:
+        """Which of the next tokens have a position, (B, T) bool."""
+        if not self.is_chunked:
+            return torch.ones_like(padding_mask)
+        return (self.lengths[:, :1] > 0) | (padding_mask.cumsum(1) > 0)
+
+    def _next_positions(self, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        if padding_mask is None:
+            return super()._next_positions(None)
+        count = self._is_counted(padding_mask).cumsum(1, dtype=torch.int32)
+        positions = self.lengths[:, :1] + count - 1
+        self.lengths.add_(count[:, -1:])
+        return positions.masked_fill(~padding_mask, -1)
+
+    def _lengths_before(self, count: int) -> torch.Tensor:
+        return (self.lengths - count).clamp(min=0)
+
     def step(self, query: torch.Tensor, padding_mask: torch.Tensor | None = None, **options):
         """As for every layer; the first token of a chunk finds the slots empty."""
         if self.is_chunked:
             self._leave_chunks()
-        return super().step(query, padding_mask, **options)
+        attended = super().step(query, padding_mask, **options)
+        if padding_mask is not None:  # of which the step counts real tokens only
+            is_padding = padding_mask.to(self.lengths.device) == 0
+            self.lengths.add_(is_padding & (self.lengths > 0) if self.is_chunked else is_padding)
+        return attended
 
     def _settle(self) -> None:
         super()._settle()

@@ -30,12 +30,14 @@ class Tail:
         new = dict(zip(ROWS, (key, value, importance, positions), strict=True))
         self.rows = {name: torch.cat([self.rows[name], new[name]], dim=2) for name in ROWS} if self.rows else new
 
-    def drop_last(self, count: int) -> torch.Tensor:
-        """Forgets the last tokens and returns how many of them were real, (B,) int32."""
+    def num_real(self, count: int) -> torch.Tensor | int:
+        """Returns how many of the last tokens are no padding, (B,) int32; 0 of none."""
+        return (self.rows["positions"][:, 0, len(self) - count :] >= 0).sum(-1, dtype=torch.int32) if count else 0
+
+    def drop_last(self, count: int) -> None:
+        """Forgets the last tokens."""
         num_left = len(self) - count
-        num_real = (self.rows["positions"][:, 0, num_left:] >= 0).sum(-1, dtype=torch.int32)
         self.rows = {name: rows[:, :, :num_left] for name, rows in self.rows.items()} if num_left else {}
-        return num_real
 
     def behind(self, slots: Slots, num_kept: int) -> tuple[torch.Tensor, ...]:
         """Returns the first `num_kept` slots followed by the tail: keys, values, importance, positions."""

@@ -14,12 +14,12 @@ from flash_dmattn_hf.gates.eligibility import chunk_size_of, is_causal, is_cross
 from flash_dmattn_hf.gates.importance import get_gate, importance_of
 from flash_dmattn_hf.gates.soft_selection import soft_options
 from flash_dmattn_hf.integration.blocks import last_blocks, read_blocks, refuse_unknown_prefix
-from flash_dmattn_hf.integration.chunks import attend_chunks
 from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.documents import Documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 from flash_dmattn_hf.integration.masks import is_marked, tag_of
 from flash_dmattn_hf.integration.missing_gates import refuse_missing_gate
+from flash_dmattn_hf.integration.native_windows import attend_natively
 from flash_dmattn_hf.integration.packed_attention import attend_packed, find_documents
 from flash_dmattn_hf.integration.served_attention import attend_served
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
@@ -131,9 +131,6 @@ def dynamic_mask_attention_forward(
                 cache_layer.receive(key, value)
             attended = _attend_cached(module, gate, cache_layer, query, key, attention_mask, blocks, options)
         return _with_sinks(attended, s_aux), None
-    if chunk_size is not None:
-        attended = attend_chunks(query, key, value, attention_mask, documents, chunk_size, **options)
-        return _with_sinks(attended, s_aux), None
     if gate is not None:
         _refuse_missing_keys(gate, query, key, attention_mask)
         importance = importance_of(gate, value) if shared.importance is None else shared.importance
@@ -144,6 +141,11 @@ def dynamic_mask_attention_forward(
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     if getattr(module, "store_full_length_kv", False):
         share(key, shared)
+    is_padded = (attention_mask if documents is None else documents.padding_mask) is not None
+    if chunk_size is not None or (gate is None and windows.sliding_window is not None and is_padded and shard is None):
+        limits = MaskLimits(windows.sliding_window, chunk_size)
+        attended = attend_natively(query, key, value, attention_mask, documents, blocks, limits, **options)
+        return _with_sinks(attended, s_aux), None
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if shard is not None:

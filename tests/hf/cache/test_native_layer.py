@@ -32,8 +32,8 @@ def seen(layer, mask, start, end):
 
 
 def defined(layer, mask, start, end):
-    """The same by definition; a window or chunk counts real tokens."""
-    reach, position = layer.windows.keep_window_size, mask.cumsum(1) - 1
+    """The same by definition; a window counts all tokens, a chunk all from the first real one on."""
+    reach, position = layer.windows.keep_window_size, (mask.cumsum(1) > 0).cumsum(1) - 1
     t, j = position[:, start:end, None], position[:, None]
     near = t // reach == j // reach if layer.is_chunked else t - j < reach
     is_past = torch.arange(LENGTH) <= torch.arange(start, end)[:, None]

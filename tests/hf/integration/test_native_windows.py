@@ -1,0 +1,83 @@
+"""Layers that keep their own window or chunks see what the model's own masks say, wherever padding stands."""
+
+import pytest
+import torch
+
+from flash_dmattn_hf import DynamicMaskCache
+
+from ..cache.test_static_hybrids import KINDS, make_model
+from ..dense_definition import by_definition
+
+LENGTH = 40
+WINDOWS = [kind for kind in ("gemma2", "gemma3_text", "gpt_oss", "llama4_text") if kind in KINDS]
+
+
+def text(seed=0):
+    """Tokens, none twice in a row; their mask, with padding between them and before; their own positions."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(90, generator=generator)[:LENGTH] + 4 for _ in range(3)])
+    mask = torch.ones_like(ids)
+    mask[0, 8:13] = mask[0, 20:22] = mask[1, :5] = mask[1, 17:24] = mask[2, 30:] = 0
+    return ids, mask
+
+
+def of_real_tokens(logits, mask):
+    return logits[mask.bool()]
+
+
+@pytest.fixture(scope="module", params=WINDOWS)
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    ids, mask = text()
+    with torch.no_grad(), by_definition(model):
+        return of_real_tokens(model(ids, attention_mask=mask, use_cache=False).logits, mask)
+
+
+@torch.no_grad()
+def test_one_pass(model, expected):
+    ids, mask = text()
+    found = of_real_tokens(model(ids, attention_mask=mask, use_cache=False).logits, mask)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [11, 1, 1, 1, 1, 25], [23, 17], [9, 2, 29]], ids=str)
+@torch.no_grad()
+def test_in_pieces(model, expected, pieces, static):
+    ids, mask = text()
+    positions, cache, found = torch.arange(LENGTH).expand(3, -1), DynamicMaskCache(model, static=static), []
+    for start, end in zip([0, *torch.tensor(pieces).cumsum(0)], torch.tensor(pieces).cumsum(0), strict=False):
+        piece = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+        found.append(model(ids[:, start:end], **piece, past_key_values=cache).logits)
+    torch.testing.assert_close(of_real_tokens(torch.cat(found, 1), mask), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_static_cache_goes_on_from_a_dynamic_one(model, expected):
+    ids, mask = text()
+    positions, dynamic, static = torch.arange(LENGTH).expand(3, -1), DynamicMaskCache(model), None
+    start = {"attention_mask": mask[:, :27], "position_ids": positions[:, :27]}
+    found = [model(ids[:, :27], **start, past_key_values=dynamic).logits]
+    static = DynamicMaskCache(model, static=True)
+    static.load_state_dict(dynamic.state_dict())
+    for row in range(27, LENGTH):
+        step = {"attention_mask": mask[:, : row + 1], "position_ids": positions[:, row : row + 1]}
+        found.append(model(ids[:, row : row + 1], **step, past_key_values=static).logits)
+    torch.testing.assert_close(of_real_tokens(torch.cat(found, 1), mask), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_with_padding_between_their_tokens():
+    model, (ids, mask) = make_model("gemma3_text"), text()
+    lengths = [25, LENGTH - 25]
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand(3, -1)
+    packed = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    with by_definition(model):
+        parts = zip(ids.split(lengths, 1), mask.split(lengths, 1), strict=True)
+        alone = [model(own, attention_mask=real, use_cache=False).logits for own, real in parts]
+    expected = of_real_tokens(torch.cat(alone, 1), mask)
+    torch.testing.assert_close(of_real_tokens(packed, mask), expected, atol=1e-5, rtol=1e-5)
