@@ -25,7 +25,8 @@ def attend_natively(
     query: (B, H, T, D). key, value: (B, Hkv, S, D), the last S of all tokens, the queries the last T.
     attention_mask: (B, N) bool of all tokens, True for real ones; None: all are, and N = S. Not looked at if there are
         documents, which must not be padded where attention is chunked: ValueError.
-    blocks: bidirectional blocks of all N tokens, or None; ValueError for one longer than the window. limits: one is set.
+    blocks: bidirectional blocks of all N tokens, or None; ValueError for one longer than the window.
+    limits: one of them is set.
     options: of `interval_attention`. Returns out (B, T, H, D) and, if asked, lse (B, H, T).
     """
     batch, _, seqlen_q, _ = query.shape

@@ -17,12 +17,12 @@ pytestmark = [
 NEW = 40
 
 
-def on_gpu(kind, length, padding):
+def on_gpu(kind, *shape):
     model = make_model(kind).to("cuda", torch.float32)
-    return model, *(tensor.cuda() for tensor in prompt(length, padding))
+    return model, *(tensor.cuda() for tensor in prompt(*shape))
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (21, 4)], ids=["below-windows", "beyond"])
+@pytest.mark.parametrize("shape", [(6, 3), (21, 4), (21, 4, 6)], ids=["below-windows", "beyond", "gap"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_captured_steps_generate_what_the_dynamic_cache_generates(kind, shape):
     model, ids, mask = on_gpu(kind, *shape)

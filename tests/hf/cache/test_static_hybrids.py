@@ -60,10 +60,11 @@ def make_model(kind):
     return model
 
 
-def prompt(length, padding=0, seed=0):
-    ids = tokens(2, length, seed=seed)
-    mask = torch.ones_like(ids)
-    ids[0, :padding] = mask[0, :padding] = 0
+def prompt(length, padding=0, gap=0):
+    """Two rows, of which the first begins with padding and the second has some in its middle."""
+    ids = tokens(2, length)
+    mask, middle = torch.ones_like(ids), slice(length // 2, length // 2 + gap)
+    ids[0, :padding] = mask[0, :padding] = ids[1, middle] = mask[1, middle] = 0
     return ids, mask
 
 
@@ -72,7 +73,13 @@ def greedy(model, ids, mask, new=NEW, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)
 
 
-PROMPTS = {"below-windows": (5, 0), "padded-below-windows": (6, 3), "beyond": (21, 0), "padded-beyond": (21, 4)}
+PROMPTS = {
+    "below-windows": (5, 0),
+    "padded-below-windows": (6, 3),
+    "beyond": (21, 0),
+    "padded-beyond": (21, 4),
+    "gap": (21, 4, 6),
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +109,7 @@ def test_it_generates_what_the_dynamic_cache_and_none_generate(model, expected, 
 
 def test_a_cache_is_filled_in_chunks_and_used_again(model, expected):
     cache = DynamicMaskCache(model, static=True)
-    for name in ("padded-beyond", "beyond", "below-windows"):
+    for name in ("padded-beyond", "gap", "beyond", "below-windows"):
         ids, mask = prompt(*PROMPTS[name])
         found = greedy(model, ids, mask, past_key_values=cache, prefill_chunk_size=8)
         assert found.tolist() == expected[name], name
@@ -115,7 +122,7 @@ def test_a_step_that_was_recorded_once_holds_for_every_later_token(model, expect
     """Windows become full and chunks end after the recording: nothing of that may have been decided by the host."""
     cache = DynamicMaskCache(model, static=True)
     record_graphs(monkeypatch, model, cache)
-    for name in ("padded-below-windows", "beyond"):
+    for name in ("padded-below-windows", "gap", "beyond"):
         found = greedy(model, *prompt(*PROMPTS[name]), past_key_values=cache)
         assert found.tolist() == expected[name], name
         cache.reset()
