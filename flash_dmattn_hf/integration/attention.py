@@ -137,8 +137,6 @@ def dynamic_mask_attention_forward(
         shared = SharedKeys(gate, importance=importance)
         if gate.soft_selections:
             options.update(soft_options(gate))
-    else:
-        importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     if getattr(module, "store_full_length_kv", False):
         share(key, shared)
     is_padded = (attention_mask if documents is None else documents.padding_mask) is not None
@@ -146,6 +144,8 @@ def dynamic_mask_attention_forward(
         limits = MaskLimits(windows.sliding_window, chunk_size)
         attended = attend_natively(query, key, value, attention_mask, documents, blocks, limits, **options)
         return _with_sinks(attended, s_aux), None
+    if gate is None:
+        importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     if shard is not None:

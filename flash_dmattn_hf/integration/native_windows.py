@@ -51,6 +51,7 @@ def attend_natively(
         value.transpose(1, 2),
         None,
         Visibility(*intervals),
+        query_start=rows.shape[1] - query.shape[2],
         query_positions=rows[:, -query.shape[2] :],
         max_visible=max_visible,
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -69,7 +70,9 @@ def _rows_and_ends(key, attention_mask, limits: MaskLimits) -> tuple[torch.Tenso
     if attention_mask is None:
         attention_mask = torch.ones(1, 1, dtype=torch.bool, device=key.device).expand(batch, seqlen_k)
     rows = torch.arange(attention_mask.shape[1], dtype=torch.int32, device=key.device).expand(batch, -1)
-    first = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True, dtype=torch.int32)
+    first = None  # of a window nobody asks for it, at every token
+    if limits.chunk_size is not None:
+        first = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True, dtype=torch.int32)
     return torch.where(attention_mask, rows, -1), _ends(rows, first, limits)
 
 
@@ -83,8 +86,8 @@ def _rows_and_ends_in_documents(documents: Documents, limits: MaskLimits) -> tup
     return rows if documents.padding_mask is None else torch.where(documents.padding_mask, rows, -1), end
 
 
-def _ends(rows: torch.Tensor, first: torch.Tensor, limits: MaskLimits) -> torch.Tensor:
-    """Returns the rows at which windows or chunks end that began at `first`."""
+def _ends(rows: torch.Tensor, first: torch.Tensor | None, limits: MaskLimits) -> torch.Tensor:
+    """Returns the rows at which windows end, or chunks that began at `first`."""
     if limits.chunk_size is None:
         window = limits.sliding_window
         return torch.where(rows > NEVER - window, NEVER, rows + window)

@@ -139,10 +139,12 @@ class Recipe:
 
     def _check_gradients(self, mask: DynamicMaskConfig) -> None:
         """Refuses a stage in which nothing would have a gradient, before the stages that come before it run."""
-        if "importance" in self.stages and mask.num_sink_tokens + mask.local_window_size == mask.keep_window_size:
+        is_full = mask.num_sink_tokens + mask.local_window_size == mask.keep_window_size
+        if "importance" in self.stages and is_full and not self.add_importance_bias:
             raise ValueError(
                 f"num_sink_tokens + local_window_size must be below keep_window_size = {mask.keep_window_size} with "
-                "the stage importance: no key is kept for its importance, so nothing would have a gradient"
+                "the stage importance: no key is kept for its importance, so nothing would have a gradient where the "
+                "importance is not added to the logits"
             )
         if self.hard_share and "all" not in self.stages and not self.add_importance_bias:
             raise ValueError(

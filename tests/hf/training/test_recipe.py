@@ -82,6 +82,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="below keep_window_size = 16 with the stage importance: no key"):
         Recipe(keep_window_size=16, num_sink_tokens=4, local_window_size=12)
     Recipe(keep_window_size=16, num_sink_tokens=4, local_window_size=12, stages=("all",))
+    Recipe(keep_window_size=16, num_sink_tokens=4, local_window_size=12, add_importance_bias=True)
     with pytest.raises(ValueError, match="hard_share must be 0 with the stage importance alone, got 0.5"):
         Recipe(stages=("importance",), hard_share=0.5)
     Recipe(stages=("importance",), hard_share=0.5, add_importance_bias=True)
