@@ -142,8 +142,9 @@ def dynamic_mask_attention_forward(
     is_padded = (attention_mask if documents is None else documents.padding_mask) is not None
     if chunk_size is not None or (gate is None and windows.sliding_window is not None and is_padded and shard is None):
         limits = MaskLimits(windows.sliding_window, chunk_size)
-        attended = attend_natively(query, key, value, attention_mask, documents, blocks, limits, **options)
-        return _with_sinks(attended, s_aux), None
+        numbers = {name: options[name] for name in ("softmax_scale", "softcap", "dropout_p") if name in options}
+        out, lse = attend_natively(query, key, value, attention_mask, documents, blocks, limits, **numbers)
+        return out if s_aux is None else with_sinks(out, lse, s_aux), None
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()

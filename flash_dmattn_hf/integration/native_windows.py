@@ -1,11 +1,11 @@
 """Attention of layers that keep their own sliding window or chunks: both count all tokens, padding between them too."""
 
-from typing import Any
-
 import torch
 
-from flash_dmattn import NEVER, Blocks, Visibility, interval_attention
+from flash_dmattn import NEVER, Blocks, Visibility
+from flash_dmattn.attention import attend
 from flash_dmattn.blocks import check_size
+from flash_dmattn.calls import AttentionCall
 from flash_dmattn_hf.integration.documents import Documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits
 
@@ -18,8 +18,11 @@ def attend_natively(
     documents: Documents | None,
     blocks: Blocks | None,
     limits: MaskLimits,
-    **options: Any,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    *,
+    softmax_scale: float | None,
+    softcap: float,
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends within a sliding window, or within chunks, which begin at the first real token of a row or document.
 
     query: (B, H, T, D). key, value: (B, Hkv, S, D), the last S of all tokens, the queries the last T.
@@ -27,7 +30,7 @@ def attend_natively(
         documents, which must not be padded where attention is chunked: ValueError.
     blocks: bidirectional blocks of all N tokens, or None; ValueError for one longer than the window.
     limits: one of them is set.
-    options: of `interval_attention`. Returns out (B, T, H, D) and, if asked, lse (B, H, T).
+    softmax_scale, softcap, dropout_p: as in `interval_attention`. Returns out (B, T, H, D) and lse (B, H, T).
     """
     batch, _, seqlen_q, _ = query.shape
     if documents is None:
@@ -45,22 +48,23 @@ def attend_natively(
         birth = blocks.births(birth[:, None], end[:, None])[:, 0]
         max_visible += blocks.size - 1
     intervals = [bound[:, None, -key.shape[2] :].expand(-1, key.shape[1], -1) for bound in (birth, end)]
-    attended = interval_attention(
+    call = AttentionCall.prepare(
         query.to(value.dtype).transpose(1, 2),
         key.to(value.dtype).transpose(1, 2),
         value.transpose(1, 2),
         None,
         Visibility(*intervals),
+        # Both are known here: the rows follow each other, which saves a GPU room for every key, and some are padding.
         query_start=rows.shape[1] - query.shape[2],
         query_positions=rows[:, -query.shape[2] :],
         max_visible=max_visible,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        **options,
     )
-    out, lse = attended if options["return_lse"] else (attended, None)
+    out, lse = attend(call, "auto")
     out = out.reshape(batch, seqlen_q, *out.shape[2:])
-    if not options["return_lse"]:
-        return out
     return out, lse if documents is None else lse.view(-1, batch, seqlen_q).transpose(0, 1)
 
 

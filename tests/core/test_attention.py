@@ -48,13 +48,6 @@ QUERIES = {
         {"query_positions": torch.tensor([[-1, -1, 0, 5, 25, 9], [2, 2, -1, 400, -1, 7]], dtype=torch.int32)},
         [[-1, -1, 0, 5, 25, 9], [2, 2, -1, 400, -1, 7]],
     ),
-    "start-and-positions": (
-        {
-            "query_start": torch.tensor([0, 17], dtype=torch.int32),
-            "query_positions": torch.tensor([[-1, 1, 2, -1, 4, 5], [17, 18, 19, 20, 21, -1]], dtype=torch.int32),
-        },
-        [[-1, 1, 2, -1, 4, 5], [17, 18, 19, 20, 21, -1]],
-    ),
     "late-positions": (
         {"query_start": definition.NEVER - 6},
         [range(definition.NEVER - 6, definition.NEVER)] * 2,

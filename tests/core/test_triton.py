@@ -87,12 +87,7 @@ def test_strided_query_rows():
     importance = torch.randn(2, 2, 30, device=DEVICE)
     visibility = flash_dmattn.select_visible(importance, keep_window_size=6)
     rows = torch.arange(60, dtype=torch.int32, device=DEVICE).view(30, 2)
-    positions = rows.t() // 2
-    for given in (
-        {"query_positions": positions},
-        {"query_start": rows[0].expand(2, 2)[:, 0]},
-        {"query_start": 0, "query_positions": positions.masked_fill(positions % 7 == 3, -1)},
-    ):
+    for given in ({"query_positions": rows.t() // 2}, {"query_start": rows[0].expand(2, 2)[:, 0]}):
         out, expected = (
             flash_dmattn.interval_attention(query, query, query, importance, visibility, **given, backend=backend)
             for backend in ("triton", "reference")
