@@ -54,7 +54,7 @@ def attend_natively(
         value.transpose(1, 2),
         None,
         Visibility(*intervals),
-        # Both are known here: the rows follow each other, which saves a GPU room for every key, and some are padding.
+        # The rows follow each other, so a GPU need not make room for every key in every list; -1 marks padding.
         query_start=rows.shape[1] - query.shape[2],
         query_positions=rows[:, -query.shape[2] :],
         max_visible=max_visible,

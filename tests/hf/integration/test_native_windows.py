@@ -1,5 +1,7 @@
 """Layers that keep their own window or chunks see what the model's own masks say, wherever padding stands."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 
@@ -13,9 +15,9 @@ LENGTH = 40
 WINDOWS = [kind for kind in ("gemma2", "gemma3_text", "gpt_oss", "llama4_text") if kind in KINDS]
 
 
-def text(seed=0):
-    """Tokens, none twice in a row; their mask, with padding between them and before; their own positions."""
-    generator = torch.Generator().manual_seed(seed)
+def text():
+    """Tokens, none twice in a row, and their mask, with padding before, between and after them."""
+    generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(90, generator=generator)[:LENGTH] + 4 for _ in range(3)])
     mask = torch.ones_like(ids)
     mask[0, 8:13] = mask[0, 20:22] = mask[1, :5] = mask[1, 17:24] = mask[2, 30:] = 0
@@ -61,7 +63,7 @@ def test_every_call_says_that_its_rows_follow_each_other(model, monkeypatch):
 def test_in_pieces(model, expected, pieces, static):
     ids, mask = text()
     positions, cache, found = torch.arange(LENGTH).expand(3, -1), DynamicMaskCache(model, static=static), []
-    for start, end in zip([0, *torch.tensor(pieces).cumsum(0)], torch.tensor(pieces).cumsum(0), strict=False):
+    for start, end in pairwise([0, *accumulate(pieces)]):
         piece = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
         found.append(model(ids[:, start:end], **piece, past_key_values=cache).logits)
     torch.testing.assert_close(of_real_tokens(torch.cat(found, 1), mask), expected, atol=1e-5, rtol=1e-5)
@@ -70,7 +72,7 @@ def test_in_pieces(model, expected, pieces, static):
 @torch.no_grad()
 def test_a_static_cache_goes_on_from_a_dynamic_one(model, expected):
     ids, mask = text()
-    positions, dynamic, static = torch.arange(LENGTH).expand(3, -1), DynamicMaskCache(model), None
+    positions, dynamic = torch.arange(LENGTH).expand(3, -1), DynamicMaskCache(model)
     start = {"attention_mask": mask[:, :27], "position_ids": positions[:, :27]}
     found = [model(ids[:, :27], **start, past_key_values=dynamic).logits]
     static = DynamicMaskCache(model, static=True)
