@@ -54,5 +54,6 @@ def round_to_float8(row):
     # added to this power of 2, a float32 has as many digits left as the number has: 4, fewer below 2^-6
     shift = ((tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 121) + 20) << 23).to(tl.float32, bitcast=True)
     size = (size + shift) - shift
-    numbers = tl.where(row < 0, -size, size)
+    sign = row.to(tl.int32, bitcast=True) & -0x80000000  # by its bit: Triton's -x is 0 - x, which makes no -0
+    numbers = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return tl.where(is_finite, numbers, float("nan")), tl.where(is_finite, scale, float("nan"))
