@@ -67,6 +67,7 @@ class DistillationTrainer(Trainer):
         trains_backbone = check_student(model, args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # or the Trainer would use DataParallel, whose threads share one output layer
+        _let_autocast_be_added(model)
         super().__init__(
             model,
             args,
@@ -224,6 +225,15 @@ class _Conductor(TrainerCallback):
             self.trainer.measure()
         if self.share >= 1:
             control.should_training_stop = True
+
+
+def _let_autocast_be_added(model: nn.Module) -> None:
+    """Takes accelerate's mark off a model that was trained before and is no longer wrapped.
+
+    accelerate wraps no model that bears it, and unwrapping leaves it: the model would train in float32.
+    """
+    if "_original_forward" not in vars(model):
+        vars(model).pop("_is_accelerate_prepared", None)
 
 
 def _set_requires_grad(gate: Gate, name: str, value: bool) -> None:
