@@ -45,7 +45,7 @@ class CapturedForward:
     The first call runs as usual, which compiles and loads every kernel. Results are copies, which later calls leave as
     they are. Inputs of another kind, or a cache whose tensors have moved, are captured anew.
 
-    Raises RuntimeError when the forward cannot be captured, because it waits for the GPU.
+    Raises RuntimeError when the forward cannot be captured, because it waits for the GPU or copies numbers to it.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -80,8 +80,9 @@ class CapturedForward:
         except RuntimeError as error:
             raise RuntimeError(
                 f"the forward of {type(self.model).__name__} cannot be captured in a CUDA graph, so "
-                'cache_implementation="static" cannot be used with it; leave cache_implementation out, or if it loops '
-                'over its experts, call model.set_experts_implementation("batched_mm")'
+                'cache_implementation="static" needs a compile_config with it, such as CompileConfig(); or leave '
+                "cache_implementation out. If it loops over its experts, call "
+                'model.set_experts_implementation("batched_mm")'
             ) from error
         self._graph = graph
         logger.info("captured the step of one token of %s", type(self.model).__name__)
