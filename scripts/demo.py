@@ -465,9 +465,9 @@ def main() -> int:
     torch.manual_seed(0)
     amounts = QUICK if arguments.quick else LONG if arguments.long else FULL
     name = arguments.model or smollm2()
-    has_importance = arguments.model is None and IMPORTANCE.is_dir()
+    has_importance = arguments.model is None
     if not has_importance:
-        print(f"no trained importance of this model in {IMPORTANCE.relative_to(ROOT)}: that step is left out")
+        print(f"{IMPORTANCE.relative_to(ROOT)} was trained for another model: that step is left out")
     options = {"device": arguments.device, "dtype": arguments.dtype, "has_importance": has_importance}
     results, claims = run(name, output, amounts, **options)
     save_json(output / "results.json", results)

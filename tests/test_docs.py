@@ -10,7 +10,10 @@ from hf.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-EVERY_PAGE = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+EVERY_PAGE = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *(page for folder in ("docs", "examples") for page in sorted((REPOSITORY / folder).rglob("*.md"))),
+]
 LINK = re.compile(r"\]\(([^)\s#]*)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 GATE_LEARNING_RATES = {"importance": 1e-2, "all": 1e-2}
-TEMPERATURES = {"importance": (1.0, 0.05), "all": (0.5, 0.03)}
+TEMPERATURES = {"importance": (0.3, 0.02), "all": (0.15, 0.02)}
 """First and last temperature where a stage is given none: of the importance alone, and of all weights or an adapter."""
 
 

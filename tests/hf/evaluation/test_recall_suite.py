@@ -86,6 +86,15 @@ def check(row, model, prompts, settings, reference):
     assert row["cache_bytes"] == cache_bytes(model, TOKENS[:200])
 
 
+def test_caches_are_measured_in_the_dtype_of_the_weights(folder):
+    """Also under autocast, where a dense cache holds float32 and ours bfloat16."""
+    for name in ("dense", "converted"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name)
+        expected = cache_bytes(model, TOKENS[:200])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cache_bytes(model, TOKENS[:200]) == expected
+
+
 def test_the_dense_row_is_the_measure_of_the_others(folder):
     numbers = evaluate(folder, *SMALL, "--windows", "32,64")
     rows = {row["mask"]: row for row in numbers["rows"]}

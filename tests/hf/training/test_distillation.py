@@ -218,7 +218,7 @@ def test_temperature_and_learning_rates_follow_the_steps(tmp_path, stage):
         freeze_backbone(model)
     trainer = make_trainer(model, tmp_path, max_steps=40, trainer=Recorded, logging_steps=40)
     trainer.train()
-    first, last, rates = (1.0, 0.05, [1e-2]) if stage == "importance" else (0.5, 0.03, [5e-5, 1e-2])
+    first, last, rates = (0.3, 0.02, [1e-2]) if stage == "importance" else (0.15, 0.02, [5e-5, 1e-2])
     for step, (share, temperature, found) in enumerate(trainer.notes):
         assert share == step / 40
         assert temperature == pytest.approx(first * (last / first) ** share)
@@ -264,7 +264,7 @@ def test_a_run_limited_by_time_ends_with_it_and_schedules_follow(tmp_path, monke
     trainer.train()
     assert [share for share, _, _ in trainer.notes] == pytest.approx([step / 10 for step in range(10)])
     temperatures = [temperature for _, temperature, _ in trainer.notes]
-    assert temperatures == pytest.approx([0.5 * 0.06 ** (step / 10) for step in range(10)])
+    assert temperatures == pytest.approx([0.15 * (0.02 / 0.15) ** (step / 10) for step in range(10)])
     assert len(log_of(trainer, "held_out/kld")) == 3
     assert log_of(trainer, "tokens_per_second") == pytest.approx([4 * LENGTH / 3.0] * 10)
 
