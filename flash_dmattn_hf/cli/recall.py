@@ -38,7 +38,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
         "--generate", action="store_true", default=None, help="generate the answers instead of one forward per prompt"
     )
     group.add_argument("--teacher", metavar="MODEL", help="take dense and sinks + window from this model")
-    group.add_argument("--picture", metavar="FILE", type=Path, help="draw heat maps and quality against memory")
+    group.add_argument("--picture", metavar="FILE", type=Path, help="draw recall by depth, quality and memory")
 
 
 def refuse_options(args: argparse.Namespace) -> None:

@@ -1,11 +1,16 @@
-"""The results of the recall suite as one picture: recall by depth and context, quality against cache memory."""
+"""The results of the recall suite as one picture: recall by depth and context above, quality against memory below."""
 
 from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
 
-from flash_dmattn_hf.evaluation.report import merged_cells
+from flash_dmattn_hf.evaluation import picture_quality, picture_recall
 
-COLUMNS = 4
-COLORS = {"dense": "black", "sinks + window": "tab:gray", "importance": "tab:blue"}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 12.3
+"""Inches; 1599 pixels at the 130 dots per inch of a saved picture."""
 
 
 def check_format(path: Path) -> None:
@@ -20,63 +25,36 @@ def check_format(path: Path) -> None:
 
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
-    """Writes the picture of results of `recall_suite`, in the format of the path's ending.
+    """Writes the picture of results of `recall_suite`, as `figure_of` makes it, in the format of the path's ending.
 
-    Rows without cache_bytes are left out of the panels against memory, those without a perplexity out of that panel.
-    One heat map per row shows the share of prompts with all answers right, for the first task that has depths. Two
-    panels below show perplexity, and the share of answers right over all tasks at the longest context, against memory.
     Raises as `check_format`.
     """
     check_format(path)
-    import matplotlib
+    figure_of(rows, title).savefig(path, dpi=130)
+    if path.suffix.lower() == ".png":
+        from PIL import Image  # matplotlib writes PNG files with it
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    task = next((cell["task"] for cell in rows[0]["recall"] if cell["depth"] is not None), None)
-    lines = 0 if task is None else -(-len(rows) // COLUMNS)
-    heights = [2.9 * lines, 3.5] if lines else [3.5]
-    figure = pyplot.figure(figsize=(3.2 * COLUMNS, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    if lines:
-        _heat_maps(parts[0], rows, task, lines)
-    left, right = parts[-1].subplots(1, 2)
-    _against_memory(left, rows, "perplexity", [row["perplexity"] for row in rows])
-    longest = max(cell["context"] for cell in rows[0]["recall"])
-    answers = [[cell.answers for cell in merged_cells(row) if cell.context == longest] for row in rows]
-    label = f"answers right, all tasks, N = {longest}"
-    _against_memory(right, rows, label, [sum(shares) / len(shares) for shares in answers])
-    right.set_ylim(-0.03, 1.03)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+        with Image.open(path) as image:
+            few_colors = image.convert("RGB").quantize(256)
+        few_colors.save(path, optimize=True)  # less than half the bytes
 
 
-def _heat_maps(figure, rows: list[dict], task: str, lines: int) -> None:
-    panels = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
-    for panel in panels[len(rows) :]:
-        panel.set_visible(False)
-    for panel, row in zip(panels, rows, strict=False):
-        cells = [cell for cell in row["recall"] if cell["task"] == task]
-        contexts, depths = (sorted({cell[name] for cell in cells}) for name in ("context", "depth"))
-        shares = {(cell["depth"], cell["context"]): cell["all_right"] for cell in cells}
-        grid = [[shares[depth, context] for context in contexts] for depth in depths]
-        image = panel.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        panel.set_xticks(range(len(contexts)), [str(context) for context in contexts])
-        panel.set_yticks(range(len(depths)), [str(depth) for depth in depths])
-        panel.set_title(row["mask"], fontsize=9)
-        panel.set_xlabel("context (tokens)")
-        panel.set_ylabel("depth (%)")
-    figure.colorbar(image, ax=list(panels), label=f"{task}: prompts all right")
+def figure_of(rows: list[dict], title: str) -> "Figure":
+    """Returns the figure of results of `recall_suite`, one of them of the kind "dense".
 
+    Above, for every task that has depths: a heat map of depth and context for each row, or with a single context one
+    table of masks and depths. Without such a task there is nothing above. Below: memory and quality as bars, or with
+    several windows perplexity, KLD and recall against memory.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
-def _against_memory(axis, rows: list[dict], label: str, values: list[float]) -> None:
-    points = [(row, value) for row, value in zip(rows, values, strict=True) if None not in (row["cache_bytes"], value)]
-    for kind in dict.fromkeys(row["kind"] for row, _ in points):
-        of_kind = [(row["cache_bytes"] / 2**20, value) for row, value in points if row["kind"] == kind]
-        axis.plot(*zip(*of_kind, strict=True), "o-", color=COLORS.get(kind), label=kind)
-    axis.axhline(values[0], color="black", linestyle=":", linewidth=1)
-    axis.set_xlabel("key-value cache at the longest context (MiB)")
-    axis.set_ylabel(label)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    parts = [picture_quality.part(rows)]
+    if any(cell["depth"] is not None for cell in rows[0]["recall"]):
+        parts.insert(0, picture_recall.part(rows, WIDTH))
+    heights = [part.height for part in parts]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
+    places = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, place in zip(parts, places, strict=True):
+        part.draw(place)
+    figure.suptitle(fill(title, 170), fontsize=9)
+    return figure

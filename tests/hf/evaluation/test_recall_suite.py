@@ -53,7 +53,8 @@ def evaluate(folder, *options, model="converted"):
 
 
 def test_rows_are_what_the_parts_measure(folder, capsys):
-    numbers = evaluate(folder, *SMALL, "--windows", "32,64")
+    picture = folder / "windows.svg"
+    numbers = evaluate(folder, *SMALL, "--windows", "32,64", "--picture", picture)
     printed = capsys.readouterr().out
     rows = {row["mask"]: row for row in numbers["rows"]}
     assert list(rows) == [
@@ -72,6 +73,9 @@ def test_rows_are_what_the_parts_measure(folder, capsys):
     for row in rows.values():
         assert f"{row['perplexity']:12.3f}{row['kld']:10.4f}" in printed
     assert "pass_key" in printed and "N = 200" in printed and "8 prompts of recall per mask" in printed
+    drawn = picture.read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in [*rows, "pass_key", "160", "200", "depth (%)"])
+    assert "quality against memory" in drawn
 
 
 def check(row, model, prompts, settings, reference):
