@@ -1,10 +1,11 @@
-"""Trains the same small model from scratch with five masks, on the same data, and compares what they learn.
+"""Trains the same small model from scratch with several masks, on the same data, and compares what they learn.
 
     python scripts/from_scratch.py --tokens tok.pt --seconds 80 --output docs/benchmarks/from_scratch
 
 A Llama of 8 layers, width 512 and heads of 64, at 2048 tokens and a window of 256: dense, sliding window, sinks +
-window, dynamic masks with the hard mask, and dynamic masks with soft selection whose temperature falls to 0.03. All
-start from the same weights and see the same stretches in the same order for the same number of steps, in bfloat16
+window, dynamic masks with the hard mask, and dynamic masks with soft selection whose temperature falls to 0.03; these
+with a local window of a quarter or of three quarters, and an importance that reads values or hidden states. All start
+from the same weights and see the same stretches in the same order for the same number of steps, in bfloat16
 autocast over float32 weights. With --seconds the slowest variant fixes how many steps that is.
 
 Measured with the hard mask on held-out text: the loss of rows beyond the window, and a probe of copying. A span of
@@ -40,20 +41,24 @@ TIMED_STEPS, WARMUP_STEPS = 4, 3
 
 
 class Variant(NamedTuple):
-    """num_sinks: None for dense. is_local: the newest keys fill the window. is_soft: trained with soft selection."""
+    """num_sinks: None for dense. local_share: of the window, its newest keys; 1: they fill it. importance_input: as in
+    `DynamicMaskConfig`. is_soft: trained with soft selection."""
 
     name: str
     num_sinks: int | None
-    is_local: bool = False
+    local_share: float = 1 / 4
+    importance_input: str = "value"
     is_soft: bool = False
 
 
 VARIANTS = (
     Variant("dense", None),
-    Variant("sliding window", 0, is_local=True),
-    Variant("sinks + window", 4, is_local=True),
+    Variant("sliding window", 0, local_share=1),
+    Variant("sinks + window", 4, local_share=1),
     Variant("dynamic masks, hard", 4),
     Variant("dynamic masks, soft", 4, is_soft=True),
+    Variant("dynamic masks, soft, 3/4 local", 4, 3 / 4, is_soft=True),
+    Variant("dynamic masks, soft, 3/4 local, hidden states", 4, 3 / 4, "hidden", is_soft=True),
 )
 
 
@@ -116,7 +121,6 @@ def parse() -> argparse.Namespace:
     budget.add_argument("--steps", type=int, help="of every variant, instead of --seconds")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--local", type=int, help="local window of dynamic masks (default: a quarter of the window)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=16384)
     parser.add_argument("--layers", type=int, default=8)
@@ -134,8 +138,6 @@ def parse() -> argparse.Namespace:
         arguments.length, arguments.window, arguments.span, arguments.stretches = 256, 64, 16, 2
         arguments.batch_size, arguments.vocabulary, arguments.layers, arguments.width = 2, 512, 2, 128
         arguments.seconds = min(arguments.seconds, 5.0)
-    if arguments.local is None:
-        arguments.local = arguments.window // 4
     if arguments.length < 4 * arguments.window or arguments.span <= LEAD:
         parser.error(f"--length must be at least four times --window, and --span above {LEAD}")
     return arguments
@@ -177,11 +179,12 @@ def make_model(variant: Variant, arguments: argparse.Namespace) -> LlamaForCausa
     )
     model = LlamaForCausalLM(config)
     if variant.num_sinks is not None:
-        local = arguments.window - variant.num_sinks if variant.is_local else arguments.local
-        mask = DynamicMaskConfig(arguments.window, variant.num_sinks, local, dt_proj_bias=True)
-        convert_model(model, mask)
+        is_local = variant.local_share == 1
+        local = arguments.window - variant.num_sinks if is_local else int(variant.local_share * arguments.window)
+        options = {"dt_proj_bias": True, "importance_input": variant.importance_input}
+        convert_model(model, DynamicMaskConfig(arguments.window, variant.num_sinks, local, **options))
         for _, _, gate in iter_gates(model):
-            if variant.is_local:
+            if is_local:
                 gate.requires_grad_(False)  # all keys tie, and no key competes
             else:
                 nn.init.ones_(gate.A)
