@@ -467,7 +467,7 @@ def main() -> int:
     name = arguments.model or smollm2()
     has_importance = arguments.model is None
     if not has_importance:
-        print(f"{IMPORTANCE.relative_to(ROOT)} was trained for another model: that step is left out")
+        print(f"{IMPORTANCE.relative_to(ROOT)} is shown with the demo's own model alone: that step is left out")
     options = {"device": arguments.device, "dtype": arguments.dtype, "has_importance": has_importance}
     results, claims = run(name, output, amounts, **options)
     save_json(output / "results.json", results)

@@ -49,6 +49,16 @@ def test_a_study_from_scratch_has_the_variants_that_were_trained(monkeypatch, tm
     assert (tmp_path / "study.md").read_text().count("\n| ") == 4
 
 
+def test_every_variant_has_its_mask():
+    from from_scratch import VARIANTS
+
+    masks = {variant.name: variant.mask(256) for variant in VARIANTS if variant.num_sinks is not None}
+    sizes = {name: (mask.num_sink_tokens, mask.local_window_size) for name, mask in masks.items()}
+    assert list(sizes.values()) == [(0, 256), (4, 252), (4, 64), (4, 64), (4, 192), (4, 192)]
+    assert [name for name, mask in masks.items() if mask.importance_input == "hidden"] == [VARIANTS[-1].name]
+    assert [variant.is_soft for variant in VARIANTS] == ["soft" in variant.name for variant in VARIANTS]
+
+
 def test_shares_of_the_gap_come_with_both_of_its_ends():
     from from_scratch import add_shares
 

@@ -80,8 +80,8 @@ class CapturedForward:
         except RuntimeError as error:
             raise RuntimeError(
                 f"the forward of {type(self.model).__name__} cannot be captured in a CUDA graph, so "
-                'cache_implementation="static" needs a compile_config with it, such as CompileConfig(); or leave '
-                "cache_implementation out. If it loops over its experts, call "
+                'cache_implementation="static" cannot be used with it; leave it out, or pass '
+                "compile_config=CompileConfig() as well, or if the model loops over its experts, call "
                 'model.set_experts_implementation("batched_mm")'
             ) from error
         self._graph = graph

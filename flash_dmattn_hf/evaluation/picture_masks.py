@@ -1,19 +1,11 @@
 """How a picture names the masks and tells them apart."""
 
-from collections.abc import Callable
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 COLORS = ("#0072B2", "#D55E00", "#332288", "#E69F00", "#88CCEE", "#661100", "#DDCC77", "#882255")
 """Any two differ, and from black, grey and white, also as the colour-blind see them."""
 MARKERS = "sD^vP*X"
-
-
-class Part(NamedTuple):
-    """A part of a picture. height: inches. draw: takes the figure or subfigure of matplotlib to fill."""
-
-    height: float
-    draw: Callable[[Any], None]
 
 
 class Style(NamedTuple):
@@ -38,14 +30,14 @@ def _cycled(index: int) -> Style:
     return Style(COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)])
 
 
-def masks_on_the_side(axis, rows: list[dict], offset: float = 0.0) -> None:
+def label_rows(axis, rows: list[dict], offset: float = 0.0) -> None:
     """Names the rows from the top down, the first at `offset` on the y axis of `axis`."""
     axis.set_yticks([index + offset for index in range(len(rows))], [_wrapped(row) for row in rows])
     axis.set_ylim(len(rows) - 0.5 + offset, -0.5 + offset)
 
 
 def height_of(rows: list[dict]) -> float:
-    """Returns the inches that `masks_on_the_side` needs for all rows."""
+    """Returns the inches that `label_rows` needs for all rows."""
     return len(rows) * (0.08 + 0.14 * max(_wrapped(row).count("\n") + 1 for row in rows))
 
 

@@ -3,13 +3,17 @@
 from functools import partial
 from typing import NamedTuple
 
-from flash_dmattn_hf.evaluation.picture_masks import Part, height_of, mask_name, masks_on_the_side, styles
+from flash_dmattn_hf.evaluation.picture_masks import height_of, label_rows, mask_name, styles
+from flash_dmattn_hf.evaluation.picture_part import Part
 from flash_dmattn_hf.evaluation.report import merged_cells
 
 
 class Measure(NamedTuple):
-    """label: of its axis. values: one for each row; None was not measured. decimals: of the values written beside bars.
-    compares: a bar starts at the value of dense. is_share: in per cent, on a scale from 0 to 100."""
+    """A figure of every row.
+
+    label: of its axis. values: one for each row; None was not measured. decimals: of the values written beside bars.
+    compares: a bar starts at the value of dense. is_share: in per cent, on a scale from 0 to 100.
+    """
 
     label: str
     values: list[float | None]
@@ -18,7 +22,7 @@ class Measure(NamedTuple):
     is_share: bool = False
 
 
-def part(rows: list[dict]) -> Part:
+def quality_part(rows: list[dict]) -> Part:
     """Returns the part for results of `recall_suite`, one of them of the kind "dense".
 
     With several windows the points of a mask are joined, and one legend names the masks; rows without cache_bytes are
@@ -64,7 +68,7 @@ def _bars(figure, rows: list[dict], measures: list[Measure]) -> None:
         panel.tick_params(labelsize=8)
         panel.tick_params(axis="y", length=0)
         panel.spines[["top", "right"]].set_visible(False)
-    masks_on_the_side(panels[0], rows)
+    label_rows(panels[0], rows)
     figure.suptitle("memory and quality (dotted: dense; -: not measured)", fontsize=10)
 
 

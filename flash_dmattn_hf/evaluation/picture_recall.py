@@ -4,7 +4,8 @@ from functools import partial
 from textwrap import fill
 from typing import NamedTuple
 
-from flash_dmattn_hf.evaluation.picture_masks import Part, height_of, mask_name, masks_on_the_side
+from flash_dmattn_hf.evaluation.picture_masks import height_of, label_rows, mask_name
+from flash_dmattn_hf.evaluation.picture_part import Part
 
 TITLE = "recall: prompts with all answers right (%), by depth of the asked statement"
 DIGIT = 0.64
@@ -19,7 +20,7 @@ class Asked(NamedTuple):
     depths: list[int]
 
 
-def part(rows: list[dict], width: float) -> Part:
+def recall_part(rows: list[dict], width: float) -> Part:
     """Returns the part for results of `recall_suite`, with a panel for each task that has depths.
 
     Of a single context a panel has a line for each row. Of several it has a heat map for each row: a column for each
@@ -49,7 +50,7 @@ def _tables(figure, rows: list[dict], asked: Asked, cell_width: float) -> None:
         panel.tick_params(labelsize=8, length=0)
         panel.set_title(task, fontsize=9)
         panel.set_xlabel("depth (%): 0 is the start of the text", fontsize=8)
-    masks_on_the_side(panels[0], rows, offset=0.5)
+    label_rows(panels[0], rows, offset=0.5)
     figure.suptitle(f"{TITLE}, N = {asked.contexts[0]}", fontsize=10)
 
 

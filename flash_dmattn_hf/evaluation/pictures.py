@@ -4,7 +4,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from flash_dmattn_hf.evaluation import picture_quality, picture_recall
+from flash_dmattn_hf.evaluation.picture_quality import quality_part
+from flash_dmattn_hf.evaluation.picture_recall import recall_part
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,9 +49,9 @@ def figure_of(rows: list[dict], title: str) -> "Figure":
     """
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
-    parts = [picture_quality.part(rows)]
+    parts = [quality_part(rows)]
     if any(cell["depth"] is not None for cell in rows[0]["recall"]):
-        parts.insert(0, picture_recall.part(rows, WIDTH))
+        parts.insert(0, recall_part(rows, WIDTH))
     heights = [part.height for part in parts]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
     places = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]

@@ -33,7 +33,8 @@ def recall_suite(
     the largest window. prompts, generate_with: as for `recall`. windows: sizes of keep_window_size.
     teacher: a converted model to take dense and sinks + window from, such as the one before training; None is `model`.
     Returns one dict per row, of values that JSON can hold: mask, kind, keep_window_size, cache_bytes (after
-    context_length tokens), num_rows, loss, perplexity, kld, top1, share_of_gap (None where there is none), recall.
+    context_length tokens, in the dtype of the weights), num_rows, loss, perplexity, kld, top1, share_of_gap (None where
+    there is none), recall.
     Raises ValueError for a model without gates or a context that no window is shorter than.
     """
     if next(iter_gates(model), None) is None:

@@ -67,7 +67,7 @@ class DistillationTrainer(Trainer):
         trains_backbone = check_student(model, args)
         if args.n_gpu > 1:
             args._n_gpu = 1  # or the Trainer would use DataParallel, whose threads share one output layer
-        _let_autocast_be_added(model)
+        _forget_preparation(model)
         super().__init__(
             model,
             args,
@@ -227,13 +227,14 @@ class _Conductor(TrainerCallback):
             control.should_training_stop = True
 
 
-def _let_autocast_be_added(model: nn.Module) -> None:
-    """Takes accelerate's mark off a model that was trained before and is no longer wrapped.
+def _forget_preparation(model: nn.Module) -> None:
+    """Removes accelerate's mark from every module that has no autocast any more.
 
-    accelerate wraps no model that bears it, and unwrapping leaves it: the model would train in float32.
+    accelerate skips a model with the mark, which unwrapping leaves, and finds it through wrappers as of PEFT.
     """
-    if "_original_forward" not in vars(model):
-        vars(model).pop("_is_accelerate_prepared", None)
+    for module in model.modules():
+        if "_original_forward" not in vars(module):
+            vars(module).pop("_is_accelerate_prepared", None)
 
 
 def _set_requires_grad(gate: Gate, name: str, value: bool) -> None:

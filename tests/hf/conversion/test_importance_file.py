@@ -3,21 +3,23 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flash_dmattn_hf import DynamicMaskConfig, convert_model, iter_gates, load_importance, save_importance
 from flash_dmattn_hf.cli import main
 from flash_dmattn_hf.conversion import importance_file
-from flash_dmattn_hf.conversion.importance_file import HEADER, WEIGHTS
+from flash_dmattn_hf.conversion.importance_file import HEADER, WEIGHTS, read_importance
 
 from ..cli_models import save_dense
 from ..tiny import tiny_model, tokens
 
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "importance_smollm2_135m"
 SETTINGS = {"keep_window_size": 16, "num_sink_tokens": 2, "local_window_size": 5}
 KINDS = {
     "values": {},
@@ -292,3 +294,18 @@ def test_the_command_line_converts_with_a_trained_importance(tmp_path, capsys):
         assert f"importance  from {tmp_path / 'importance'}" in capsys.readouterr().out
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / out)
         assert torch.equal(logits_of(loaded.eval()), logits_of(model.eval()))
+
+
+def test_the_example_fits_its_model():
+    """Its weights are left as they are in memory: only shapes and settings are to be seen."""
+    saved = read_importance(EXAMPLE)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**saved.architecture))
+    model = load_importance(model.to_empty(device="cpu"), EXAMPLE)
+    gates = {gate.layer_idx: gate for _, _, gate in iter_gates(model)}
+    assert gates.keys() == saved.tensors.keys() == set(range(30))
+    for layer_idx, gate in gates.items():
+        assert gate.config.keep_window_size == 512
+        for name, tensor in saved.tensors[layer_idx].items():
+            assert torch.equal(gate.get_parameter(name), tensor.float())
+    assert (EXAMPLE / "importance.safetensors").stat().st_size < 200_000

@@ -232,7 +232,7 @@ def test_the_last_share_has_the_hard_mask(tmp_path):
     trainer.train()
     temperatures = [temperature for _, temperature, _ in trainer.notes]
     assert temperatures[6:] == [None, None]
-    assert temperatures[:6] == pytest.approx([0.5 * 0.06 ** (step / 6) for step in range(6)])
+    assert temperatures[:6] == pytest.approx([0.15 * (0.02 / 0.15) ** (step / 6) for step in range(6)])
     assert len(log_of(trainer, "temperature")) == 6
 
 

@@ -1,5 +1,6 @@
 """The stages of a distillation, one after the other on one model."""
 
+import pytest
 import torch
 
 from flash_dmattn_hf.integration import attention
@@ -13,7 +14,8 @@ STEPS = 2
 """Of each stage."""
 
 
-def test_every_stage_runs_under_autocast(monkeypatch, tmp_path):
+@pytest.mark.parametrize("lora_rank", [None, 2], ids=["all weights", "adapter"])
+def test_every_stage_runs_under_autocast(monkeypatch, tmp_path, lora_rank):
     """The second trained in float32: accelerate adds it to no model that it has prepared before."""
     seen, called = [], attention.dynamic_mask_attention
 
@@ -27,7 +29,8 @@ def test_every_stage_runs_under_autocast(monkeypatch, tmp_path):
 
     monkeypatch.setattr(attention, "dynamic_mask_attention", note_dtype)
     monkeypatch.setattr(stages, "DistillationArguments", with_bf16)
-    recipe = Recipe(**WINDOWS, length=LENGTH, batch_size=2, steps=2 * STEPS, importance_share=0.5, evaluations=0)
+    course = {"steps": 2 * STEPS, "importance_share": 0.5, "evaluations": 0}
+    recipe = Recipe(**WINDOWS, length=LENGTH, batch_size=2, lora_rank=lora_rank, **course)
     model = make_model(importance_input="hidden")
     num_layers = model.config.num_hidden_layers
     for stage in stages.STAGES:
