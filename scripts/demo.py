@@ -28,7 +28,10 @@ from flash_dmattn_hf import DynamicMaskCache
 from flash_dmattn_hf.cli import main as flash_dmattn
 from flash_dmattn_hf.conversion.checkpoint import find_source, load_model, load_tokenizer
 from flash_dmattn_hf.conversion.variants import dense
+from flash_dmattn_hf.evaluation import leading_tokens, recall_prompts
 from flash_dmattn_hf.evaluation.prompts import DEPTHS
+from flash_dmattn_hf.evaluation.rows import rows_of
+from flash_dmattn_hf.evaluation.suite import add_shares_of_gap, measure_row
 from flash_dmattn_hf.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,7 +282,7 @@ def reload_in_new_process(model: PreTrainedModel, folder: Path, tokens: torch.Te
 def measure_trained(
     output: Path, text: Path, amounts: Amounts, device: str, dtype: str, claims: Claims
 ) -> list[dict[str, Any]]:
-    """Gives the dense model the importance of `IMPORTANCE` and returns the rows of the recall suite."""
+    """Returns the rows of the recall suite, the last with the importance of `IMPORTANCE`, and one more for calibration."""
     options = ["--dtype", dtype, "--device", device]
     command("convert", output / "dense", output / "with_importance", "--importance", IMPORTANCE, *options)
     evaluation = {
@@ -297,10 +300,29 @@ def measure_trained(
     command("eval", output / "with_importance", *(part for option in evaluation.items() for part in option))
     shutil.rmtree(output / "with_importance")
     rows = json.loads((output / "recall.json").read_text())["rows"]
-    window, ours = (next(row for row in rows if row["kind"] == kind) for kind in ("sinks + window", "importance"))
-    claim = "trained importance: KLD to dense, as a share of that of sinks + window"
-    claims.at_most(claim, ours["kld"] / window["kld"], 1)
+    rows.insert(-1, measure_calibrated(output, text, amounts, device, dtype))
+    add_shares_of_gap(rows)
+    window, _, ours = (row["kld"] for row in rows[1:])
+    claims.at_most("trained importance: KLD to dense, as a share of that of sinks + window", ours / window, 1)
     return rows
+
+
+def measure_calibrated(output: Path, text: Path, amounts: Amounts, device: str, dtype: str) -> dict[str, Any]:
+    """Measures the calibrated model on the rows and prompts of `flash-dmattn eval --suite recall`."""
+    tokenizer = load_tokenizer(find_source(output / "dense"))
+    input_ids = read(tokenizer, text, amounts.stretches * amounts.context)
+    options = {"contexts": [amounts.context], "depths": list(amounts.depths), "samples": amounts.samples}
+    prompts = recall_prompts(tokenizer, input_ids, tasks=["pass_key"], **options)
+    row = rows_of(load(output / "converted", device, dtype), [amounts.window])[-1]
+    return measure_row(
+        row._replace(label=f"calibrated, w = {amounts.window}", kind="calibrated"),
+        input_ids,
+        prompts,
+        context_length=amounts.context,
+        first_row=amounts.window,
+        leading=leading_tokens(tokenizer),
+        max_stretches=amounts.stretches,
+    )
 
 
 def run(

@@ -16,12 +16,12 @@ def table(results: dict) -> str:
         f"perplexity at a context of {amounts['context']} ({results['perplexity']['num_tokens']:,} held-out tokens)",
     ]
     values = {row["mask"]: row["perplexity"][str(amounts["context"])] for row in results["perplexity"]["rows"]}
-    lines.append(f"  {'w':>6} {'sinks + window':>16} {'importance':>12} {'dense':>8}")
+    lines.append(f"  {'w':>6} {'sinks + window':>16} {'calibrated':>12} {'dense':>8}")
     for window in amounts["windows"]:
         plain, ours = (values[f"{kind}, w = {window}"] for kind in ("sinks + window", "importance"))
         lines.append(f"  {window:>6} {plain:>16.3f} {ours:>12.3f} {values['dense']:>8.3f}")
     if results["trained_importance"]:
-        lines += ["", f"trained importance, at a context of {amounts['context']}, on rows beyond w"]
+        lines += ["", f"agreement with dense, at a context of {amounts['context']}, on rows beyond w"]
         lines += [f"  {line}" for line in tables(results["trained_importance"]).splitlines()]
     memory, generated = results["cache_bytes"], results["generation"]
     lines += ["", f"cache, MiB{'context':>12} {'dense':>8} {'ours':>8}"]
