@@ -282,7 +282,7 @@ def reload_in_new_process(model: PreTrainedModel, folder: Path, tokens: torch.Te
 def measure_trained(
     output: Path, text: Path, amounts: Amounts, device: str, dtype: str, claims: Claims
 ) -> list[dict[str, Any]]:
-    """Returns the rows of the recall suite, the last with the importance of `IMPORTANCE`, and one more for calibration."""
+    """Returns rows as of the recall suite: dense, sinks + window, calibrated, with the importance of `IMPORTANCE`."""
     options = ["--dtype", dtype, "--device", device]
     command("convert", output / "dense", output / "with_importance", "--importance", IMPORTANCE, *options)
     evaluation = {
