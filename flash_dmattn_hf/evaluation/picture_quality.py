@@ -34,8 +34,7 @@ def quality_part(rows: list[dict]) -> Part:
     memory = f"key-value cache of {longest} tokens (MiB)"
     if len({row["keep_window_size"] for row in rows} - {None}) > 1:
         return Part(3.9, partial(_curves, rows=rows, measures=measures, memory=memory))
-    sizes = [row["cache_bytes"] and row["cache_bytes"] / 2**20 for row in rows]
-    measures.insert(0, Measure(memory, sizes, decimals=2))
+    measures.insert(0, Measure(memory, _mebibytes(rows), decimals=2))
     return Part(height_of(rows) + 1.1, partial(_bars, rows=rows, measures=measures))
 
 
@@ -73,7 +72,7 @@ def _bars(figure, rows: list[dict], measures: list[Measure]) -> None:
 
 
 def _curves(figure, rows: list[dict], measures: list[Measure], memory: str) -> None:
-    sizes = [row["cache_bytes"] and row["cache_bytes"] / 2**20 for row in rows]
+    sizes = _mebibytes(rows)
     of_masks = styles([row for row in rows if row["cache_bytes"] is not None])
     ticks, texts = zip(*_memory_ticks(rows, sizes), strict=True)
     panels = figure.subplots(1, len(measures))
@@ -97,6 +96,10 @@ def _curves(figure, rows: list[dict], measures: list[Measure], memory: str) -> N
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
     )
+
+
+def _mebibytes(rows: list[dict]) -> list[float | None]:
+    return [row["cache_bytes"] and row["cache_bytes"] / 2**20 for row in rows]
 
 
 def _dense(rows: list[dict]) -> int:
