@@ -6,6 +6,7 @@ import operator
 import torch
 
 from flash_dmattn.backends.cuda import backward_pass, forward_pass
+from flash_dmattn.backends.cuda.head_dims import is_filled_up
 from flash_dmattn.backends.cuda.plans import PassShape, Plan
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.visibility import Visibility
@@ -157,6 +158,8 @@ def reject_plan(call: AttentionCall, importance: torch.Tensor) -> str | None:
         return "there are no queries or no keys"
     if importance.shape[1] != call.num_interval_heads:
         return "one importance is for all heads"
+    if is_filled_up(call):
+        return "its rows are filled up"
     return backward_pass.reject_backward(call)
 
 
