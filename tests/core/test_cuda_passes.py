@@ -8,8 +8,9 @@ import torch.utils.checkpoint
 
 import flash_dmattn
 from flash_dmattn import planned
+from flash_dmattn.backends.cuda import library
 from flash_dmattn.backends.cuda.attention_plan import AttentionPlan
-from flash_dmattn.backends.cuda.head_dims import kernel_dim
+from flash_dmattn.backends.cuda.head_dims import cut_rows, fill_rows, kernel_dim
 
 from .attention_cases import documents
 from .kernel_cases import DEVICE, make_inputs, options, scattered, tiled
@@ -71,9 +72,9 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def played(request, loaded, monkeypatch):
-    library = PlayedLibrary(loaded)
-    library.install(monkeypatch, is_for_sm90a=request.param == "sm90")
-    return library
+    stand_in = PlayedLibrary(loaded)
+    stand_in.install(monkeypatch, is_for_sm90a=request.param == "sm90")
+    return stand_in
 
 
 def suited(case):
@@ -244,6 +245,15 @@ def test_rows_are_filled_up_to_the_next_kernel_unless_most_of_it_were_zeros(play
         query = torch.zeros(1, 4, 2, head_dim, dtype=torch.bfloat16)
         with pytest.raises(RuntimeError, match=words):
             flash_dmattn.interval_attention(query, query, query, None, None, backend="cuda")
+
+
+def test_what_stands_behind_a_row_is_zero(monkeypatch):
+    monkeypatch.setattr(library, "head_dims", lambda: (64, 128))
+    rows = torch.randn(2, 7, 3, 80).transpose(1, 2)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *sizes: tensor.new_full(sizes, torch.nan))
+    filled = fill_rows(rows)
+    assert filled.is_contiguous() and torch.equal(filled[..., :80], rows) and torch.equal(cut_rows(filled, 80), rows)
+    assert filled.shape == (2, 3, 7, 128) and not filled[..., 80:].any()
 
 
 @on_both(*FILLED_UP)

@@ -6,6 +6,9 @@ import triton.language as tl
 
 _BLOCK = 4096  # numbers of a program, 16-bit ones 8 KB of loads under way
 
+# What differs from step to step of a server: no variant is compiled for some of its values.
+_CHANGING = ("seqlen", "num_blocks", "lse_batch_stride", "lse_head_stride")
+
 
 def run_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor, result: torch.Tensor) -> None:
     """Writes out * sigmoid(lse - sinks) into result, which may be out.
@@ -53,7 +56,7 @@ def _launch_options(out: torch.Tensor) -> tuple[int, dict[str, int]]:
     """Returns how many blocks of rows all sequences have, and what both kernels are told besides tensors."""
     batch, seqlen, num_heads, head_dim = out.shape
     width = triton.next_power_of_2(max(head_dim, 1))
-    rows = max(1, min(_BLOCK // width, triton.next_power_of_2(max(seqlen, 1))))
+    rows = _BLOCK // width
     blocks = triton.cdiv(seqlen, rows)
     sizes = {"seqlen": seqlen, "num_heads": num_heads, "num_blocks": blocks}
     constants = {"HEAD_DIM": head_dim, "ROWS": rows, "WIDTH": width, "num_warps": 4}
@@ -79,7 +82,7 @@ def _share(lse, sink):
     return tl.where(logit < 0.0, smaller, larger), tl.where(logit < 0.0, larger, smaller)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _scale_rows(
     result_ptr,  # (B, T, H, D)
     out_ptr,  # (B, T, H, D)
@@ -117,7 +120,7 @@ def _scale_rows(
     tl.store(result_ptrs, out.to(tl.float32) * share[:, None], mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _scale_rows_backward(
     dout_ptr,  # (B, T, H, D), contiguous
     dlse_ptr,  # (B, H, T), contiguous
