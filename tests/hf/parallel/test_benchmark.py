@@ -40,7 +40,7 @@ def scripts(monkeypatch):
 def test_steps_on_more_gpus_are_computed_from_the_parts(scripts, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     from parallel_model import NETWORK_BYTES_PER_SECOND, model_of
-    from parallel_picture import draw, print_computed
+    from parallel_picture import draw, print_compared, print_computed
 
     model = model_of(REPORT)
     exchanges, gradients = 1.5 * 4 * 3 * 4000 / 4e6, 2 * 3 / 4 * 1e6 / 1e8
@@ -52,6 +52,8 @@ def test_steps_on_more_gpus_are_computed_from_the_parts(scripts, capsys, tmp_pat
     draw(str(tmp_path / "picture.png"), REPORT)
     print_computed(model)
     assert (tmp_path / "picture.png").stat().st_size and "computed" in capsys.readouterr().out
+    print_compared(model, REPORT)
+    assert "| 2 | 4000 | 2.10 | 2.02 | +4% measured |" in capsys.readouterr().out
     assert model_of({**REPORT, "rows": REPORT["rows"][:2]}) is None
 
 
