@@ -62,7 +62,7 @@ def draw_measured(panels: Any, report: dict[str, Any]) -> None:
             for row in mine:
                 if "mlp_tile" in row:
                     text = f"at {named(row['tokens'])}: MLPs in tiles,\ncomputed once more"
-                    place = {"xytext": (0, -40), "textcoords": "offset points", "ha": "right", "va": "top"}
+                    place = {"xytext": (0, -70), "textcoords": "offset points", "ha": "right", "va": "top"}
                     axis.annotate(text, (row["tokens"], row[quantity]), fontsize=7, **place)
         axis.set_ylim(bottom=0)
         axis.set_title(f"measured: {title}")
