@@ -104,7 +104,8 @@ def test_two_gpus_train_in_bf16_as_one_does_but_for_its_rounding(tmp_path):
     assert noise < 5e-3, (alone, again)
     folder = make_folder(tmp_path / "both")
     for found in run_on_ranks(2, folder, train_in_bf16, str(folder / "run"), device="cuda"):
-        assert found == pytest.approx(alone, abs=max(1e-3, 3 * noise)), (found, alone, noise)
+        assert found[0] == pytest.approx(alone[0], abs=1e-3), (found, alone)
+        assert found == pytest.approx(alone, abs=3 * max(noise, 2e-3)), (found, alone, noise)
 
 
 def make_folder(path: Path) -> Path:
