@@ -316,6 +316,20 @@ def test_triton_s_backward_serves_with_a_reason(seed, monkeypatch, caplog):
         gradients(deterministic=True)
 
 
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_the_forward_allocates_at_most_96_bytes_a_key(needs_gradients):
+    query = torch.randn(1, 32768, 32, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=needs_gradients)
+    key, value = (query.detach()[:, :, :8].clone() for _ in range(2))
+    importance = torch.randn(1, 8, 32768, device=DEVICE)
+    for _ in range(2):  # the first makes the plan
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = flash_dmattn.dynamic_mask_attention(query, key, value, importance, keep_window_size=2048, backend="cuda")
+        needed = torch.cuda.max_memory_allocated() - before - out.nbytes
+        del out
+    assert needed <= 96 * importance.numel()
+
+
 def test_the_backward_allocates_less_than_a_float32_query():
     query = torch.randn(1, 16384, 32, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     key, value = (query.detach()[:, :, :8].clone().requires_grad_() for _ in range(2))

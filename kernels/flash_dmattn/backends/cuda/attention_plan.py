@@ -42,8 +42,7 @@ class AttentionPlan:
             (self._out_shape, call.query.dtype, shape.device),
             ((self._kept_bytes,), torch.uint8, shape.device),
         ]
-        self._scratch = _round_up(lse_bytes)  # behind an lse that nobody asked for
-        self._scratch_bytes = self._scratch + self._forward.scratch_bytes
+        self._scratch_bytes = self._forward.scratch_bytes
 
     @functools.cached_property
     def _backward(self) -> Plan:
@@ -86,9 +85,9 @@ class AttentionPlan:
             0,
             0,
             out.data_ptr(),
-            lse.data_ptr() if needs_lse else scratch,
+            lse.data_ptr() if needs_lse else 0,
             kept,
-            scratch + self._scratch,
+            scratch,
         )
         self._forward.run(tensors)
         return out, lse
