@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from flash_dmattn.backends import BACKENDS
@@ -227,6 +228,8 @@ def is_watched(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     if is_in_torch_dispatch_mode() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level >= 0:  # a kernel would leave tangents behind
         return True
     return tensors[0].is_meta or not _PLAIN.issuperset(map(type, tensors))
 

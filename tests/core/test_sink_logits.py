@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_dmattn import dispatch, interval_attention, sink_logits
@@ -181,6 +182,19 @@ def test_who_watches_operations_gets_operations_of_torch(monkeypatch):
     assert torch.equal(many, expected.expand(2, *out.shape))
     compiled = torch.compile(with_sinks, backend="eager", fullgraph=True)
     assert torch.equal(compiled(out, lse, sinks, backend="triton"), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_tangents_of_forward_mode_go_through(needs_gradients):
+    out, lse, sinks, _ = problem(1, 5, 3, 4)
+    sinks = torch.linspace(-1, 1, 3, device=DEVICE, requires_grad=needs_gradients)
+    expected = (with_sinks(out, lse, sinks + 1e-2) - with_sinks(out, lse, sinks - 1e-2)) / 2e-2
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(sinks, torch.ones_like(sinks))
+        result = with_sinks(out, lse, dual, may_overwrite=True, backend="triton")
+        tangent = forward_ad.unpack_dual(result).tangent
+    torch.testing.assert_close(tangent, expected, atol=1e-3, rtol=1e-2)
 
 
 @needs_triton
