@@ -57,7 +57,7 @@ def take_over(suite: Path, results: Path) -> str:
         sys.exit(f"error: {suite} must hold results of one GPU, not of {', '.join(sorted(gpus)) or 'none'}")
     (gpu,) = gpus
     for path, report in reports.items():
-        for option in ("json", "png"):
+        for option in ("json", "png", "profile"):
             report.get("settings", {}).pop(option, None)
         save_json(results / f"{path.stem}_{gpu}.json", report)
         picture = path.with_suffix(".png")

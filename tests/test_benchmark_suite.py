@@ -115,7 +115,8 @@ def test_a_suite_is_taken_over_with_the_name_of_its_gpu(tmp_path):
     suite.mkdir()
     shutil.copy(RESULTS / "attention_h100.json", results)
     row = {**ROW, "engine": "flash_dmattn", "host_microseconds": 20.0}
-    both = report(row, {**row, "engine": "cudnn", "milliseconds": 2.0}, json="/a/path/of/that/machine.json")
+    paths = {name: f"/a/path/of/that/machine/{name}" for name in ("json", "png", "profile")}
+    both = report(row, {**row, "engine": "cudnn", "milliseconds": 2.0}, **paths)
     (suite / "host_time.json").write_text(json.dumps(both))
     gpu = take_over(suite, results)
     assert json.loads((results / "host_time_h200.json").read_text()) == report(*both["rows"])
