@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation.continuous_batching.model_runner import ModelRunner
-from transformers.generation.continuous_batching.utils import memory_pool_context, stream_context
+from transformers.generation.continuous_batching.utils import (
+    get_device_and_memory_breakdown,
+    memory_pool_context,
+    stream_context,
+)
 
 from flash_dmattn_hf.cache.cuda_graph import capturing
+from flash_dmattn_hf.serving.experts import StepExperts
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +25,7 @@ class SlotModelRunner(ModelRunner):
     A step is a forward in which every request brings one token. It is padded to a power of 2, at most to the number of
     requests that a batch can have; what is added has no row, so no slot changes for it. On a GPU a step is captured
     when its number comes the first time, and replayed from then on. A forward with part of a prompt runs as it is.
+    Experts that cannot be captured are others in captured steps.
 
     asks_for_graphs: True: RuntimeError when a step cannot be captured; None: then steps run without; False: no padding.
     options: of transformers' ModelRunner.
@@ -29,6 +35,7 @@ class SlotModelRunner(ModelRunner):
         super().__init__(**options)
         self.asks_for_graphs = asks_for_graphs
         self.pads_steps = self.use_cuda_graph_decode or bool(asks_for_graphs)
+        self.experts = StepExperts()
         # Ready-made, so that no model looks for documents in the positions: the cache knows whose tokens these are.
         self._attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.cache.device)
 
@@ -42,6 +49,8 @@ class SlotModelRunner(ModelRunner):
 
         batch_data: what the model is called with, as the inputs of transformers give it.
         """
+        if self.use_cuda_graph_decode and self.experts.switched is None:
+            self.experts.choose(model, _free_bytes())
         self.cache.begin(self.inputs_and_outputs.requests_in_batch, batch_data["block_table"])
         batch_data["attention_mask"], batch_data["block_table"] = self._attention_mask, None
         stream = self.inputs_and_outputs.compute_stream
@@ -49,30 +58,53 @@ class SlotModelRunner(ModelRunner):
             stream.wait_stream(torch.cuda.current_stream(self.cache.device))
         super().compute_batch(model, batch_data)
 
+    def _get_forward_fn(self, use_block_table: bool) -> tuple[Callable[..., None], bool]:
+        """Returns what forwards run through, and whether in a graph: a step, if there is room for its experts."""
+        forward_fn, uses_graph = super()._get_forward_fn(use_block_table)
+        most = self.experts.most_tokens
+        return forward_fn, uses_graph and (most is None or self.inputs_and_outputs.num_q_tokens <= most)
+
     @torch.no_grad()
     def warmup(self, model: nn.Module) -> None:
         """Captures a step for every padded number of requests, the largest first: the others share its memory."""
         num_requests = self.cb_config.max_requests_per_batch
         while num_requests and self.use_cuda_graph_decode:
+            switched = self.experts.switched
             self.run_one_warmup(model=model, num_q_tokens=num_requests, max_kv_read=None)
             self.inputs_and_outputs.retrieve_device_outputs()
-            num_requests = 1 << (num_requests - 1).bit_length() >> 1
+            if self.experts.switched == switched:  # else this number has not been captured yet
+                num_requests = 1 << (num_requests - 1).bit_length() >> 1
 
     def _capture_graph(self, forward_fn: Callable[..., None], compute_stream: torch.cuda.Stream, *args: Any) -> None:
-        """Runs the step, and captures it for later ones."""
-        with stream_context(compute_stream), memory_pool_context(self.mem_pool):
-            forward_fn(*args)
+        """Runs the step, and captures it for later ones. args: those of `forward_fn`, the model first."""
         graph = torch.cuda.CUDAGraph()
-        try:
-            with capturing(graph, self.cache.device, self.graph_pool_id, compute_stream):
+        with self.experts.in_place(args[0]):
+            with stream_context(compute_stream), memory_pool_context(self.mem_pool):
                 forward_fn(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            message = f"the forward of {type(args[0]).__name__} cannot be captured in a CUDA graph"
-            if self.asks_for_graphs:
-                raise RuntimeError(f"{message}: leave use_cuda_graph out") from error
-            logger.warning("%s, so its steps are launched kernel by kernel: %s", message, error)
-            self.use_cuda_graph_decode = self.pads_steps = False
+            try:
+                with capturing(graph, self.cache.device, self.graph_pool_id, compute_stream):
+                    forward_fn(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                refusal = error
+            else:
+                self.inputs_and_outputs.set_graph(graph)
+                return
+        self._do_without(args[0], refusal)
+
+    def _do_without(self, model: nn.Module, refusal: RuntimeError) -> None:
+        """Has later steps captured with other experts, or launched kernel by kernel if it is not for the experts."""
+        message = f"the forward of {type(model).__name__} cannot be captured in a CUDA graph"
+        if self.experts.switch(model, _free_bytes()):
+            logger.info("%s with its own experts, so later steps have others: %s", message, refusal)
             return
-        self.inputs_and_outputs.set_graph(graph)
+        if self.asks_for_graphs:
+            raise RuntimeError(f"{message}: leave use_cuda_graph out") from refusal
+        logger.warning("%s, so its steps are launched kernel by kernel: %s", message, refusal)
+        self.use_cuda_graph_decode = self.pads_steps = False
+
+
+def _free_bytes() -> int:
+    _, total, reserved, allocated = get_device_and_memory_breakdown()
+    return total - max(reserved, allocated)

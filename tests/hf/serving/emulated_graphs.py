@@ -18,12 +18,12 @@ class EmulatedGraph:
         self.forward = None
 
 
-def emulate_graphs(engine, monkeypatch, refuses: bool = False) -> dict[tuple[int, ...], EmulatedGraph]:
+def emulate_graphs(engine, monkeypatch, refuses=lambda: False) -> dict[tuple[int, ...], EmulatedGraph]:
     """Has the steps of an engine captured, and returns what is captured, by number of tokens.
 
     Capturing runs nothing, so the slots and the chosen tokens are then as they were. A replay knows of the rows of its
-    requests what it finds at the address that it was captured with. refuses: capturing raises, as for a model that
-    waits for the GPU.
+    requests what it finds at the address that it was captured with. refuses: whether capturing raises, as for a model
+    that waits for the GPU.
     """
     runner, live = engine.processor.model_runner, engine.cache.live_requests
     forward, calls = runner._forward_process_and_sample, []
@@ -34,7 +34,7 @@ def emulate_graphs(engine, monkeypatch, refuses: bool = False) -> dict[tuple[int
 
     @contextmanager
     def capturing(graph, device, pool, stream):
-        if refuses:
+        if refuses():
             raise RuntimeError("operation not permitted when stream is capturing")
         held = [state for slots in live.slots.values() for state in slots]
         held.append(engine.processor.inputs_and_outputs.output_ids)

@@ -88,14 +88,14 @@ def test_a_model_that_cannot_be_captured(monkeypatch, caplog):
     """It is served without graphs, from the step on at which that was found; who asked for graphs gets an error."""
     model, prompt = make_model("llama-topk"), make_prompts((17,))[0]
     engine = Engine(model)
-    graphs = emulate_graphs(engine, monkeypatch, refuses=True)
+    graphs = emulate_graphs(engine, monkeypatch, refuses=lambda: True)
     engine.add("x", prompt, 5)
     with caplog.at_level(logging.WARNING):
         engine.run()
     assert engine.results["x"].generated_tokens == alone(model, prompt, 5) and not graphs
     assert caplog.text.count("LlamaForCausalLM cannot be captured in a CUDA graph, so its steps are launched") == 1
     engine = Engine(model, use_cuda_graph=True)
-    emulate_graphs(engine, monkeypatch, refuses=True)
+    emulate_graphs(engine, monkeypatch, refuses=lambda: True)
     engine.add("x", prompt, 5)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: leave use_cuda_graph out"):
         engine.run()
