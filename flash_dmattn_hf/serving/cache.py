@@ -22,9 +22,16 @@ from flash_dmattn_hf.serving.memory import (
 from flash_dmattn_hf.serving.prefixes import Prefixes
 from flash_dmattn_hf.serving.rows import Rows
 
-DEFAULT_BATCH_TOKENS = 8192
+DEFAULT_BATCH_TOKENS = 2048
+"""Of a forward, unless requests that decode need more: about what one can do while its kernels are launched."""
+
 _PREFIX = "prefix"
 _ANY_LENGTH = 2**62
+
+
+def batch_tokens_of(settings: Any) -> int:
+    """Returns how many tokens a forward has at most. settings: a resolved ContinuousBatchingConfig."""
+    return settings.max_batch_tokens or max(DEFAULT_BATCH_TOKENS, settings.max_requests_per_batch)
 
 
 def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], settings: Any) -> int:
@@ -32,7 +39,7 @@ def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], se
 
     layers: those of the model. settings: a resolved ContinuousBatchingConfig. Raises what `count_rows` raises.
     """
-    num_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
+    num_tokens = batch_tokens_of(settings)
     num_logits = settings.max_requests_per_batch if model._supports_logits_to_keep() else num_tokens
     workspace = workspace_bytes(layers, text_config_of(model), model.dtype, num_tokens, num_logits)
     copied, num_steps = copied_bytes_per_request(layers, model.dtype), min(settings.max_requests_per_batch, num_tokens)
@@ -79,7 +86,7 @@ class SlotCache(PagedAttentionCache):
 
     def __init__(self, model: PreTrainedModel, settings: Any, slot_dtype: torch.dtype | None = None):
         self.config, self.dtype, self.device = text_config_of(model), model.dtype, model.device
-        self.max_batch_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
+        self.max_batch_tokens = batch_tokens_of(settings)
         layers = served_layers(model, slot_dtype)
         self.bytes_per_sector = bytes_per_request(layers, self.dtype)
         self.num_blocks = self.num_sectors = count_requests(model, layers, settings)
