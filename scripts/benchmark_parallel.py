@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=8.0, help="no part begins later, and none goes on after it")
     parser.add_argument("--part-seconds", type=float, default=180.0, help="longest time of a part, start included")
+    parser.add_argument("--profile", metavar="FOLDER", help="write there what a step of each of our rows costs a rank")
     parser.add_argument("--quick", action="store_true", help="a tiny model on CPUs")
     parser.add_argument("--json", help="write the figures to this file, after every part")
     parser.add_argument("--png", help="draw them; needs --json and matplotlib")

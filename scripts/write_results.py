@@ -1,7 +1,8 @@
 """Writes the figures of speed in README.md and docs/results.md from result files, so that nobody copies them by hand.
 
     python scripts/write_results.py                     from docs/benchmarks, as the pages say
-    python scripts/write_results.py --suite FOLDER      takes over what benchmark_suite.py left in FOLDER, first
+    python scripts/write_results.py --suite FOLDER      takes over what benchmark_suite.py left in FOLDER, first;
+                                                        other benchmarks' files in it as well
     python scripts/write_results.py --check             only says whether the pages are up to date
 
 A page holds blocks between "<!-- figures: NAME GPU -->" and "<!-- end of figures -->". results_tables.py has the NAMEs,
@@ -15,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmark_report import REPOSITORY, gpu_name, load_json
+from benchmark_report import REPOSITORY, gpu_name, load_json, save_json
 from results_tables import PARTS, WRITERS, Results
 
 RESULTS = REPOSITORY / "docs" / "benchmarks"
@@ -26,7 +27,7 @@ NOT_MEASURED = "none"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", type=Path, metavar="FOLDER", help="results of benchmark_suite.py to take over")
+    parser.add_argument("--suite", type=Path, metavar="FOLDER", help="results to take over, all of one GPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of result files")
     parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
@@ -46,17 +47,22 @@ def main() -> int:
 
 
 def take_over(suite: Path, results: Path) -> str:
-    """Copies what a suite measured to the result files of its GPU. Returns the name of that GPU."""
-    paths = sorted(suite.glob("*.json"))
-    where = [content.get("environment", content) for content in map(load_json, paths)]
-    gpus = {gpu_name(each["device"]) for each in where}
+    """Copies what a suite measured to the result files of its GPU. Returns the name of that GPU.
+
+    The paths that a benchmark was told to write to are left out of its settings: they say nothing about its figures.
+    """
+    reports = {path: load_json(path) for path in sorted(suite.glob("*.json"))}
+    gpus = {gpu_name(report.get("environment", report)["device"]) for report in reports.values()}
     if len(gpus) != 1 or "cpu" in gpus:
         sys.exit(f"error: {suite} must hold results of one GPU, not of {', '.join(sorted(gpus)) or 'none'}")
     (gpu,) = gpus
-    for path in paths:
-        for found in (path, path.with_suffix(".png")):
-            if found.exists():
-                shutil.copyfile(found, results / f"{path.stem}_{gpu}{found.suffix}")
+    for path, report in reports.items():
+        for option in ("json", "png"):
+            report.get("settings", {}).pop(option, None)
+        save_json(results / f"{path.stem}_{gpu}.json", report)
+        picture = path.with_suffix(".png")
+        if picture.exists():
+            shutil.copyfile(picture, results / f"{path.stem}_{gpu}.png")
     return gpu
 
 

@@ -115,8 +115,10 @@ def test_a_suite_is_taken_over_with_the_name_of_its_gpu(tmp_path):
     suite.mkdir()
     shutil.copy(RESULTS / "attention_h100.json", results)
     row = {**ROW, "engine": "flash_dmattn", "host_microseconds": 20.0}
-    (suite / "host_time.json").write_text(json.dumps(report(row, {**row, "engine": "cudnn", "milliseconds": 2.0})))
+    both = report(row, {**row, "engine": "cudnn", "milliseconds": 2.0}, json="/a/path/of/that/machine.json")
+    (suite / "host_time.json").write_text(json.dumps(both))
     gpu = take_over(suite, results)
+    assert json.loads((results / "host_time_h200.json").read_text()) == report(*both["rows"])
     page = "".join(
         f"<!-- figures: {name} {old} -->\n<!-- end of figures -->\n"
         for name, old in (("attention", "h100"), ("host_time", "none"), ("model", "none"))

@@ -170,35 +170,28 @@ def _survivors(
 def visible_in_shard(shard: Shard, importance: torch.Tensor, row: torch.Tensor, windows: Windows) -> Visibility:
     """Returns the intervals (B, Hi, c + n) of carried and local keys, in rows counted from the first carried key on.
 
+    Keys that were evicted before the rank's first row beat no key at any row of the rank. So what is here is selected
+    as if it were the whole sequence: nothing but its rows from c on, those of the rank, is asked for.
+
     importance, row: (B, Hi, c + n), as in `Keys`, the carried keys first and in order.
     """
-    selection = windows._asdict()
     num_carried = row.shape[-1] - shard.num_rows
-    if not num_carried and not shard.has_documents:
-        return select_visible(importance, **selection)
-    begin = shard.begins[:, 0]
+    selection = windows._replace(sliding_window=None)._asdict()  # that window counts rows of the true sequence
+    padding_mask = is_of_first = None
     if shard.has_documents:
-        is_of_first = torch.nn.functional.pad(shard.begins == begin[:, None], (num_carried, 0), value=True)[:, None]
-        row = row.where(is_of_first, -1)
-    positions = (row - begin[:, None, None]).where(row >= 0, -1).int()
-    shift = (begin - shard.first_row + num_carried)[:, None, None]
-    birth, death = select_visible(importance, positions=positions.contiguous(), **selection)
-    birth, death = (birth + shift).clamp(min=0), (death + shift).clamp(0, NEVER).where(death < NEVER, NEVER)
-    if shard.has_documents:
-        death = torch.minimum(death, is_of_first.sum(-1, keepdim=True))
-        birth = torch.minimum(birth, death)
+        is_of_first = shard.begins == shard.begins[:, :1]
+        padding_mask = torch.cat([row[:, 0, :num_carried] >= 0, is_of_first], 1)  # no head has more keys than another
+    birth, death = select_visible(importance, padding_mask=padding_mask, **selection)
+    if is_of_first is not None:
+        death = death.minimum(num_carried + is_of_first.sum(1, dtype=torch.int32)[:, None, None])
         others = _visible_in_own_documents(shard, importance[..., num_carried:], selection)
-        birth, death = (
-            torch.cat(
-                [
-                    bound[..., :num_carried],
-                    bound[..., num_carried:].where(is_of_first[..., num_carried:], other + num_carried),
-                ],
-                -1,
-            )
-            for bound, other in zip((birth, death), others, strict=True)
-        )
-    return Visibility(birth.int(), death.int())
+        for bound, other in zip((birth, death), others, strict=True):
+            local = bound[..., num_carried:]
+            local.copy_(local.where(is_of_first[:, None], other + num_carried))
+    if windows.sliding_window is not None:
+        too_old = row.long() - shard.first_row + num_carried + windows.sliding_window
+        death = death.minimum(too_old.clamp(0, NEVER).int())
+    return Visibility(birth, death)
 
 
 def _visible_in_own_documents(shard: Shard, importance: torch.Tensor, selection: dict[str, Any]) -> Visibility:

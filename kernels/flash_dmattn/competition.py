@@ -8,6 +8,7 @@ import torch
 
 from flash_dmattn.axes import PrunedAxis
 from flash_dmattn.dispatch import ORDER_STATISTICS, find
+from flash_dmattn.ranking import as_integers
 from flash_dmattn.visibility import NEVER
 
 
@@ -64,9 +65,7 @@ def sort_competitors(axis, competes: torch.Tensor) -> tuple[torch.Tensor, torch.
 def _argsort_best_first(importance: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
     """Sorts stably by segment, rising, then by importance, falling. Returns the indices, int64."""
     if importance.dtype == torch.float32:
-        bits = importance.contiguous().view(torch.int32)
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
-        return ((segment << 32) - ordered).argsort(dim=-1, stable=True)
+        return ((segment << 32) - as_integers(importance)).argsort(dim=-1, stable=True)
     order = importance.argsort(dim=-1, descending=True, stable=True)
     return order.gather(-1, segment.gather(-1, order).argsort(dim=-1, stable=True))
 

@@ -23,6 +23,12 @@ def comparable(importance: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(importance, nan=-torch.inf, posinf=largest, neginf=-torch.inf) + 0.0
 
 
+def as_integers(importance: torch.Tensor) -> torch.Tensor:
+    """Returns int32 of the same order as these float32 of any shape, none of them NaN or -0.0."""
+    bits = importance.contiguous().view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
 def priority(
     importance: torch.Tensor,
     positions: torch.Tensor,
@@ -94,7 +100,15 @@ def select_survivors(
     check_windows(keep_window_size, num_sink_tokens, local_window_size)
     next_position = next_position.view(-1, 1, 1)
     rank = priority(comparable(importance), positions, next_position, num_sink_tokens, local_window_size)
+    count = torch.sym_min(rank.shape[-1], cache_capacity(keep_window_size, local_window_size))
+    return _best_first(rank, positions, count)
+
+
+def _best_first(rank: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the indices (B, Hi, count) of the highest ranks, the highest first, of equal ones the newest first."""
+    if rank.dtype == torch.float32:
+        number = (as_integers(rank).long() << 32) + positions + 1  # with 0 behind what has no position
+        return number.topk(count, dim=-1).indices
     newest_first = positions.argsort(dim=-1, descending=True, stable=True)
     best_first = rank.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
-    order = newest_first.gather(-1, best_first)
-    return order[..., : cache_capacity(keep_window_size, local_window_size)]
+    return newest_first.gather(-1, best_first)[..., :count]

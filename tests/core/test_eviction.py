@@ -39,6 +39,7 @@ def test_one_token_at_a_time_equals_the_general_selection(number):
         assert torch.equal(seen, (whole.birth <= t) & (t < whole.death)), t
         survivors = select_survivors(strengths, positions, after, **windows)
         assert survivors.shape[2] == min(t + 1, capacity)
+        assert torch.equal(survivors, select_survivors(strengths.double(), positions, after, **windows))
         if kept.shape[2] > capacity:
             victim = find_victim(strengths, positions, after, **eviction)
             everything = torch.cat([survivors, victim.unsqueeze(2)], dim=2).sort(2).values

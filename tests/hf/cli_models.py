@@ -3,7 +3,6 @@
 import string
 from pathlib import Path
 
-import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -33,6 +32,8 @@ def save_dense(path: Path) -> Path:
 
 def save_gguf(path: Path, model) -> Path:
     """Writes a Llama as one GGUF file in float32, with a byte-level tokenizer of its vocabulary size."""
+    import gguf  # whoever needs no such file need not have it
+
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)

@@ -289,6 +289,22 @@ def order_of_events(rank: int) -> list[str]:
     return events[2:]  # without those of the mask
 
 
+def births_of_seen_keys(rank: int, name: str) -> bool:
+    """Returns whether every key that a rank sees is born at its own number, which takes key lists one pass."""
+    found, visible = [], attention.visible_in_shard
+
+    def record(*arguments):
+        birth, death = visible(*arguments)
+        number = torch.arange(birth.shape[-1], dtype=birth.dtype)
+        found.append(bool(((birth == number) | (birth >= death)).all()))
+        return birth, death
+
+    model, batch = make_model(CASES[name]), make_batch(CASES[name])
+    with context_parallel() as context, mock.patch.object(attention, "visible_in_shard", record):
+        model(**context.shard(batch))
+    return bool(found) and all(found)
+
+
 class _Recorded(NamedTuple):
     work: Any
     events: list[str]

@@ -40,7 +40,7 @@ def scripts(monkeypatch):
 def test_steps_on_more_gpus_are_computed_from_the_parts(scripts, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     from parallel_model import NETWORK_BYTES_PER_SECOND, model_of
-    from parallel_picture import draw, print_computed
+    from parallel_picture import draw, print_compared, print_computed
 
     model = model_of(REPORT)
     exchanges, gradients = 1.5 * 4 * 3 * 4000 / 4e6, 2 * 3 / 4 * 1e6 / 1e8
@@ -52,19 +52,23 @@ def test_steps_on_more_gpus_are_computed_from_the_parts(scripts, capsys, tmp_pat
     draw(str(tmp_path / "picture.png"), REPORT)
     print_computed(model)
     assert (tmp_path / "picture.png").stat().st_size and "computed" in capsys.readouterr().out
+    print_compared(model, REPORT)
+    assert "| 2 | 4000 | 2.10 | 2.02 | +4% measured |" in capsys.readouterr().out
     assert model_of({**REPORT, "rows": REPORT["rows"][:2]}) is None
 
 
 @pytest.mark.slow
-def test_a_part_that_fails_does_not_end_the_others(scripts):
+def test_a_part_that_fails_does_not_end_the_others(scripts, tmp_path):
     from benchmark_parallel import QUICK, rows_of_stage
 
     settings = {**QUICK, "device": "cpu", "seed": 0, "runs": 1, "minutes": 5, "part_seconds": 300}
+    settings["profile"] = str(tmp_path)
     parts = [("flash_dmattn", 127), ("exchange", 0), ("flash_dmattn", 128)]
     failed, exchange, row = rows_of_stage(2, parts, settings, time.monotonic() + 600)
     assert "multiple of the 2 ranks, got 127" in failed["failed"] and failed["tokens"] == 127
     assert exchange["bytes_per_layer"] == 16 * 2 * (2 * 8 * 2 + 8)
     assert row["bytes_per_layer"] == exchange["bytes_per_layer"] and row["milliseconds"] > 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"flash_dmattn_128_rank_{rank}_of_2.txt" for rank in (0, 1)}
     slow = {**settings, "part_seconds": 0.1}
     (late,) = rows_of_stage(2, parts[2:], slow, time.monotonic() + 600)
     assert late["failed"].startswith("TimeoutError: flash_dmattn with 128 tokens took too long")

@@ -6,6 +6,7 @@ from flash_dmattn_hf import context_parallel
 
 from .jobs import (
     CASES,
+    births_of_seen_keys,
     compare,
     compiled,
     fail_on_one_rank,
@@ -59,6 +60,11 @@ def test_a_step_keeps_no_context(tmp_path, name):
 def test_keys_and_values_travel_while_the_rank_selects(tmp_path):
     for found in run_on_ranks(2, tmp_path, order_of_events):
         assert found == ["gather", "gather in the background", "select", "wait"] * 2
+
+
+@pytest.mark.parametrize("name", ["sinks and window", "packed", "packed, sliding"])
+def test_keys_stand_in_the_order_of_their_births(tmp_path, name):
+    assert run_on_ranks(2, tmp_path, births_of_seen_keys, name) == [True, True]
 
 
 def test_a_compiled_model_trains_between_its_graphs(tmp_path):

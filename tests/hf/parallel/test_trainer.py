@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from .trainer_jobs import (
     resume_on_ranks,
     run_script,
     train,
+    train_in_bf16,
+    train_in_bf16_row_by_row,
     train_on_gpus,
     train_on_ranks,
 )
@@ -86,6 +89,28 @@ def test_the_training_script_shares_sequences(tmp_path, compiled):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one(tmp_path):
     check_two_gpus_train_as_one(tmp_path, train_on_gpus)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_in_bf16_as_one_does_but_for_its_rounding(tmp_path):
+    """What decides between two keys is rounded, too: even one GPU has other losses when it adds up otherwise."""
+    alone, again = (
+        run_on_ranks(1, make_folder(tmp_path / name), job, str(tmp_path / name / "run"), device="cuda")[0]
+        for name, job in (("alone", train_in_bf16), ("again", train_in_bf16_row_by_row))
+    )
+    assert isinstance(alone, list) and isinstance(again, list) and len(alone) == len(again) == 6, (alone, again)
+    noise = max(abs(one - other) for one, other in zip(alone, again, strict=True))
+    assert noise < 5e-3, (alone, again)
+    folder = make_folder(tmp_path / "both")
+    for found in run_on_ranks(2, folder, train_in_bf16, str(folder / "run"), device="cuda"):
+        assert found[0] == pytest.approx(alone[0], abs=1e-3), (found, alone)
+        assert found == pytest.approx(alone, abs=3 * max(noise, 2e-3)), (found, alone, noise)
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 def prepare(inputs: dict, **sizes: int):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, ParallelismConfig
 from accelerate.state import AcceleratorState
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 
 from flash_dmattn_hf import use_chunked_loss
@@ -40,27 +41,37 @@ class Rows(torch.utils.data.Dataset):
 def train(folder: str, cp_size: int = 1, model=None, data=None, resume: str | None = None, **options: Any) -> Trainer:
     """Trains a tiny float32 model, on the CPU unless options say otherwise, and returns its Trainer.
 
-    resume: the folder of a checkpoint to go on from.
+    resume: the folder of a checkpoint to go on from. With bf16, losses and sums of gradients stay in float32, though
+    accelerate has FSDP2 round them: 7.53 and 7.56 are neighbours in bfloat16.
     """
     if cp_size > 1:
         options.update(on_ranks(cp_size))
+    given = {
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "eval_strategy": "steps",
+        "save_strategy": "no",
+    }
     arguments = TrainingArguments(
         folder,
-        per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
         eval_steps=1,
         max_steps=STEPS,
-        learning_rate=1e-2,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        **{"use_cpu": True, "eval_strategy": "steps", "save_strategy": "no", **options},
+        **{**given, **options},
     )
     if model is None:
         model = make_model(CASE).float()
         use_chunked_loss(model, chunk_size=7, engine="torch")
     data = data or Rows()
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    if options.get("bf16"):
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -170,15 +181,24 @@ def run_script(rank: int, model: str, text: str, output: str, *options: str) -> 
     return [entry["loss"] for entry in log if "loss" in entry] + [metrics["eval_loss_after"]]
 
 
-def train_on_gpus(rank: int, folder: str) -> list[float]:
-    """Trains in bf16 on as many GPUs as there are ranks, which share every sequence, with FSDP2.
+def train_on_gpus(rank: int, folder: str, **options: Any) -> list[float]:
+    """Trains on as many GPUs as there are ranks, which share every sequence, with FSDP2. options: of `train`.
 
     On one GPU too: FSDP2 rounds every weight to bf16, and autocast only those of products.
     """
     enter_environment(rank)
     model = gpu_models.make_model(device="cpu").train()
     data = Rows(512, gpu_models.VOCABULARY)
-    options = on_ranks(dist.get_world_size())
+    shared = on_ranks(dist.get_world_size())
     if dist.get_world_size() == 1:
-        del options["parallelism_config"]
-    return losses_of(train(folder, 1, model, data, use_cpu=False, bf16=True, **options))
+        del shared["parallelism_config"]
+    return losses_of(train(folder, 1, model, data, use_cpu=False, learning_rate=1e-3, **shared, **options))
+
+
+def train_in_bf16(rank: int, folder: str) -> list[float]:
+    return train_on_gpus(rank, folder, bf16=True)
+
+
+def train_in_bf16_row_by_row(rank: int, folder: str) -> list[float]:
+    """The same steps, whose rounding alone is another."""
+    return train_on_gpus(rank, folder, bf16=True, per_device_train_batch_size=1, gradient_accumulation_steps=2)
