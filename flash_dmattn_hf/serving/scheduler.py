@@ -9,7 +9,7 @@ from typing import Any
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, PrefillFirstScheduler
 
-from flash_dmattn_hf.serving.chunks import PaddedBatch
+from flash_dmattn_hf.serving.chunks import SMALLEST, PaddedBatch
 
 _MOST_TOKENS = 2**62
 _CHILD = "__child#"
@@ -24,7 +24,7 @@ class RowScheduler:
     """What both schedulers do differently with a `SlotCache`.
 
     padded: set it where forwards with part of a prompt are padded; then there is one prompt in each, after all requests
-    that decode, with as many tokens as fit.
+    that decode, with as many tokens as fit, if these are not too few.
     """
 
     padded: PaddedBatch | None = None
@@ -53,7 +53,8 @@ class RowScheduler:
         if self.padded is not None:
             decoding = [state for state in candidates if state.status == RequestStatus.DECODING]
             others = [state for state in candidates if state.status != RequestStatus.DECODING]
-            self._most_new = max(1, self.padded.most_new(min(len(decoding), self.max_requests_per_batch)))
+            most = self.padded.most_new(min(len(decoding), self.max_requests_per_batch))
+            self._most_new = most if most >= SMALLEST else _MOST_TOKENS  # too few to be worth a forward
             candidates = decoding + others[:1]
         return super()._process_candidates(candidates, *budgets)
 

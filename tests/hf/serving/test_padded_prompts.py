@@ -80,6 +80,24 @@ def test_padded_forwards_of_other_layers(kind):
     assert {80} <= set(serve(make_model(kind)).widths)
 
 
+def test_where_few_tokens_are_left_for_prompts_they_have_all_of_them():
+    """24 tokens of a prompt by itself, unpadded, and 23 beside a single token, padded to themselves."""
+    model, (long, short) = make_model("llama-topk"), make_prompts((90, 5))
+    engine = Engine(model, **{**PADDED, "max_batch_tokens": 24})
+    engine.add("short", short, 9)
+    engine.step()
+    engine.add("long", long, 3)
+    engine.run()
+    news = [[new for _, _, new in batch] for batch in engine.batches]
+    assert news[:5] == [[5], [1, 23], [1, 23], [1, 23], [1, 21]] and engine.widths[:5] == [24] * 5
+    engine.add("again", long, 3)
+    engine.step()
+    assert [new for _, _, new in engine.batches[-1]] == [24] and engine.widths[-1] == 24
+    engine.run()
+    assert engine.results["again"].generated_tokens == engine.results["long"].generated_tokens == alone(model, long, 3)
+    assert engine.results["short"].generated_tokens == alone(model, short, 9)
+
+
 def test_padded_forwards_with_sinks():
     serve(make_sink_model(6))
 
