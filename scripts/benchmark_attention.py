@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flash_dmattn
 from benchmark_report import environment, header, median_milliseconds, save_json
-from flash_dmattn_hf.integration.sink_logits import with_sinks
+from flash_dmattn.sink_logits import with_sinks
 
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 IMPORTANCE = ("iid", "ar1", "drift", "constant")
@@ -156,7 +156,7 @@ def measure(arguments, engine: str, seqlen: int, inputs: list[torch.Tensor]) -> 
                 if sinks is None:
                     return flash_dmattn.dynamic_mask_attention(*inputs, **settings)
                 out, lse = flash_dmattn.dynamic_mask_attention(*inputs, **settings, return_lse=True)
-                return with_sinks(out, lse, sinks)
+                return with_sinks(out, lse, sinks, may_overwrite=True)  # as a layer does
 
         check(inputs, forward().detach(), options, sinks)
         if engine != "flex" and arguments.dropout > 0:

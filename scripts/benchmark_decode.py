@@ -7,10 +7,11 @@ that length would leave it, with random keys: what is in a cache changes nothing
 all lengths use one cache and one graph, filled anew for each length, and take turns: between a first and a last row
 the clock of a GPU that gets warm drifts by more than they differ. Engines:
 
-    flash_dmattn         DynamicMaskCache, the step in a CUDA graph, as generate(cache_implementation="static") has it
-    flash_dmattn-eager   the same step, launched kernel by kernel
-    dense-dynamic        SDPA over transformers' DynamicCache, as generate() does by default
-    dense-static         SDPA over transformers' StaticCache, the step captured in a CUDA graph
+    flash_dmattn           DynamicMaskCache, the step in a CUDA graph, as generate(cache_implementation="static") has it
+    flash_dmattn-eager     the same step, launched kernel by kernel
+    flash_dmattn-compiled  the same step by torch.compile, as generate(..., compile_config=CompileConfig()) has it
+    dense-dynamic          SDPA over transformers' DynamicCache, as generate() does by default
+    dense-static           SDPA over transformers' StaticCache, the step captured in a CUDA graph
 
 "kernel" rows time the decoding kernel alone, in a CUDA graph of as many layers as do not fit into the L2 cache, and
 compare it with reading the slots once at the memory's speed. --slot-dtype float8_e4m3fn measures our engines and the
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from benchmark_model import cast, reference_engine
 from benchmark_report import environment, header, save_json
@@ -41,6 +42,8 @@ SHAPES = {
                      "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
 }  # fmt: skip
 ENGINES = ("flash_dmattn", "flash_dmattn-eager", "dense-dynamic", "dense-static")
+COMPILED = "flash_dmattn-compiled"
+"""An engine that has to be asked for, because compiling takes a minute."""
 DEVICE = "cuda"
 CHECK_LAYERS, CHECK_STEPS = 4, 24
 TURNS = 4
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in range(11, 21)])
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=(*ENGINES, COMPILED))
     parser.add_argument("--keep-window-size", type=int, default=2048)
     parser.add_argument("--slot-dtype", choices=["float8_e4m3fn"], help="of our keys and values (default: bf16)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a row")
@@ -272,9 +275,11 @@ def make_step(arguments, model, engine, batch, context) -> tuple[Callable, int, 
     position = torch.full((batch, 1), context, device=DEVICE)
     forward, refill = model, None
     if engine.startswith("flash"):
-        cache = filled_slots(arguments, model, batch, context, static=engine == "flash_dmattn")
+        cache = filled_slots(arguments, model, batch, context, static=engine in ("flash_dmattn", COMPILED))
         size = cache.nbytes
-        if cache.is_static:
+        if engine == COMPILED:
+            forward = model.get_compiled_call(CompileConfig())
+        elif cache.is_static:
             forward = StepForward(model, CapturedForward(model))
 
         def refill(context: int) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from flash_dmattn import dynamic_mask_attention
+from flash_dmattn.sink_logits import with_sinks
 from flash_dmattn_hf.cache.eviction import view_of_slots
 from flash_dmattn_hf.cache.handover import hand_over
 from flash_dmattn_hf.config import Windows
@@ -24,7 +25,6 @@ from flash_dmattn_hf.integration.packed_attention import attend_packed, find_doc
 from flash_dmattn_hf.integration.served_attention import attend_served
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
 from flash_dmattn_hf.integration.shared_keys import SharedKeys, share, shared_with
-from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 from flash_dmattn_hf.parallel.attention import attend_shard
 from flash_dmattn_hf.parallel.context import active
 
@@ -98,8 +98,7 @@ def dynamic_mask_attention_forward(
         if gate is not None:
             gate.was_called = True
         options = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-        out, lse = attend_served(module, shared, requests, query, key, value, options)
-        return out if s_aux is None else with_sinks(out, lse, s_aux), None
+        return _with_sinks(attend_served(module, shared, requests, query, key, value, options), s_aux), None
     is_cached = cache_layer is not None or shared.view is not None
     is_step = is_cached and query.shape[2] == 1
     if not (is_step and tag is None):  # a static cache reduces the mask of one token
@@ -143,8 +142,8 @@ def dynamic_mask_attention_forward(
     if chunk_size is not None or (gate is None and windows.sliding_window is not None and is_padded and shard is None):
         limits = MaskLimits(windows.sliding_window, chunk_size)
         numbers = {name: options[name] for name in ("softmax_scale", "softcap", "dropout_p") if name in options}
-        out, lse = attend_natively(query, key, value, attention_mask, documents, blocks, limits, **numbers)
-        return out if s_aux is None else with_sinks(out, lse, s_aux), None
+        attended = attend_natively(query, key, value, attention_mask, documents, blocks, limits, **numbers)
+        return _with_sinks(attended, s_aux), None
     if gate is None:
         importance = torch.zeros(value.shape[:3], dtype=torch.float32, device=value.device)
     options["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -176,8 +175,9 @@ _attend_uncompiled = torch.compiler.disable(dynamic_mask_attention_forward)
 
 
 def _with_sinks(attended, s_aux: torch.Tensor | None) -> torch.Tensor:
-    """Returns out (B, T, H, Dv), with the sinks if there are any; attended is out and lse then."""
-    return attended if s_aux is None else with_sinks(*attended, s_aux)
+    """Returns out (B, T, H, Dv), with sinks if there are some. attended: out, which nobody else has, or out and lse."""
+    out, lse = attended if isinstance(attended, tuple) else (attended, None)
+    return out if s_aux is None else with_sinks(out, lse, s_aux, may_overwrite=True)
 
 
 def _attend_cached(module, gate, layer, query, key, attention_mask, blocks, options):
@@ -209,6 +209,12 @@ def check_arguments(module: nn.Module, attention_mask: torch.Tensor | None, kwar
             f"attention_mask must have shape (B, S) with flash_dmattn, got {tuple(attention_mask.shape)} in {name}: "
             "bidirectional and custom masks are not supported, nor is a model that writes its masks out"
         )
+
+
+def check_sinks(sinks: torch.Tensor, num_heads: int, name: str) -> None:
+    """Raises ValueError unless there is one sink logit per query head of a layer of this name."""
+    if sinks.shape != (num_heads,):
+        raise ValueError(f"s_aux of {name} must have shape ({num_heads},), got {tuple(sinks.shape)}")
 
 
 def refuse_unsupported(module: nn.Module, kwargs: dict[str, Any]) -> None:

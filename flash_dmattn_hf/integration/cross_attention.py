@@ -39,9 +39,7 @@ def attend_to_others(
         what = "a softcap" if softcap else "attention sinks"
         raise ValueError(f"{name} attends to other tokens with {what}, which flash_dmattn does not support")
     if attention_mask is not None and attention_mask.dim() != 4:
-        raise ValueError(
-            f"the mask of {name} must have shape (B, 1, T, S), got {tuple(attention_mask.shape)}"
-        )
+        raise ValueError(f"the mask of {name} must have shape (B, 1, T, S), got {tuple(attention_mask.shape)}")
     kwargs.pop("is_causal", None)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **kwargs

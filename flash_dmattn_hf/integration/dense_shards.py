@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from flash_dmattn.dense.attention import dense_attention
+from flash_dmattn.sink_logits import with_sinks
 from flash_dmattn_hf.gates.eligibility import is_cross_attention
-from flash_dmattn_hf.integration.attention import check_arguments, refuse_unsupported
+from flash_dmattn_hf.integration.attention import check_arguments, check_sinks, refuse_unsupported
 from flash_dmattn_hf.integration.cross_attention import attend_to_others
 from flash_dmattn_hf.integration.masks import tag_of
 from flash_dmattn_hf.integration.shards import check_shard, windows_of_shard
-from flash_dmattn_hf.integration.sink_logits import check_sinks, with_sinks
 from flash_dmattn_hf.parallel.attention import attend_shard
 from flash_dmattn_hf.parallel.context import Shard
 from flash_dmattn_hf.parallel.exchange import gather_from_ranks
@@ -64,7 +64,7 @@ def dense_attention_on_ranks(
         out, lse = attend_shard(shard, query, key, value, importance, windows, **options)
     if s_aux is not None:
         check_sinks(s_aux, query.shape[2], type(module).__name__)
-        out = with_sinks(out, lse, s_aux)
+        out = with_sinks(out, lse, s_aux, may_overwrite=True)
     return out, None
 
 

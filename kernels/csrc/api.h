@@ -4,4 +4,4 @@
 #include <cuda_runtime.h>
 
 // Rises whenever an exported function or a parameter struct changes; backends/cuda/library.py expects this number.
-#define FLASH_DMATTN_ABI_VERSION 6
+#define FLASH_DMATTN_ABI_VERSION 7

@@ -33,7 +33,7 @@ extern "C" {
 // Fields of two of them:
 //
 //   out, dout               (B, Sq, H, D), contiguous
-//   lse, dlse               (B, H, Sq), contiguous
+//   lse, dlse               (B, H, Sq), contiguous; lse may be null
 //   stats                   (2, B, H, Sq): stats[0] is near a row's highest (logit + bias) log2(e), or +inf for a row
 //                           that sees nothing; stats[1] is the log2 of the sum of 2 to the power of their differences
 //                           from it, or 0

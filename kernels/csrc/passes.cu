@@ -49,11 +49,10 @@ void size_workspace(flash_dmattn_lists_params& lists, bool is_listed, bool is_or
     lists.query_start = nullptr;
 }
 
-// Sets the addresses of a kernel's inputs, and builds its lists, or the biases that stand for them. Their workspace is
-// the start of scratch.
+// Sets the addresses of a kernel's inputs, and builds its lists, or the biases that stand for them.
 template <typename Plan, typename Tensors, typename Params>
 cudaError_t list_keys(
-    const Plan& plan, const Tensors& tensors, const KeyPlaces& at, Params& params, cudaStream_t stream) {
+    const Plan& plan, const Tensors& tensors, const KeyPlaces& at, void* workspace, Params& params, cudaStream_t stream) {
     char* const scratch = static_cast<char*>(tensors.scratch);
     const auto ints = [scratch](int64_t place) { return reinterpret_cast<int32_t*>(scratch + place); };
     flash_dmattn_lists_params lists = plan.lists;
@@ -78,7 +77,7 @@ cudaError_t list_keys(
     lists.biases = biases;
     lists.sections = ints(at.sections);
     lists.stretches = ints(at.stretches);
-    lists.workspace = scratch;
+    lists.workspace = workspace;
     params.entries = lists.entries;
     params.sections = lists.sections;
     params.stretches = lists.stretches;
@@ -97,25 +96,37 @@ void set_inputs(const Tensors& tensors, Params& params) {
     params.stats = tensors.stats;
 }
 
-// The workspace of the selection, and after it that of the lists, is the start of scratch.
+// The workspaces of the selection and of the lists lie where later stats are, or the start of scratch if they are larger.
+// That of the selection, which is over before anything is listed, lies under all of scratch.
 struct ForwardPlaces {
     Places places;
     KeyPlaces keys;
+    int64_t stats_bytes;
 
     explicit ForwardPlaces(const flash_dmattn_forward_plan& plan) {
-        places.take(std::max(plan.select.workspace_bytes, plan.lists.workspace_bytes));
+        const auto& p = plan.forward;
+        stats_bytes = int64_t(p.batch) * p.num_interval_heads * p.group_size * p.seqlen_q * 2 * sizeof(float);
+        places.take(in_scratch(plan.lists.workspace_bytes));
         keys = KeyPlaces(plan.lists, plan.is_listed, plan.has_bias, places);
+        places.total = std::max(places.total, Places::round_up(in_scratch(plan.select.workspace_bytes)));
+    }
+
+    int64_t in_scratch(int64_t bytes) const { return bytes <= stats_bytes ? 0 : bytes; }
+
+    void* workspace(const flash_dmattn_forward_tensors& tensors, int64_t bytes) const {
+        return in_scratch(bytes) == 0 ? tensors.stats : tensors.scratch;
     }
 };
 
 cudaError_t run_forward(
     const flash_dmattn_forward_plan& plan, const flash_dmattn_forward_tensors& tensors, cudaStream_t stream) {
+    const ForwardPlaces at(plan);
     if (plan.selects) {
         flash_dmattn_select_params select = plan.select;
         select.importance = tensors.importance;
         select.birth = tensors.birth;
         select.death = tensors.death;
-        select.workspace = tensors.scratch;
+        select.workspace = at.workspace(tensors, select.workspace_bytes);
         const int error = flash_dmattn_select(&select, stream);
         if (error != cudaSuccess) return cudaError_t(error);
     }
@@ -124,7 +135,8 @@ cudaError_t run_forward(
     params.out = tensors.out;
     params.lse = tensors.lse;
     if (plan.is_listed || !params.is_for_sm90a) {
-        const cudaError_t error = list_keys(plan, tensors, ForwardPlaces(plan).keys, params, stream);
+        void* const workspace = at.workspace(tensors, plan.lists.workspace_bytes);
+        const cudaError_t error = list_keys(plan, tensors, at.keys, workspace, params, stream);
         if (error != cudaSuccess) return error;
     } else if (plan.has_bias) {
         params.biases = tensors.importance;
@@ -205,7 +217,7 @@ cudaError_t run_backward(
     char* const scratch = static_cast<char*>(tensors.scratch);
     const auto floats = [scratch](int64_t place) { return reinterpret_cast<float*>(scratch + place); };
     set_inputs(tensors, params);
-    cudaError_t error = list_keys(plan, tensors, at.keys, params, stream);
+    cudaError_t error = list_keys(plan, tensors, at.keys, scratch, params, stream);
     if (error == cudaSuccess) error = cudaMemsetAsync(scratch, 0, at.zero_bytes, stream);
     if (error != cudaSuccess) return error;
     params.out = tensors.out;

@@ -24,7 +24,9 @@ extern "C" {
 //   birth, death     null without is_listed; the forward writes them if it selects
 //   query_start      null when is_ordered is false, or when the queries are the last rows
 //   query_positions  or null
-//   scratch          of the size that the scratch function of the pass returns, aligned to 256 bytes
+//   scratch          of the size that the scratch function of the pass returns
+//
+// scratch, and stats of a forward, which are workspace before they are written, are aligned to 256 bytes.
 
 // selects: otherwise birth and death are given.
 struct flash_dmattn_forward_plan {

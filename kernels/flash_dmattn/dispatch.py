@@ -71,7 +71,18 @@ ORDER_STATISTICS = Job(
 )
 TOKEN_IMPORTANCE = Job("token importance", "reject_token_importance", ("token_importance",), otherwise="reference")
 SOFT_CUT = Job("soft cuts", "reject_cut", ("cut",), otherwise="reference")
-JOBS = (ATTENTION, DENSE_ATTENTION, DECODING, SELECTION, KEY_LISTS, ORDER_STATISTICS, TOKEN_IMPORTANCE, SOFT_CUT)
+SINK_LOGITS = Job("sink logits", "reject_sinks", ("with_sinks",), otherwise="reference")
+JOBS = (
+    ATTENTION,
+    DENSE_ATTENTION,
+    DECODING,
+    SELECTION,
+    KEY_LISTS,
+    ORDER_STATISTICS,
+    TOKEN_IMPORTANCE,
+    SOFT_CUT,
+    SINK_LOGITS,
+)
 
 
 def explain_backends() -> dict[str, str | None]:
@@ -208,13 +219,16 @@ def can_call_directly(*tensors: torch.Tensor | None) -> bool:
 
 def is_eager(*tensors: torch.Tensor | None) -> bool:
     """Whether these are plain tensors, and nothing traces, maps, profiles or intercepts what is done with them."""
+    return not is_watched(*tensors) and not torch._C._autograd._profiler_enabled()
+
+
+def is_watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether something needs to see single operations: it traces, maps or intercepts them, or a tensor does."""
     if torch.compiler.is_compiling():
-        return False
+        return True
     if is_in_torch_dispatch_mode() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch._C._autograd._profiler_enabled() or tensors[0].is_meta:
-        return False
-    return _PLAIN.issuperset(map(type, tensors))
+        return True
+    return tensors[0].is_meta or not _PLAIN.issuperset(map(type, tensors))
 
 
 def announce(job: Job, name: str, reason: str) -> None:

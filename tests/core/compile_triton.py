@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flash_dmattn.backends.triton import configs
+from flash_dmattn.backends.triton import configs, sink_logits
 from flash_dmattn.backends.triton.backward_kernels import _dkey_dvalue, _dquery
 from flash_dmattn.backends.triton.causal_kernels import LARGEST_BIAS, _causal_forward
 from flash_dmattn.backends.triton.decode_kernel import _decode
@@ -22,7 +22,7 @@ from flash_dmattn.backends.triton.forward_kernels import _forward
 from flash_dmattn.backends.triton.importance_kernel import _importance
 from flash_dmattn.backends.triton.soft_cut import _BLOCK, _cut, _cut_backward
 
-DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr"}
+DATA = {"out_ptr", "query_ptr", "key_ptr", "value_ptr", "dout_ptr", "dquery_ptr", "result_ptr", "dresult_ptr"}
 INDICES = {f"{name}_ptr" for name in "birth death start positions entries sections stretches contested".split()}
 INDICES |= {"arrivals_ptr", "lengths_ptr", "rows_ptr", "victims_ptr"}
 INDICES |= {f"{name}_ptr" for name in "cut dying given_contested cu_seqlens".split()}
@@ -71,6 +71,8 @@ def compile_kernel(
         "HAS_PADDING": True,
         "HAS_ROWS": True,
         "ROUNDED": is_rounded,
+        "WIDTH": triton.next_power_of_2(head_dim),
+        "ROWS": sink_logits._BLOCK // triton.next_power_of_2(head_dim),
         "NUM_INPUTS": 8 * head_dim,
         "BLOCK": config.block_n,
         "HAS_EXP": True,
@@ -119,6 +121,8 @@ def main():
             "dkey, dvalue": (_dkey_dvalue, configs.dkey_config(query), True),
             "decode": decode,
             "token importance": (_importance, configs.DecodeConfig(SLOTS, 1024, 4, 1), True),
+            "sinks": (sink_logits._scale_rows, configs.DecodeConfig(SLOTS, 1, 4, 1), True),
+            "sinks backward": (sink_logits._scale_rows_backward, configs.DecodeConfig(SLOTS, 1, 4, 1), True),
         }
         if divmod(capability, 10) >= FIRST_GPU:
             kernels["decode in 8 bits"] = (*decode, False, False, True)

@@ -26,6 +26,9 @@ on_the_gpu = [pytest.mark.gpu, pytest.mark.skipif(WHY_NOT is not None, reason=f"
 pytestmark = on_the_gpu
 
 HEAD_DIMS = tuple(map(int, settings.HEAD_DIMS))
+IS_HOPPER = WHY_NOT is None and torch.cuda.get_device_capability() == (9, 0)
+once = pytest.mark.parametrize("architecture", [""], ids=["own"], indirect=True)
+for_hopper = pytest.mark.skipif(WHY_NOT is None and not IS_HOPPER, reason="of the backward for Hopper alone")
 MOST_NEEDED = {256: 148480}  # bytes of shared memory, where the backward has no shape for less
 
 
@@ -81,10 +84,52 @@ def test_kernels_equal_the_reference(case, seed):
     check(replace(case, head_dim=64, dtype=torch.bfloat16), seed, "cuda")
 
 
-@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.head_dim in HEAD_DIMS], ids=str)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_kernels_equal_the_reference_at_larger_shapes(case, seed):
     case = case if case.dtype != torch.float32 else replace(case, dtype=torch.bfloat16)
     check(case, seed, "cuda")
+
+
+OTHER_HEAD_DIMS = [
+    tiled(
+        f"keys-d{head_dim}-values-d{value_dim}-{kind}",
+        batch=1 if kind == "packed" else 2,
+        seqlen_q=1000,
+        seqlen_k=1000,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=torch.bfloat16,
+        options=options(keep_window_size=200, local_window_size=60, **chosen),
+    )
+    for head_dim, value_dim in ((192, 128), (128, 192), (96, 96), (80, 64), (80, 80), (160, 160), (40, 40), (224, 100))
+    for kind, chosen in (
+        ("causal", {}),
+        ("packed", {"cu_seqlens": documents(3, 0, 497, 1, 499)}),
+        ("padded", {"padding_mask": scattered(2, 1000)}),
+    )
+]
+"""Head dims that the library has kernels for, and those that it fills up to the next."""
+
+
+@pytest.mark.parametrize("case", OTHER_HEAD_DIMS, ids=str)
+def test_other_head_dims_equal_the_reference_without_triton(case, seed, monkeypatch):
+    rows = 256 if case.head_dim == 224 else case.head_dim
+    if find_target(torch.device("cuda", 0)).shared_bytes >= MOST_NEEDED.get(rows, 0):
+        forbid_triton(monkeypatch)
+    check(case, seed, "cuda")
+
+
+@once
+@for_hopper
+def test_deterministic_gradients_of_filled_up_rows_are_bitwise_equal(seed, monkeypatch):
+    forbid_triton(monkeypatch)
+    case = tiled("filled-up", seqlen_q=3000, seqlen_k=3000, num_heads=8, num_kv_heads=2, head_dim=80)
+    case = replace(case, dtype=torch.bfloat16, options=options(keep_window_size=300, deterministic=True))
+    first, *others = (run(case, seed, "cuda") for _ in range(4))
+    for other in others:
+        assert all(torch.equal(*pair) for pair in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("number", range(200))
@@ -200,11 +245,6 @@ def forbid_triton(monkeypatch):
     monkeypatch.setattr(flash_dmattn.backends.triton, "backward", refuse)
 
 
-IS_HOPPER = WHY_NOT is None and torch.cuda.get_device_capability() == (9, 0)
-once = pytest.mark.parametrize("architecture", [""], ids=["own"], indirect=True)
-for_hopper = pytest.mark.skipif(WHY_NOT is None and not IS_HOPPER, reason="of the backward for Hopper alone")
-
-
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_the_backward_is_not_triton_s(head_dim, dtype, seed, monkeypatch):
@@ -276,6 +316,20 @@ def test_triton_s_backward_serves_with_a_reason(seed, monkeypatch, caplog):
         gradients(deterministic=True)
 
 
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_the_forward_allocates_at_most_96_bytes_a_key(needs_gradients):
+    query = torch.randn(1, 32768, 32, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=needs_gradients)
+    key, value = (query.detach()[:, :, :8].clone() for _ in range(2))
+    importance = torch.randn(1, 8, 32768, device=DEVICE)
+    for _ in range(2):  # the first makes the plan
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = flash_dmattn.dynamic_mask_attention(query, key, value, importance, keep_window_size=2048, backend="cuda")
+        needed = torch.cuda.max_memory_allocated() - before - out.nbytes
+        del out
+    assert needed <= 96 * importance.numel()
+
+
 def test_the_backward_allocates_less_than_a_float32_query():
     query = torch.randn(1, 16384, 32, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     key, value = (query.detach()[:, :, :8].clone().requires_grad_() for _ in range(2))
@@ -342,7 +396,7 @@ def test_strided_inputs(seed):
     ("change", "words"),
     [
         ({"dtype": torch.float32}, "float32"),
-        ({"head_dim": 80}, "head dim 80"),
+        ({"head_dim": 24}, "from 24 to twice"),
         ({"num_heads": 17}, "17 query heads"),
     ],
     ids=["float32", "head-dim", "group-size"],

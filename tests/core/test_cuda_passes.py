@@ -8,7 +8,9 @@ import torch.utils.checkpoint
 
 import flash_dmattn
 from flash_dmattn import planned
+from flash_dmattn.backends.cuda import library
 from flash_dmattn.backends.cuda.attention_plan import AttentionPlan
+from flash_dmattn.backends.cuda.head_dims import cut_rows, fill_rows, kernel_dim
 
 from .attention_cases import documents
 from .kernel_cases import DEVICE, make_inputs, options, scattered, tiled
@@ -36,6 +38,15 @@ CASES = [
     tiled("one-token", seqlen_q=1, seqlen_k=1, options=options(keep_window_size=500)),
     tiled("importance-bfloat16", importance_dtype=torch.bfloat16, options=SELECTED),
 ]
+FILLED_UP = [
+    tiled("filled-up", seqlen_q=37, seqlen_k=200, num_heads=6, num_kv_heads=2, head_dim=80, options=SELECTED),
+    tiled("filled-up-dense", head_dim=80, options=DENSE),
+    tiled("filled-up-padded", batch=2, head_dim=72, options=options(padding_mask=scattered(2, 150), softcap=2.0)),
+    tiled("filled-up-packed", head_dim=112, options=options(cu_seqlens=documents(3, 0, 47, 1, 99))),
+    tiled("filled-up-not-aligned", head_dim=75, options=SELECTED),
+    tiled("filled-up-values-shorter", head_dim=80, value_dim=64, options=SELECTED),
+    tiled("filled-up-values-longer", head_dim=80, value_dim=100, options=options(add_importance_bias=False)),
+]
 UNPLANNED = [
     tiled("padded", batch=2, options=options(padding_mask=scattered(2, 150))),
     tiled("packed", options=options(cu_seqlens=documents(3, 0, 47, 1, 99))),
@@ -43,6 +54,7 @@ UNPLANNED = [
     tiled("values-shorter", head_dim=128, value_dim=64, options=SELECTED),
     tiled("values-longer", head_dim=96, value_dim=128, options=SELECTED),
     tiled("values-not-aligned", head_dim=128, value_dim=60, options=SELECTED),
+    *FILLED_UP,
     tiled("no-token", seqlen_q=0, seqlen_k=0, options=SELECTED),
 ]
 COPIES = {
@@ -60,9 +72,9 @@ def loaded(tmp_path_factory):
 
 @pytest.fixture
 def played(request, loaded, monkeypatch):
-    library = PlayedLibrary(loaded)
-    library.install(monkeypatch, is_for_sm90a=request.param == "sm90")
-    return library
+    stand_in = PlayedLibrary(loaded)
+    stand_in.install(monkeypatch, is_for_sm90a=request.param == "sm90")
+    return stand_in
 
 
 def suited(case):
@@ -224,3 +236,36 @@ def test_a_planned_gradient_has_no_gradient_itself(case, played, seed):
 def test_other_calls_go_the_long_way(case, played, seed):
     results(case, seed, "cuda")
     assert set(planned._ROUTES.values()) <= {None}
+
+
+@pytest.mark.parametrize("played", ["sm90", "sm80"], indirect=True)
+def test_rows_are_filled_up_to_the_next_kernel_unless_most_of_it_were_zeros(played):
+    assert [kernel_dim(head_dim) for head_dim in (31, 32, 64, 65, 128, 129)] == [None, 64, 64, 128, 128, None]
+    for head_dim, words in ((31, "none of them is from 31 to twice as much"), (129, r"head dims \(64, 128\)")):
+        query = torch.zeros(1, 4, 2, head_dim, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match=words):
+            flash_dmattn.interval_attention(query, query, query, None, None, backend="cuda")
+
+
+def test_what_stands_behind_a_row_is_zero(monkeypatch):
+    monkeypatch.setattr(library, "head_dims", lambda: (64, 128))
+    rows = torch.randn(2, 7, 3, 80).transpose(1, 2)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *sizes: tensor.new_full(sizes, torch.nan))
+    filled = fill_rows(rows)
+    assert filled.is_contiguous() and torch.equal(filled[..., :80], rows) and torch.equal(cut_rows(filled, 80), rows)
+    assert filled.shape == (2, 3, 7, 128) and not filled[..., 80:].any()
+
+
+@on_both(*FILLED_UP)
+def test_filled_up_rows_are_neither_returned_nor_saved(case, played, seed):
+    (query, key, value, importance), chosen, _ = make_inputs(suited(case), seed)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
+        out = flash_dmattn.dynamic_mask_attention(
+            query.requires_grad_(), key, value, importance, **chosen, backend="cuda"
+        )
+    assert {"forward"} == set(played.launches) - {"select", "lists"}
+    own = max(case.head_dim, value.shape[3])
+    assert out.shape == (*query.shape[:3], value.shape[3])
+    assert query.shape[:3] + (own,) in saved
+    assert kernel_dim(own) not in {shape[-1] for shape in saved}

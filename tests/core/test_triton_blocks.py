@@ -27,6 +27,7 @@ KERNELS = {
         *("forward", "forward without lists", "dquery", "dkey, dvalue", "decode", "token importance"),
         *("forward with dropout", "dquery with dropout", "dkey, dvalue with dropout"),
         *("soft forward", "soft dquery", "soft dkey, dvalue", "soft cut", "soft cut backward"),
+        *("sinks", "sinks backward"),
     },
     "compile_dense.py": {"classify", "forward", "dquery", "dkey, dvalue"},
 }

@@ -97,7 +97,7 @@ __device__ __forceinline__ void rescale_rows(float (&acc)[kSize], const float (&
     for (int i = 0; i < kSize; ++i) acc[i] *= rescale[i >> 1 & 1];
 }
 
-// Divides the accumulators by their rows' totals and writes out, lse and stats.
+// Divides the accumulators by their rows' totals and writes out, stats, and lse if it is asked for.
 template <typename Traits>
 __device__ __forceinline__ void store_rows(
     const KernelParams& p, const QueryTile& tile, float (&acc)[Traits::kHeadDim / 2], const RunningSoftmax& softmax,
@@ -130,7 +130,7 @@ __device__ __forceinline__ void store_rows(
         if (query.exists && lane % 4 == 0) {
             const int64_t place = (int64_t(tile.batch) * num_heads + query.head) * p.seqlen_q + query.query;
             const float log_total = sees_any ? log2f(total) : 0.f;
-            p.lse[place] = sees_any ? (softmax.shift[r] + log_total) * kLn2 : -INFINITY;
+            if (p.lse) p.lse[place] = sees_any ? (softmax.shift[r] + log_total) * kLn2 : -INFINITY;
             p.stats[place] = sees_any ? softmax.shift[r] : INFINITY;
             p.stats[place + int64_t(p.batch) * num_heads * p.seqlen_q] = log_total;
         }

@@ -21,6 +21,8 @@ runs everywhere, or that refuses no call of a job, leaves out the function that 
     reject_token_importance(value, *parameters), token_importance(value, ...)
     reject_cut(call), cut(call) -> (score, threshold, contested_from, cut, scale)   as the operator returns them
     cut_backward(call, cut, scale, dscore, dthreshold) -> dimportance
+    reject_sinks(out, lse, sinks), with_sinks(out, lse, sinks, result)              result may be out
+    with_sinks_backward(dresult, out, lse, sinks) -> (dout, dlse, dsinks)
 
     reject_plan(call, importance), plan_attention(call, selection)                  see `flash_dmattn.planned`
 

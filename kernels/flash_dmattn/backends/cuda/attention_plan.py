@@ -6,6 +6,7 @@ import operator
 import torch
 
 from flash_dmattn.backends.cuda import backward_pass, forward_pass
+from flash_dmattn.backends.cuda.head_dims import is_filled_up
 from flash_dmattn.backends.cuda.plans import PassShape, Plan
 from flash_dmattn.calls import AttentionCall
 from flash_dmattn.visibility import Visibility
@@ -41,8 +42,7 @@ class AttentionPlan:
             (self._out_shape, call.query.dtype, shape.device),
             ((self._kept_bytes,), torch.uint8, shape.device),
         ]
-        self._scratch = _round_up(lse_bytes)  # behind an lse that nobody asked for
-        self._scratch_bytes = self._scratch + self._forward.scratch_bytes
+        self._scratch_bytes = self._forward.scratch_bytes
 
     @functools.cached_property
     def _backward(self) -> Plan:
@@ -85,9 +85,9 @@ class AttentionPlan:
             0,
             0,
             out.data_ptr(),
-            lse.data_ptr() if needs_lse else scratch,
+            lse.data_ptr() if needs_lse else 0,
             kept,
-            scratch + self._scratch,
+            scratch,
         )
         self._forward.run(tensors)
         return out, lse
@@ -157,6 +157,8 @@ def reject_plan(call: AttentionCall, importance: torch.Tensor) -> str | None:
         return "there are no queries or no keys"
     if importance.shape[1] != call.num_interval_heads:
         return "one importance is for all heads"
+    if is_filled_up(call):
+        return "its rows are filled up"
     return backward_pass.reject_backward(call)
 
 

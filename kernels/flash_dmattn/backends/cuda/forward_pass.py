@@ -18,10 +18,12 @@ pack_tensors = struct.Struct(f"{len(FORWARD_TENSORS)}Q").pack
 """Packs the addresses that FORWARD_TENSORS names, 0 for none."""
 
 
-def tile_rows(call: AttentionCall) -> int:
-    """Returns the rows of a query tile, tokens x group heads, or 0 when the library has no kernel for the call."""
-    target = find_target(call.query.device)
-    return _tile_rows(call.query.shape[-1], call.query.dtype == torch.bfloat16, target.is_for_sm90a)
+def tile_rows(head_dim: int, query: torch.Tensor) -> int:
+    """Returns the rows of a query tile, tokens x group heads, or 0 when the library has no such kernel.
+
+    head_dim: the kernel's. query: of the call, which tells dtype and device.
+    """
+    return _tile_rows(head_dim, query.dtype == torch.bfloat16, find_target(query.device).is_for_sm90a)
 
 
 @functools.lru_cache(MOST_PLANS)

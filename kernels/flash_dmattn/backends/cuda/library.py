@@ -14,7 +14,7 @@ import torch
 
 from flash_dmattn.backends.device import why_no_gpu
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 """The version of functions and parameter structs that this package calls; FLASH_DMATTN_ABI_VERSION in csrc/api.h."""
 
 DISABLING_VARIABLE = "FLASH_DMATTN_DISABLE_CUDA"

@@ -7,6 +7,7 @@ stay in registers meanwhile, dquery is added to float32 sums in memory: see csrc
 import torch
 
 from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.cuda.head_dims import kernel_dim
 from flash_dmattn.backends.cuda.parameters import Sm80BackwardParameters
 from flash_dmattn.backends.cuda.plans import PassShape
 from flash_dmattn.backends.cuda.target import find_target
@@ -25,8 +26,9 @@ def reject_backward(call: AttentionCall) -> str | None:
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return "there are no queries or no keys"
     shared_bytes = find_target(call.query.device).shared_bytes
-    if _tile_rows(call.query.shape[-1], call.query.dtype == torch.bfloat16, shared_bytes) == 0:
-        return f"no backward for head dim {call.query.shape[-1]} was built, or the GPU lacks shared memory for it"
+    head_dim = kernel_dim(call.query.shape[3])
+    if _tile_rows(head_dim, call.query.dtype == torch.bfloat16, shared_bytes) == 0:
+        return f"no backward for head dim {head_dim} was built, or the GPU lacks shared memory for it"
     return None
 
 

@@ -8,6 +8,7 @@ csrc/sm90/backward/kernel.cuh.
 import torch
 
 from flash_dmattn.backends.cuda import library
+from flash_dmattn.backends.cuda.head_dims import is_filled_up, kernel_dim
 from flash_dmattn.backends.cuda.parameters import Sm90BackwardParameters
 from flash_dmattn.backends.cuda.plans import PassShape
 from flash_dmattn.calls import AttentionCall
@@ -25,9 +26,11 @@ def reject_backward(call: AttentionCall) -> str | None:
         return "rows in no order have no fixed order of sums"
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return "there are no queries or no keys"
+    num_heads, head_dim = call.query.shape[2], kernel_dim(call.query.shape[3])
     _, token_stride, head_stride, _ = call.query.stride()
-    num_heads = call.query.shape[2]
-    tile_size = _tile_rows(call.query.shape[-1]) // (num_heads // call.num_interval_heads)
+    if is_filled_up(call):
+        token_stride, head_stride = num_heads * head_dim, head_dim
+    tile_size = _tile_rows(head_dim) // (num_heads // call.num_interval_heads)
     if max(tile_size * token_stride, num_heads * head_stride) > _LONGEST_QUERY_TILE:
         return f"rows of query that belong together are more than {_LONGEST_QUERY_TILE} numbers apart"
     return None

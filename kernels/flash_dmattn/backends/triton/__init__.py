@@ -158,6 +158,29 @@ def cut_backward(
     return run_cut_backward(call, cut, scale, dscore, dthreshold)
 
 
+def reject_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> str | None:
+    if not lse.device == sinks.device == out.device:
+        return "not all tensors are on one device"
+    if torch.float64 in (lse.dtype, sinks.dtype):
+        return "not all tensors are of at most float32"
+    return reject_query(out)
+
+
+def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor, result: torch.Tensor) -> None:
+    from flash_dmattn.backends.triton.sink_logits import run_sinks
+
+    run_sinks(out, lse, sinks, result)
+
+
+def with_sinks_backward(
+    dresult: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns dout, dlse and dsinks; equal inputs give bitwise equal results."""
+    from flash_dmattn.backends.triton.sink_logits import run_sinks_backward
+
+    return run_sinks_backward(dresult, out, lse, sinks)
+
+
 def empty_forward(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out, lse and stats of queries that see nothing."""
     batch, seqlen_q, num_heads, _ = query.shape
