@@ -107,9 +107,10 @@ def test_graphs_need_memory_of_their_own(monkeypatch):
 
     model, workspaces = make_model("llama-topk"), []
     monkeypatch.setattr(cache, "count_rows", lambda size, workspace, **_: workspaces.append(workspace))
-    for use_cuda_graph in ((False, False), (False, True)):
+    for use_cuda_graph in ((False, False), (False, True), (True, True)):
         settings = batching(max_requests_per_batch=8, use_cuda_graph=use_cuda_graph)
         cache.count_requests(model, served_layers(model), settings)
+    assert workspaces[2] > workspaces[1]
     assert workspaces[1] - workspaces[0] >= 8 * (model.config.vocab_size + model.config.hidden_size) * 8
 
 
