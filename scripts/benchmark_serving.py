@@ -8,12 +8,14 @@ A row is one engine, one length of prompts and one load on transformers' continu
     0.8           Poisson arrivals at this share of the requests a second that the engine did when all came at once
 
 Both have the same prompts of random tokens, which share no prefixes. Tokens of requests that have not finished when a
-row's time is over count as well; `finished` says how many have. Engines get the same memory for cache and forwards:
+row's time is over count as well; `finished` says how many have, and `cut_off` that not all have. Engines get the same
+memory for cache and forwards:
 
-    flash_dmattn        one row of w slots a request, steps in CUDA graphs
-    flash_dmattn-eager  the same without graphs
-    sdpa                dense, pages of keys
-    flash_attention_2   the same with FlashAttention; needs flash-attn or a hub kernel
+    flash_dmattn          one row of w slots a request, steps in CUDA graphs
+    flash_dmattn-eager    the same without graphs
+    flash_dmattn-prompts  the same, forwards with part of a prompt in CUDA graphs, too
+    sdpa                  dense, pages of keys
+    flash_attention_2     the same with FlashAttention; a row says so where neither flash-attn nor a hub kernel is there
 
 Three more parts: "http", the 0.8 load of the shortest prompts through `flash-dmattn serve` on loopback; "live", as many
 requests as the memory holds; "snapshot", what it costs to start from a prefix of the longest length.
@@ -39,13 +41,23 @@ from benchmark_report import environment, header, save_json
 from flash_dmattn_hf import dynamic_mask_config
 from serving_capacity import live_requests, snapshot
 from serving_http import run_http_load, running_server, save_checkpoint
-from serving_load import ENGINES, SHAPES, Load, Session, make_load, make_settings, peak_gib, run_load
+from serving_load import (
+    ENGINES,
+    SHAPES,
+    Load,
+    Session,
+    make_load,
+    make_settings,
+    number_of_requests,
+    peak_gib,
+    run_load,
+)
 from serving_picture import draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = {
     "shape": "tiny", "prompts": [32, 128], "new_tokens": 8, "requests": 6, "keep_window_size": 32, "batch_tokens": 256,
-    "memory_gib": 0.02, "budget": 240.0,
+    "dense_batch_tokens": 256, "memory_gib": 0.02, "budget": 240.0,
 }  # fmt: skip
 GRACE = 60.0
 """Seconds after its own limit until a part that does not end is taken for one that hangs."""
@@ -91,12 +103,17 @@ def main() -> None:
     counted = 2 * len(args.prompts) * len(args.engines) + sum(name in args.parts for name in names)
     report = {"environment": environment(DEVICE), "settings": vars(args), "rows": []}
     print(header(report["environment"]))
-    parts = Parts(report, counted, args.budget, args.json)
     model = make_model(args)
-    rates = {}
+    missing = {engine: reason for engine in args.engines if (reason := why_unavailable(model, engine))}
+    report["rows"] += [{"part": "engine", "engine": name, "unavailable": why} for name, why in missing.items()]
+    for engine, reason in missing.items():
+        print(f"{engine} cannot run here: {reason}")
+    counted -= 2 * len(args.prompts) * len(missing)
+    parts, rates = Parts(report, counted, args.budget, args.json), {}
     for length in args.prompts:
         for engine in args.engines:
-            rates[engine, length] = measure(parts, args, model, engine, length)
+            if engine not in missing:
+                rates[engine, length] = measure(parts, args, model, engine, length)
     if "live" in args.parts:
         parts.run("live", lambda deadline: live_requests(model, args, deadline))
     if "snapshot" in args.parts:
@@ -118,11 +135,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=64, help="of a row at most")
     parser.add_argument("--tokens", type=int, default=2**20, help="of a row's prompts at most, but 4 requests")
     parser.add_argument("--load", type=float, default=0.8, help="share of the requests a second that an engine can do")
-    parser.add_argument("--engines", nargs="+", default=["flash_dmattn", "sdpa"], choices=ENGINES)
+    parser.add_argument("--engines", nargs="+", default=["flash_dmattn", "sdpa", "flash_attention_2"], choices=ENGINES)
     parser.add_argument("--parts", nargs="*", default=["http", "live", "snapshot"], help="beside the engines' rows")
     parser.add_argument("--keep-window-size", type=int, default=2048)
     parser.add_argument("--memory-gib", type=float, default=70e9 / 2**30, help="for cache and forwards of an engine")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="of a forward at most")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="of a forward of ours at most: our default")
+    parser.add_argument("--dense-batch-tokens", type=int, default=8192, help="of the others: transformers' default")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for the whole run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny model and short prompts, which a CPU can do")
@@ -144,8 +162,17 @@ def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
         return LlamaForCausalLM._from_config(config, attn_implementation="flash_dmattn", dtype=dtype).eval()
 
 
+def why_unavailable(model: LlamaForCausalLM, engine: str) -> str | None:
+    """Returns why an engine's attention cannot be had here, None if it can."""
+    try:
+        model.set_attn_implementation(ENGINES[engine][0])
+    except Exception as error:  # whatever transformers raises for a package or kernel that is not there
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
 def load_of(args: argparse.Namespace, length: int, rate: float | None) -> Load:
-    count = min(args.requests, max(4, args.tokens // length))
+    count = number_of_requests(length, args.requests, args.tokens)
     return make_load(count, length, args.new_tokens, SHAPES[args.shape]["vocab_size"], rate, args.seed)
 
 
@@ -153,13 +180,12 @@ def measure(parts: Parts, args: argparse.Namespace, model: LlamaForCausalLM, eng
     """Runs both loads of an engine; returns the requests a second of the second one, None if the first failed."""
 
     def serve(rate: float | None, deadline: float) -> dict:
-        settings = make_settings(
-            engine, memory_gib=args.memory_gib, batch_tokens=args.batch_tokens, requests=args.requests
-        )
-        with Session(model, engine, settings, min(length, 2 * args.batch_tokens)) as session:
+        settings = make_settings(engine, memory_gib=args.memory_gib, batch_tokens=batch_tokens, requests=args.requests)
+        with Session(model, engine, settings, min(length, 2 * batch_tokens)) as session:
             return run_load(session, load_of(args, length, rate), deadline)
 
-    labels = {"engine": engine, "prompt": length}
+    batch_tokens = args.batch_tokens if ENGINES[engine][0] == "flash_dmattn" else args.dense_batch_tokens
+    labels = {"engine": engine, "batch_tokens": batch_tokens, "prompt": length}
     row = parts.run("load", lambda deadline: serve(None, deadline), **labels, load="all at once")
     if not row.get("tokens_per_s"):
         parts.left -= 1

@@ -17,25 +17,24 @@ from flash_dmattn_hf.serving.memory import bytes_per_request
 from serving_load import GIB, Session, make_load, make_settings, run_load
 
 RUNS = 20
-LIVE_PROMPT = 64
 QUESTION = 16
 
 
 def live_requests(model: PreTrainedModel, args, deadline: float) -> dict:
     """Starts as many requests as `args.memory_gib` holds, all at once, and lets them all generate.
 
-    Their prompts are short, so that the first still generates when the last starts; what a request takes and what a
-    token costs does not depend on that.
+    Their prompts are one token, so that all start in one step and no time passes before all live; what a request takes
+    and what a token costs does not depend on that.
     """
     model.set_attn_implementation("flash_dmattn")
     size = bytes_per_request(served_layers(model), model.dtype)
     count = int(args.memory_gib * GIB) // size
     if args.quick:
         count = min(count, 12)
-    load = make_load(count, LIVE_PROMPT, args.new_tokens, model.config.vocab_size, None, args.seed)
+    load = make_load(count, 1, args.new_tokens, model.config.vocab_size, None, args.seed)
     options = {"batch_tokens": max(args.batch_tokens, count), "requests": count, "num_blocks": count}
     settings = make_settings("flash_dmattn", memory_gib=1e6, **options)
-    with Session(model, "flash_dmattn", settings, LIVE_PROMPT) as session:
+    with Session(model, "flash_dmattn", settings, 1) as session:
         return {"room_for": count, "request_mib": size / 2**20, **run_load(session, load, deadline)}
 
 
@@ -72,7 +71,7 @@ def first_tokens(model: PreTrainedModel, args, prefix: list[int], deadline: floa
         allow_block_sharing=True, page_size=256 if len(prefix) > 256 else 4,
     )  # fmt: skip
     found = {}
-    with Session(model, "flash_dmattn", settings, LIVE_PROMPT) as session:
+    with Session(model, "flash_dmattn", settings, QUESTION) as session:
         for names in (("cold", "together"), ("warm",)):
             for number, name in enumerate(names):
                 session.send(name, [*prefix, *range(number + len(found), number + len(found) + QUESTION)], 2)

@@ -82,7 +82,7 @@ def run_http_load(port: int, model: str, load: Load, deadline: float, seed: int)
     with ThreadPoolExecutor(len(texts)) as pool:
         finished, requests = zip(*pool.map(client, range(len(texts))), strict=True)
     seconds = max((times.tokens[-1] for times in requests if times.tokens), default=time.perf_counter()) - start
-    return {"finished": sum(finished), **figures(requests, seconds)}
+    return {"finished": sum(finished), "cut_off": not all(finished), **figures(requests, seconds)}
 
 
 def ask(port: int, model: str, text: str, new_tokens: int, deadline: float, times: list[float]) -> bool:

@@ -25,6 +25,7 @@ SHAPES = {
 ENGINES = {
     "flash_dmattn": ("flash_dmattn", None),
     "flash_dmattn-eager": ("flash_dmattn", False),
+    "flash_dmattn-prompts": ("flash_dmattn", (True, True)),
     "sdpa": ("sdpa", None),
     "flash_attention_2": ("flash_attention_2", None),
 }
@@ -46,6 +47,11 @@ class Times:
 
     sent: float
     tokens: list[float]
+
+
+def number_of_requests(length: int, most: int, most_tokens: int) -> int:
+    """Returns how many requests a row has whose prompts have so many tokens."""
+    return min(most, max(4, most_tokens // length))
 
 
 def make_load(count: int, length: int, new_tokens: int, vocabulary: int, rate: float | None, seed: int) -> Load:
@@ -134,7 +140,8 @@ def run_load(session: Session, load: Load, deadline: float) -> dict[str, Any]:
     if finished < len(load.prompts):
         results += session.stop()
     times = [Times(result.created_time, result.timestamps) for result in results]
-    return {"finished": finished, **figures(times, seconds), "cache_gib": session.cache_bytes / GIB}
+    cut_off = finished < len(load.prompts)
+    return {"finished": finished, "cut_off": cut_off, **figures(times, seconds), "cache_gib": session.cache_bytes / GIB}
 
 
 def figures(requests: Sequence[Times], seconds: float) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
         "--memory-share", metavar="S", type=float, help="of the free memory, above 0 and at most 1 (default: 0.8)"
     )
     parser.add_argument(
-        "--max-batch-tokens", metavar="N", type=common.positive, help="tokens of a forward (default: 8192)"
+        "--max-batch-tokens", metavar="N", type=common.positive, help="tokens of a forward (default: 2048)"
     )
     parser.add_argument("--dtype", choices=common.DTYPES, default="auto", help="default: the checkpoint's own")
     parser.add_argument("--device", default="auto", help="default: %(default)s")

@@ -9,8 +9,9 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.requests import RequestState
 
 from flash_dmattn_hf.gates.attach import iter_gates, text_config_of
+from flash_dmattn_hf.serving.chunks import PaddedBatch, RowTokens
 from flash_dmattn_hf.serving.layers import ServedLayer, served_layers
-from flash_dmattn_hf.serving.live_requests import LiveRequests, RowTokens
+from flash_dmattn_hf.serving.live_requests import LiveRequests
 from flash_dmattn_hf.serving.memory import (
     SPARE_ROWS,
     bytes_per_request,
@@ -21,9 +22,16 @@ from flash_dmattn_hf.serving.memory import (
 from flash_dmattn_hf.serving.prefixes import Prefixes
 from flash_dmattn_hf.serving.rows import Rows
 
-DEFAULT_BATCH_TOKENS = 8192
+DEFAULT_BATCH_TOKENS = 2048
+"""Of a forward, unless requests that decode need more: about what one can do while its kernels are launched."""
+
 _PREFIX = "prefix"
 _ANY_LENGTH = 2**62
+
+
+def batch_tokens_of(settings: Any) -> int:
+    """Returns how many tokens a forward has at most. settings: a resolved ContinuousBatchingConfig."""
+    return settings.max_batch_tokens or max(DEFAULT_BATCH_TOKENS, settings.max_requests_per_batch)
 
 
 def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], settings: Any) -> int:
@@ -31,12 +39,13 @@ def count_requests(model: PreTrainedModel, layers: Mapping[int, ServedLayer], se
 
     layers: those of the model. settings: a resolved ContinuousBatchingConfig. Raises what `count_rows` raises.
     """
-    num_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
+    num_tokens = batch_tokens_of(settings)
     num_logits = settings.max_requests_per_batch if model._supports_logits_to_keep() else num_tokens
     workspace = workspace_bytes(layers, text_config_of(model), model.dtype, num_tokens, num_logits)
     copied, num_steps = copied_bytes_per_request(layers, model.dtype), min(settings.max_requests_per_batch, num_tokens)
-    if any(settings.cuda_graph_booleans):  # they keep memory of their own for the largest step
-        workspace += workspace_bytes(layers, text_config_of(model), model.dtype, num_steps, num_steps)
+    if any(settings.cuda_graph_booleans):  # they keep memory of their own for what is largest
+        most = num_tokens if settings.cuda_graph_booleans[0] else num_steps
+        workspace += workspace_bytes(layers, text_config_of(model), model.dtype, most, num_steps)
         copied *= 2
     return count_rows(
         bytes_per_request(layers, model.dtype),
@@ -77,7 +86,7 @@ class SlotCache(PagedAttentionCache):
 
     def __init__(self, model: PreTrainedModel, settings: Any, slot_dtype: torch.dtype | None = None):
         self.config, self.dtype, self.device = text_config_of(model), model.dtype, model.device
-        self.max_batch_tokens = settings.max_batch_tokens or DEFAULT_BATCH_TOKENS
+        self.max_batch_tokens = batch_tokens_of(settings)
         layers = served_layers(model, slot_dtype)
         self.bytes_per_sector = bytes_per_request(layers, self.dtype)
         self.num_blocks = self.num_sectors = count_requests(model, layers, settings)
@@ -156,25 +165,37 @@ class SlotCache(PagedAttentionCache):
     ) -> None:
         """Leaves the table to `begin`, which writes the rows of all requests at once."""
 
-    def begin(self, requests: list[Any], block_table: torch.Tensor | None) -> None:
+    def begin(self, requests: list[Any], block_table: torch.Tensor | None, padded: PaddedBatch | None = None) -> None:
         """Says which requests the next forward is about.
 
         requests: FutureRequestStates in the order of their tokens. block_table: where a step reads the rows of requests
-        that bring one token each, (1, B, 1) int32, filled with -1; None when some bring more. Raises ValueError when
-        the windows of a layer have changed.
+        that bring one token each, (1, B, 1) int32, filled with -1; None when some bring more. padded: where a forward
+        that `padded_sizes` pads reads who they are, None if it does not. Raises ValueError when the windows of a layer
+        have changed.
         """
         for gate in self._gates:
             self.live_requests.check_windows(gate.layer_idx, gate.windows)
-        rows = [self.rows.held[request.state.request_id][0] for request in requests]
+        batch = self._tokens_of(requests)
         if block_table is not None:
+            rows = [tokens.row for tokens in batch]
             block_table[0, : len(rows), 0] = torch.tensor(rows, dtype=torch.int32, device=self.device)
             self.live_requests.begin_step(block_table[0, :, 0])
-            return
+        elif padded is not None:
+            self.live_requests.begin_padded(*padded.fill(batch, padded.sizes_of(batch)))
+        else:
+            self.live_requests.begin(batch)
+
+    def padded_sizes(self, requests: list[Any], padded: PaddedBatch) -> tuple[int, int] | None:
+        """Returns what `PaddedBatch.sizes_of` does for FutureRequestStates."""
+        return padded.sizes_of(self._tokens_of(requests))
+
+    def _tokens_of(self, requests: list[Any]) -> list[RowTokens]:
         batch = []
-        for row, request in zip(rows, requests, strict=True):
+        for request in requests:
+            row = self.rows.held[request.state.request_id][0]
             num_before = request.state.position_offset - request.query_length  # it was counted beforehand
             batch.append(RowTokens(row, num_before, request.query_length))
-        self.live_requests.begin(batch)
+        return batch
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
         """Ends a request."""

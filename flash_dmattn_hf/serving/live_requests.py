@@ -5,23 +5,16 @@ then a step over an index of rows does all of them at once, or a chunk of a prom
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from flash_dmattn.calls import Slots
 from flash_dmattn.slots import decode_step
-from flash_dmattn_hf.cache.eviction import CacheView, EvictingLayer, view_of_slots
+from flash_dmattn_hf.cache.eviction import CacheView, view_of_slots
 from flash_dmattn_hf.config import Windows
+from flash_dmattn_hf.serving.chunks import Chunk, PaddedChunk, RowTokens
 from flash_dmattn_hf.serving.layers import ServedLayer
-
-
-class RowTokens(NamedTuple):
-    """What a forward brings one request: the row of its slots, how many tokens it had before and how many come now."""
-
-    row: int
-    num_before: int
-    num_new: int
 
 
 class LiveRequests:
@@ -36,9 +29,10 @@ class LiveRequests:
         self.layers, self.dtype = layers, dtype
         self.slots = {index: layer.make_slots(num_rows, dtype, device) for index, layer in layers.items()}
         self.device = torch.device(device)
-        self._chunks: list[tuple[int, RowTokens]] = []
+        self._chunks: list[Chunk | PaddedChunk] = []
         self._views: dict[int, list[CacheView]] = {}  # of layers whose keys others use: what each chunk sees
-        self._rows = self._places = None
+        self._rows = None
+        self._places: slice | torch.Tensor = slice(None)  # of single tokens
         self._num_tokens = 0
 
     def begin(self, batch: Sequence[RowTokens]) -> None:
@@ -49,19 +43,28 @@ class LiveRequests:
                 places.append(start)
                 rows.append(tokens.row)
             elif tokens.num_new > 1:
-                self._chunks.append((start, tokens))
+                self._chunks.append(Chunk(start, tokens))
             start += tokens.num_new
         self._num_tokens = start
         self._rows = torch.tensor(rows, dtype=torch.int32, device=self.device) if rows else None
-        self._places = torch.tensor(places, device=self.device) if rows and self._chunks else None
+        self._places = torch.tensor(places, device=self.device) if rows and self._chunks else slice(None)
 
     def begin_step(self, rows: torch.Tensor) -> None:
         """Says that the next forward brings one token for each of these rows, none for those that are -1.
 
         rows: (B,) int32. It is read when the layers attend, in replays of a CUDA graph, too.
         """
-        self._chunks, self._views, self._places = [], {}, None
+        self._chunks, self._views, self._places = [], {}, slice(None)
         self._num_tokens, self._rows = len(rows), rows
+
+    def begin_padded(self, rows: torch.Tensor, chunk: PaddedChunk) -> None:
+        """Says that the next forward brings one token for each of these rows, and then those of a chunk.
+
+        rows: as in `begin_step`. chunk: of C places, which may be among those of rows that are -1. There are B + C
+        tokens. All is read when the layers attend, in replays of a CUDA graph, too.
+        """
+        self._chunks, self._views, self._rows = [chunk], {}, rows
+        self._places, self._num_tokens = slice(0, len(rows)), len(rows) + len(chunk.places)
 
     def attend(
         self,
@@ -86,14 +89,13 @@ class LiveRequests:
         single, parts, views = None, [], []
         if self._rows is not None:
             single = self._step(layer, slots, query, key, value, importance, options)
-        for start, tokens in self._chunks:
-            here = slice(start, start + tokens.num_new)
-            chunk, own = EvictingLayer(layer.windows), slice(tokens.row, tokens.row + 1)
-            chunk.borrow(Slots(*(state[own] for state in slots)), self.dtype, tokens.num_before)
-            chunk.take(key[:, :, here], value[:, :, here], importance[:, :, here])
-            view = chunk.view()
+        for chunk in self._chunks:
+            here, own = chunk.places, chunk.borrow(slots, layer.windows, self.dtype)
+            own.take(key[:, :, here], value[:, :, here], importance[:, :, here])
+            view = own.view(chunk.padding_mask)
             parts.append(view.attend(query[:, here], layer.windows.keep_window_size, **options))
-            chunk.evict()
+            own.evict()
+            chunk.give_back(own, slots)
             if layer.is_shared:
                 views.append(view)
         self._views[layer_idx] = views
@@ -113,27 +115,29 @@ class LiveRequests:
             view = view_of_slots(slots, self.dtype, layer.windows, (self._rows >= 0)[:, None])
             single = view.attend(self._singles(query[0]), most, **options)
         parts = [
-            view.attend(query[:, start : start + tokens.num_new], most, **options)
-            for (start, tokens), view in zip(self._chunks, self._views[layer_idx], strict=True)
+            view.attend(query[:, chunk.places], most, **options)
+            for chunk, view in zip(self._chunks, self._views[layer_idx], strict=True)
         ]
         return self._put_together(single, parts)
 
     def _singles(self, states: torch.Tensor) -> torch.Tensor:
         """Returns those of single tokens, (B, 1, ...), of states (T, ...)."""
-        return (states if self._places is None else states[self._places]).unsqueeze(1)
+        return states[self._places].unsqueeze(1)
 
     def _put_together(self, single, parts) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns out (1, T, H, Dv) and lse (1, H, T) of all tokens, from those of single tokens and of chunks."""
+        """Returns out (1, T, H, Dv) and lse (1, H, T) of all tokens, from those of single tokens and of chunks.
+
+        Those of chunks stand where both have a place: then the single one is padding.
+        """
         if not parts:
             return single[0].transpose(0, 1), single[1].permute(2, 1, 0)
-        out = parts[0][0].new_empty(1, self._num_tokens, *parts[0][0].shape[2:])
-        lse = parts[0][1].new_empty(1, out.shape[2], self._num_tokens)
+        out = parts[0][0].new_zeros(1, self._num_tokens, *parts[0][0].shape[2:])
+        lse = parts[0][1].new_zeros(1, out.shape[2], self._num_tokens)
         if single is not None:
             out[0, self._places] = single[0].squeeze(1)
             lse[0][:, self._places] = single[1].squeeze(2).transpose(0, 1)
-        for (start, tokens), part in zip(self._chunks, parts, strict=True):
-            here = slice(start, start + tokens.num_new)
-            out[:, here], lse[:, :, here] = part
+        for chunk, part in zip(self._chunks, parts, strict=True):
+            out[:, chunk.places], lse[:, :, chunk.places] = part
         return out, lse
 
     def _step(self, layer, slots, query, key, value, importance, options) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,8 @@ _OFF = {
 def checked_settings(settings: ContinuousBatchingConfig, device: torch.device) -> ContinuousBatchingConfig:
     """Returns a copy with everything off that slots do not have. ValueError for such a setting that is on.
 
-    device: of the model. `use_cuda_graph` becomes two bools; the second one says whether steps are captured.
+    device: of the model. `use_cuda_graph` becomes two bools: whether forwards with part of a prompt and steps are
+    captured.
     """
     for name, reason in _OFF.items():
         value = getattr(settings, name)
@@ -42,29 +43,40 @@ def checked_settings(settings: ContinuousBatchingConfig, device: torch.device) -
             raise ValueError(f"{name} must be left out with flash_dmattn, got {value!r}: {reason}")
     if settings.scheduler_type not in SCHEDULERS:
         raise ValueError(f"scheduler_type must be one of {list(SCHEDULERS)}, got {settings.scheduler_type!r}")
-    if isinstance(settings.use_cuda_graph, tuple) and settings.use_cuda_graph[0]:
+    prompts, steps = asks_for_graphs(settings)
+    if prompts and not steps:
         raise ValueError(
-            "use_cuda_graph must be True, False or (False, True) with flash_dmattn, got "
-            f"{settings.use_cuda_graph}: a forward with part of a prompt is not captured"
+            f"use_cuda_graph must be True, False, (False, True) or (True, True) with flash_dmattn, got "
+            f"{settings.use_cuda_graph}: where forwards with part of a prompt are captured, steps are, too"
         )
-    is_on = settings.use_cuda_graph is None or any(settings.cuda_graph_booleans)
-    settings = copy.deepcopy(settings)
-    settings.use_cuda_graph = False, is_on and device.type == "cuda"
+    settings, is_gpu = copy.deepcopy(settings), device.type == "cuda"
+    settings.use_cuda_graph = prompts and is_gpu, steps is not False and is_gpu
     settings.use_async_batching, settings.max_blocks_per_request = False, 0
     return settings
+
+
+def asks_for_graphs(settings: ContinuousBatchingConfig) -> tuple[bool, bool | None]:
+    """Returns what the user says: whether to capture forwards with part of a prompt, and steps, None: if they can be.
+
+    True stands for steps alone: capturing the others changes what is scheduled.
+    """
+    asked = settings.use_cuda_graph
+    return tuple(asked) if isinstance(asked, (tuple, list)) else (False, asked)
 
 
 class SlotBatchProcessor(ContinuousBatchProcessor):
     """Runs forwards over a `SlotCache`.
 
     asks_for_graphs: whether the user wants steps in CUDA graphs; None: where the model allows it.
+    captures_prompts: whether forwards with part of a prompt shall be padded, and captured on a GPU.
     options: of transformers' ContinuousBatchProcessor.
     """
 
-    def __init__(self, asks_for_graphs: bool | None, **options: Any):
+    def __init__(self, asks_for_graphs: bool | None, captures_prompts: bool, **options: Any):
         super().__init__(**options)
         self.model_runner = SlotModelRunner(
             asks_for_graphs,
+            captures_prompts,
             logit_processor=self.logit_processor,
             cb_config=self.cb_config,
             inputs_and_outputs=self.inputs_and_outputs,
@@ -72,6 +84,7 @@ class SlotBatchProcessor(ContinuousBatchProcessor):
             do_sample=self.do_sample,
             return_logprobs=self.return_logprobs,
         )
+        self.scheduler.padded = self.model_runner.padded
 
     def update_batch(self) -> None:
         """Also forks requests into their children, for each of which a row was kept."""
@@ -106,8 +119,7 @@ class SlotBatchingManager(ContinuousBatchingManager):
             )
         served_layers(model, slot_dtype_of(generation_config))
         settings = checked_settings(continuous_batching_config, model.device)
-        is_open = continuous_batching_config.use_cuda_graph is None
-        self._asks_for_graphs = None if is_open else any(continuous_batching_config.cuda_graph_booleans)
+        self._captures_prompts, self._asks_for_graphs = asks_for_graphs(continuous_batching_config)
         super().__init__(model, generation_config, settings, workload_hints)
         self.continuous_batching_config.varlen_compile_config = None
         self.continuous_batching_config.decode_compile_config = None
@@ -142,6 +154,7 @@ class SlotBatchingManager(ContinuousBatchingManager):
         )
         return SlotBatchProcessor(
             self._asks_for_graphs,
+            self._captures_prompts,
             cache=cache,
             config=without_masks,
             generation_config=self.generation_config,

@@ -4,9 +4,14 @@ A request that has started has all the memory that it will ever need. So none is
 which there is no row waits.
 """
 
+from typing import Any
+
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler, PrefillFirstScheduler
 
+from flash_dmattn_hf.serving.chunks import SMALLEST, PaddedBatch
+
+_MOST_TOKENS = 2**62
 _CHILD = "__child#"
 
 
@@ -16,7 +21,14 @@ def child_ids(state: RequestState) -> list[str]:
 
 
 class RowScheduler:
-    """What both schedulers do differently with a `SlotCache`."""
+    """What both schedulers do differently with a `SlotCache`.
+
+    padded: set it where forwards with part of a prompt are padded; then there is one prompt in each, after all requests
+    that decode, with as many tokens as fit, if these are not too few.
+    """
+
+    padded: PaddedBatch | None = None
+    _most_new = _MOST_TOKENS
 
     def add_waiting_request(self, state: RequestState) -> None:
         """Raises ValueError for a request that could never start, and for ids that others have or will have."""
@@ -36,6 +48,15 @@ class RowScheduler:
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         return [state for state in super()._get_waiting_candidates() if self.cache.may_start(state)]
+
+    def _process_candidates(self, candidates: list[RequestState], *budgets: Any) -> tuple[Any, ...]:
+        if self.padded is not None:
+            decoding = [state for state in candidates if state.status == RequestStatus.DECODING]
+            others = [state for state in candidates if state.status != RequestStatus.DECODING]
+            most = self.padded.most_new(min(len(decoding), self.max_requests_per_batch))
+            self._most_new = most if most >= SMALLEST else _MOST_TOKENS  # too few to be worth a forward
+            candidates = decoding + others[:1]
+        return super()._process_candidates(candidates, *budgets)
 
     def _try_to_meet_safety_margin(self) -> bool:
         return True  # nothing that has started can run out of memory
@@ -59,7 +80,8 @@ class RowScheduler:
         token_budget: int,
         request_ids_to_remove_from_waiting: set[str],
     ) -> None:
-        """A chunk ends where its request leaves a snapshot."""
+        """A chunk ends where its request leaves a snapshot, and has no more tokens than a padded forward."""
+        token_budget = min(token_budget, self._most_new)
         end = self.cache.prefixes.end_of(state.request_id, state.current_len())
         if end is not None:
             token_budget = min(token_budget, end - state.current_len())

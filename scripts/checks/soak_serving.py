@@ -70,7 +70,7 @@ def main() -> None:
     model = make_model(args)
     settings = make_settings(
         "flash_dmattn", memory_gib=1e6, batch_tokens=args.batch_tokens, requests=args.rows, num_blocks=args.rows,
-        allow_block_sharing=True, page_size=64, use_cuda_graph=True,
+        allow_block_sharing=True, page_size=64, use_cuda_graph=(True, True) if args.capture_prompts else True,
     )  # fmt: skip
     with Session(model, "flash_dmattn", settings, 8) as session:
         ledger, memory = soak(session, args, model.config.vocab_size)
@@ -106,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=40.0, help="arrivals a second on average, unless too many wait")
     parser.add_argument("--most-waiting", type=int, default=48, help="then nothing arrives for a while")
     parser.add_argument("--batch-tokens", type=int, default=256)
+    parser.add_argument("--capture-prompts", action="store_true", help="pad and capture forwards with prompts, too")
     parser.add_argument("--keep-window-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the record to this file")

@@ -46,7 +46,7 @@ def test_numbers_times_scale_are_nearest(dtype):
     largest = exact.abs().amax(-1, keepdim=True)
     assert (error <= torch.maximum(exact.abs() * 2**-4, largest * 2**-17)).all()
     assert ((scales * 224 < largest) & (largest <= scales * 448) | (largest == 0)).all()
-    assert (scales.log2() % 1 == 0).all()
+    assert (scales.frexp().mantissa == 0.5).all()  # a power of 2; log2 of one is no integer on every GPU
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,12 +18,13 @@ class EmulatedGraph:
         self.forward = None
 
 
-def emulate_graphs(engine, monkeypatch, refuses: bool = False) -> dict[tuple[int, ...], EmulatedGraph]:
+def emulate_graphs(engine, monkeypatch, refuses=lambda: False) -> dict[tuple[int, ...], EmulatedGraph]:
     """Has the steps of an engine captured, and returns what is captured, by number of tokens.
 
-    Capturing runs nothing, so the slots and the chosen tokens are then as they were. A replay knows of the rows of its
-    requests what it finds at the address that it was captured with. refuses: capturing raises, as for a model that
-    waits for the GPU.
+    Forwards with part of a prompt are captured, too, where the engine pads them. Capturing runs nothing, so the slots
+    and the chosen tokens are then as they were. A replay knows of its requests what it finds at the addresses that it
+    was captured with. refuses: whether capturing raises, as for a model
+    that waits for the GPU.
     """
     runner, live = engine.processor.model_runner, engine.cache.live_requests
     forward, calls = runner._forward_process_and_sample, []
@@ -34,7 +35,7 @@ def emulate_graphs(engine, monkeypatch, refuses: bool = False) -> dict[tuple[int
 
     @contextmanager
     def capturing(graph, device, pool, stream):
-        if refuses:
+        if refuses():
             raise RuntimeError("operation not permitted when stream is capturing")
         held = [state for slots in live.slots.values() for state in slots]
         held.append(engine.processor.inputs_and_outputs.output_ids)
@@ -42,10 +43,10 @@ def emulate_graphs(engine, monkeypatch, refuses: bool = False) -> dict[tuple[int
         yield
         for state, old in zip(held, before, strict=True):
             state.copy_(old)
-        args, rows = calls[-1], live._rows
+        args, rows, chunks = calls[-1], live._rows, live._chunks
 
         def replay():
-            live._rows = rows
+            live._rows, live._chunks = rows, chunks
             forward(*args)
 
         graph.forward = replay
@@ -55,4 +56,5 @@ def emulate_graphs(engine, monkeypatch, refuses: bool = False) -> dict[tuple[int
     monkeypatch.setattr(runner_module.torch.cuda, "CUDAGraph", EmulatedGraph)
     monkeypatch.setattr(runner, "_forward_process_and_sample", recorded)
     runner.use_cuda_graph_decode = runner.pads_steps = True
+    runner.use_cuda_graph_varlen = runner.padded is not None
     return engine.processor.inputs_and_outputs.graphs._storage

@@ -53,7 +53,7 @@ class Engine:
     def add(self, name: str, prompt: list[int], max_new_tokens: int, **options) -> None:
         self.manager.add_request(prompt, request_id=name, max_new_tokens=max_new_tokens, **options)
 
-    def _record(self, requests, block_table) -> None:
+    def _record(self, requests, *tensors) -> None:
         self.batches.append(
             [
                 (self.cache.rows.held[state.request_id][0], state.position_offset - number, number)
@@ -61,7 +61,7 @@ class Engine:
             ]
         )
         self.widths.append(self.processor.inputs_and_outputs.num_q_tokens)
-        self._begin(requests, block_table)
+        self._begin(requests, *tensors)
 
     def step(self) -> bool:
         """One forward; False when there is nothing to do."""

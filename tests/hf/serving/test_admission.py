@@ -154,7 +154,7 @@ def request(name, prompt):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_cuda_graph": (True, True)}, "use_cuda_graph must be True, False or .False, True. .* part of a prompt"),
+        ({"use_cuda_graph": (True, False)}, "use_cuda_graph must be True, False, .False, True. or .* part of a prompt"),
         ({"use_async_batching": True}, "use_async_batching must be left out"),
         ({"default_compile_level": 1}, "default_compile_level must be left out"),
         ({"max_blocks_per_request": 8}, "max_blocks_per_request must be left out.* one block, whatever its length"),

@@ -70,8 +70,51 @@ def test_a_load_stops_at_its_deadline_and_its_tokens_count():
     load = make_load(4, 9, 100_000, model.config.vocab_size, None, seed=0)
     with Session(model, "flash_dmattn", batching(num_blocks=3), 9) as session:
         row = run_load(session, load, time.perf_counter() + 4.0)
-    assert (row["finished"], row["requests"]) == (0, 4) and 4.0 <= row["seconds"] < 60.0
+    assert (row["finished"], row["requests"], row["cut_off"]) == (0, 4, True) and 4.0 <= row["seconds"] < 60.0
     assert row["tokens_per_s"] > 0 and row["most_live"] == 3 and row["cache_gib"] > 0
+
+
+def test_rows_whose_time_was_over_are_marked(monkeypatch, tmp_path):
+    """One request that finished of 64 that were to come, 63 of which had not been sent."""
+    from matplotlib.axes import Axes
+
+    from serving_picture import draw, is_cut_off
+
+    hollow, loglog = [], Axes.loglog
+
+    def recorded(axis, *args, **options):
+        if options.get("markerfacecolor") == "white":
+            hollow.append(tuple(args[0]))
+        return loglog(axis, *args, **options)
+
+    figures = {"tokens_per_s": 3.0, "first_median": 1.0, "between_p99": 1.0, "between_median": 1.0}
+    rows = [
+        {
+            "part": "load",
+            "engine": "sdpa",
+            "prompt": prompt,
+            "load": load,
+            "finished": done,
+            "requests": done,
+            **figures,
+        }
+        for prompt, load, done in ((2048, "all at once", 1), (8192, "all at once", 64), (2048, 0.8, 64))
+    ]
+    settings = {"requests": 64, "tokens": 2**20, "shape": "1b", "keep_window_size": 2048}
+    assert [is_cut_off(row, settings) for row in rows] == [True, False, False]
+    monkeypatch.setattr(Axes, "loglog", recorded)
+    other = {"part": "engine", "engine": "flash_attention_2", "unavailable": "ImportError: no flash-attn"}
+    report = {"rows": [other, *rows], "settings": settings, "environment": {"device": "cpu", "date": "today"}}
+    draw(report, str(tmp_path / "picture.png"))
+    assert hollow == [(2048,)] and (tmp_path / "picture.png").exists()
+
+
+def test_an_engine_that_is_not_installed_has_a_reason():
+    from benchmark_serving import why_unavailable
+
+    model = make_model("llama-topk")
+    assert why_unavailable(model, "sdpa") is None
+    assert "Error: " in why_unavailable(model, "flash_attention_2")
 
 
 def test_the_ledger_of_a_soak():

@@ -230,16 +230,20 @@ def test_a_dense_model_keeps_its_pages():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_64_random_requests_on_a_gpu():
-    """float32: in one pass over prompt and answer, the logit of every token that was chosen is the highest to 1e-3."""
+    """float32."""
     model = gpu_models.make_model()
     asked, cancelled, engine = serve_at_random(
         model, gpu_models.VOCABULARY, 64, longest=300, max_new=16, max_batch_tokens=128, num_blocks=16, page_size=32
     )
     assert set(engine.results) == set(asked) - cancelled
     for name, result in engine.results.items():
-        prompt, answer = asked[name][0], result.generated_tokens
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer], device=model.device), use_cache=False).logits[0]
-        logits = logits[len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(answer, device=model.device).unsqueeze(1))
-        torch.testing.assert_close(chosen, logits.max(-1, keepdim=True).values, atol=1e-3, rtol=1e-3)
+        check_likeliest(model, asked[name][0], result.generated_tokens)
+
+
+def check_likeliest(model, prompt: list[int], answer: list[int]) -> None:
+    """In one pass over prompt and answer, the logit of every token that was chosen is the highest to 1e-3."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer], device=model.device), use_cache=False).logits[0]
+    logits = logits[len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(answer, device=model.device).unsqueeze(1))
+    torch.testing.assert_close(chosen, logits.max(-1, keepdim=True).values, atol=1e-3, rtol=1e-3)

@@ -88,14 +88,14 @@ def test_a_model_that_cannot_be_captured(monkeypatch, caplog):
     """It is served without graphs, from the step on at which that was found; who asked for graphs gets an error."""
     model, prompt = make_model("llama-topk"), make_prompts((17,))[0]
     engine = Engine(model)
-    graphs = emulate_graphs(engine, monkeypatch, refuses=True)
+    graphs = emulate_graphs(engine, monkeypatch, refuses=lambda: True)
     engine.add("x", prompt, 5)
     with caplog.at_level(logging.WARNING):
         engine.run()
     assert engine.results["x"].generated_tokens == alone(model, prompt, 5) and not graphs
     assert caplog.text.count("LlamaForCausalLM cannot be captured in a CUDA graph, so its steps are launched") == 1
     engine = Engine(model, use_cuda_graph=True)
-    emulate_graphs(engine, monkeypatch, refuses=True)
+    emulate_graphs(engine, monkeypatch, refuses=lambda: True)
     engine.add("x", prompt, 5)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: leave use_cuda_graph out"):
         engine.run()
@@ -107,9 +107,10 @@ def test_graphs_need_memory_of_their_own(monkeypatch):
 
     model, workspaces = make_model("llama-topk"), []
     monkeypatch.setattr(cache, "count_rows", lambda size, workspace, **_: workspaces.append(workspace))
-    for use_cuda_graph in ((False, False), (False, True)):
+    for use_cuda_graph in ((False, False), (False, True), (True, True)):
         settings = batching(max_requests_per_batch=8, use_cuda_graph=use_cuda_graph)
         cache.count_requests(model, served_layers(model), settings)
+    assert workspaces[2] > workspaces[1]
     assert workspaces[1] - workspaces[0] >= 8 * (model.config.vocab_size + model.config.hidden_size) * 8
 
 
