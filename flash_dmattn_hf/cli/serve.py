@@ -30,6 +30,11 @@ def add_parser(commands, shared: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch-tokens", metavar="N", type=common.positive, help="tokens of a forward (default: 2048)"
     )
+    parser.add_argument(
+        "--capture-prompts",
+        action="store_true",
+        help="on a GPU, capture forwards with part of a prompt in CUDA graphs too; such a part is of one prompt",
+    )
     parser.add_argument("--dtype", choices=common.DTYPES, default="auto", help="default: the checkpoint's own")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
 
@@ -48,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         num_blocks=args.requests,
         max_memory_percent=0.8 if args.memory_share is None else args.memory_share,
         max_batch_tokens=args.max_batch_tokens,
+        use_cuda_graph=(True, True) if args.capture_prompts else None,
     )
     server = make_server(
         args.model, settings, device=args.device, dtype=args.dtype, host=args.host, port=args.port

@@ -44,21 +44,30 @@ def server(checkpoint):
     server.model.generation_config.do_sample = False
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.url = url_of(server, thread)
     yield server
     server.should_exit = True
     thread.join()
     server.generation_state.shutdown()
 
 
+def url_of(server, thread) -> str:
+    """Waits until it listens."""
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
 @pytest.fixture
 def client(server):
+    with client_at(server.url) as client:
+        yield client
+
+
+def client_at(url):
     import openai
 
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-        yield client
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def expected(server, checkpoint, prompt, count):
@@ -132,6 +141,36 @@ def test_the_command_says_what_is_wrong(checkpoint, capsys):
     assert "--memory-share must be above 0 and at most 1, got 2.0" in capsys.readouterr().err
     assert main(["serve", str(checkpoint), "--device", "cpu", "--memory-share", "1e-9"]) == 2
     assert "must fit into 0% of the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("captures_prompts", [False, True], ids=["steps", "prompts"])
+def test_the_command_serves(checkpoint, monkeypatch, captures_prompts):
+    """With --capture-prompts forwards with part of a prompt are padded, as on a GPU; answers stay the same."""
+    from flash_dmattn_hf.serving import server as server_module
+
+    made, codes, make_server = [], [], server_module.make_server
+
+    def make(*args, **options):
+        made.append(make_server(*args, **options))
+        made[0].model.generation_config.do_sample = False
+        return made[0]
+
+    monkeypatch.setattr(server_module, "make_server", make)
+    options = ["--device", "cpu", "--dtype", "float32", "--port", "0", "--requests", "3", "--max-batch-tokens", "80"]
+    options += ["--capture-prompts"] * captures_prompts
+    thread = threading.Thread(target=lambda: codes.append(main(["serve", str(checkpoint), *options])))
+    thread.start()
+    while not made and thread.is_alive():
+        time.sleep(0.01)
+    (server,) = made
+    prompt = "a prompt of more characters than the tokens of one forward " * 2
+    with client_at(url_of(server, thread)) as client:
+        answer = client.completions.create(model=str(checkpoint), prompt=prompt, max_tokens=6)
+    runner = server.generation_state._cb_manager._cb.batch_processor.model_runner
+    server.should_exit = True
+    thread.join()
+    assert codes == [0] and answer.choices[0].text == expected(server, checkpoint, prompt, 6)
+    assert (runner.padded is not None) == captures_prompts and runner.asks_for_graphs is (captures_prompts or None)
 
 
 def test_what_is_served_runs_through_flash_dmattn(server):
