@@ -4,6 +4,7 @@ Its tokens were chosen by what the masks said of them, so the cache remembers th
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from flash_dmattn.float8 import check_slot_dtype
 from flash_dmattn_hf.cache.foreign import linear_states, move_layer, tensors_of
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
 from flash_dmattn_hf.cache.layers import put_layers
-from flash_dmattn_hf.cache.owner import model_within
+from flash_dmattn_hf.cache.owner import living, model_within
 from flash_dmattn_hf.cache.state import load_state, state_of
 from flash_dmattn_hf.gates.attach import iter_gates
 
@@ -44,6 +45,7 @@ class DynamicMaskCache(DynamicCache):
     def __init__(self, model: nn.Module, *, static: bool = False, slot_dtype: torch.dtype | str | None = None):
         model = model_within(model)
         super().__init__(config=model.config.get_text_config(decoder=True))
+        self._model = weakref.ref(model)
         self.slot_dtype = check_slot_dtype(slot_dtype)
         put_layers(model, self.layers, static, self.slot_dtype)
         self._last_updated = None
@@ -228,10 +230,12 @@ class DynamicMaskCache(DynamicCache):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from the state of a cache of such a model, on the device of that state.
 
-        Raises ValueError when the layers are others, or have other windows, heads or head dims, or when one cache holds
-        latents and the other keys and values; the cache is then as it was.
+        Raises ValueError when the layers are others, or have other windows, heads or head dims, when one cache holds
+        latents and the other keys and values, or when the tokens have a dtype that the model does not compute; the
+        cache is then as it was. A state in 16 bits fits a model in float32, which may run under autocast: if it does
+        not, its next forward raises ValueError. RuntimeError when the model is gone.
         """
-        load_state(self, state)
+        load_state(self, state, living(self._model))
         self._last_updated = None
 
     def stop_past_recording(self) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from flash_dmattn_hf.cache.eviction import EvictingLayer
 from flash_dmattn_hf.cache.handover import hand_over
+from flash_dmattn_hf.cache.owner import living
 from flash_dmattn_hf.gates.importance import importance_of
 
 
@@ -47,8 +48,8 @@ class OfferingLayer(EvictingLayer):
         """Takes T tokens and offers them to the attention function.
 
         key_states: (B, Hkv, T, D), value_states: (B, Hkv, T, Dv). Returns them as they are: what the tokens see is
-        decided when they attend. Raises ValueError for another batch size than before, RuntimeError when the tokens
-        before these were never attended to by flash_dmattn.
+        decided when they attend. Raises ValueError for another batch size or dtype than before, RuntimeError when the
+        tokens before these were never attended to by flash_dmattn.
         """
         self.check_attended()
         self.receive(key_states, value_states)
@@ -80,6 +81,11 @@ class OfferingLayer(EvictingLayer):
             self.lazy_initialization(key_states, value_states)
         if batch != self.keys.shape[0]:
             raise ValueError(f"key_states must have the cache's batch size {self.keys.shape[0]}, got {batch}")
+        if value_states.dtype != self.dtype:
+            raise ValueError(
+                f"value_states must have the dtype of the tokens before, {self.dtype}, got {value_states.dtype}: the "
+                "cache goes on from a state of another dtype, or the model or its autocast has changed"
+            )
         self.to(key_states.device)
 
     def check_attended(self) -> None:
@@ -165,10 +171,7 @@ class DynamicMaskCacheLayer(OfferingLayer):
     @property
     def gate(self):
         """The gate of the attention module that this layer belongs to. RuntimeError when its model is gone."""
-        gate = self._gate()
-        if gate is None:
-            raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
-        return gate
+        return living(self._gate)
 
     @property
     def layer_idx(self) -> int:

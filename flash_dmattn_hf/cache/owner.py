@@ -1,7 +1,9 @@
 """The model that a cache is made for: where it is, and which of its layers have gates."""
 
+import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,6 +17,24 @@ def model_within(wrapped: nn.Module) -> PreTrainedModel:
     if model is None:
         raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
     return model
+
+
+def living(reference: weakref.ref) -> Any:
+    """Returns what a cache refers to of its model. RuntimeError when the model is gone."""
+    found = reference()
+    if found is None:
+        raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
+    return found
+
+
+def check_token_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raises ValueError if a model computes no tokens of this dtype. One in float32 may: autocast rounds to 16 bits."""
+    weights = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    weights = {found for found in weights if found.itemsize > 1}  # 8 bits are how quantized ones are stored
+    rounds = torch.float32 in weights and dtype.itemsize == 2
+    if weights and dtype not in weights and not rounds:
+        names = ", ".join(sorted(map(str, weights)))
+        raise ValueError(f"state must hold tokens of the model's dtype, {names}, got {dtype}: make it anew")
 
 
 def gates_by_index(model: PreTrainedModel) -> dict[int, Any]:

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
 from flash_dmattn_hf.cache.native import NativeCacheLayer
+from flash_dmattn_hf.cache.owner import check_token_dtype
 from flash_dmattn_hf.cache.slots import STATE
 
 _NUMBERS = ("num_rows", "cumulative_length")
@@ -19,13 +21,15 @@ def state_of(cache: Any) -> dict[str, Any]:
     return {"layers": [_state_of_layer(layer) for layer in cache.layers], "padding": padding}
 
 
-def load_state(cache: Any, state: dict[str, Any]) -> None:
-    """Does what `DynamicMaskCache.load_state_dict` says."""
+def load_state(cache: Any, state: dict[str, Any], model: PreTrainedModel) -> None:
+    """Does what `DynamicMaskCache.load_state_dict` says. model: that of the cache."""
     if len(state["layers"]) != len(cache.layers):
         raise ValueError(f"state must have {len(cache.layers)} layers, got {len(state['layers'])}")
     pairs = list(zip(cache.layers, state["layers"], strict=True))
     for layer, saved in pairs:
         _check_state_of_layer(layer, saved)
+    for dtype in {_token_dtype(saved) for saved in state["layers"] if saved["tensors"]}:
+        check_token_dtype(model, dtype)
     cache.padding.mask = state.get("padding")
     for layer, saved in pairs:
         if _is_of_dynamic_window(layer, saved):
@@ -105,6 +109,12 @@ def _go_on_from_window(layer: NativeCacheLayer, state: dict[str, Any], padding: 
     layer.go_on_from(keys, values, mask)
 
 
+def _token_dtype(state: dict[str, Any]) -> torch.dtype:
+    """Returns the dtype of the tokens of a layer that has some; slots may hold them rounded."""
+    name = state.get("dtype")
+    return state["tensors"]["values"].dtype if name is None else getattr(torch, name)
+
+
 def _name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
@@ -122,8 +132,8 @@ def _load_state_of_layer(layer: Any, state: dict[str, Any]) -> None:
     tensors = state["tensors"]
     if tensors:
         like = tensors["keys"], tensors["values"]
-        if state.get("dtype") is not None:  # that of the tokens; these are rounded
-            like = [states.to(getattr(torch, state["dtype"])) for states in like]
+        if state.get("dtype") is not None:  # these are rounded
+            like = [states.to(_token_dtype(state)) for states in like]
         layer.lazy_initialization(*like)
     for name, tensor in tensors.items():
         if isinstance(layer, OfferingLayer):

@@ -97,3 +97,56 @@ def test_other_models_and_other_files(tmp_path):
     save_file({"x": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="must be a snapshot of a DynamicMaskCache, got None"):
         CacheSnapshot.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "slot_dtype"),
+    [
+        ("llama-topk", None),
+        ("llama-topk", torch.float8_e4m3fn),
+        ("qwen2-sliding-below-w", None),
+        ("deepseek-v3-shared", None),
+    ],
+)
+def test_another_dtype(kind, slot_dtype):
+    model, states = make_model(kind), {}
+
+    def filled(dtype, length):
+        cache = DynamicMaskCache(model.to(dtype), slot_dtype=slot_dtype)
+        with torch.no_grad():
+            model(make_prompt(length=length)[0], past_key_values=cache)
+        return cache
+
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        states[dtype] = filled(dtype, 30).state_dict()
+    cache = filled(torch.bfloat16, 9)
+    before = cache.state_dict()["layers"][0]["tensors"]["values"].float()
+    for dtype in states.keys() - {torch.bfloat16}:
+        with pytest.raises(ValueError, match=f"the model's dtype, torch.bfloat16, got {dtype}: make it anew"):
+            cache.load_state_dict(states[dtype])
+        assert torch.equal(cache.layers[0].values.float(), before) and cache.num_tokens == 9
+    cache.load_state_dict(states[torch.bfloat16])
+    assert cache.num_tokens == 30
+
+
+@pytest.mark.parametrize("kind", ["llama-topk", "deepseek-v3-shared"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_state_of_autocast_goes_on_under_autocast(kind, length):
+    model, (ids, _) = make_model(kind).float(), make_prompt(length=length, seed=1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = after_prefix(model, make_prompt(length=30)[0])
+        snapshot, expected = cache.snapshot(), model(ids, past_key_values=cache).logits
+    restored = snapshot.restore(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(ids, past_key_values=restored).logits, expected)
+
+
+def test_a_state_in_16_bits_for_a_model_in_float32():
+    model = make_model("llama-topk").bfloat16()
+    snapshot = after_prefix(model, make_prompt(length=30)[0]).snapshot()
+    cache = snapshot.restore(model.float())
+    message = "value_states must have the dtype of the tokens before, torch.bfloat16, got torch.float32"
+    for length in (1, 5):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model(make_prompt(length=length, seed=1)[0], past_key_values=cache)
+    assert cache.num_tokens == 30
