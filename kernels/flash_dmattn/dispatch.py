@@ -225,9 +225,17 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
 
 def is_watched(*tensors: torch.Tensor | None) -> bool:
     """Whether something needs to see single operations: it traces, maps or intercepts them, or a tensor does."""
+    return is_transformed(*tensors) or is_in_torch_dispatch_mode()
+
+
+def is_transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether something needs the operations of torch that make up a job; a mode that intercepts is content with ours.
+
+    It compiles, traces or maps them, or carries tangents, or a tensor is no plain one.
+    """
     if torch.compiler.is_compiling():
         return True
-    if is_in_torch_dispatch_mode() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level >= 0:  # a kernel would leave tangents behind
         return True

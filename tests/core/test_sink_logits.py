@@ -1,11 +1,14 @@
 """Attention sinks as a factor of `out`: the one pass of Triton equals the operations of torch, forward and backward."""
 
 import importlib.util
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_dmattn import dispatch, interval_attention, sink_logits
 from flash_dmattn.backends import triton
@@ -167,17 +170,54 @@ def test_memory_is_reused_only_where_that_is_allowed_and_no_gradient_is_wanted()
 
 
 class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
         return function(*args, **(kwargs or {}))
 
 
 @needs_triton
-def test_who_watches_operations_gets_operations_of_torch(monkeypatch):
+@pytest.mark.parametrize("may_overwrite", [False, True])
+def test_who_intercepts_operations_sees_one_each_way(may_overwrite):
+    call = problem()
+    before, expected = call[0].clone(), results(*call, backend="triton")
+    with Watch() as watch:
+        found = results(*call, may_overwrite=may_overwrite, backend="triton")
+        without = with_sinks(*call[:3], may_overwrite=may_overwrite, backend="triton")
+    assert all(map(torch.equal, (*found, without), (*expected, expected[0]))) and torch.equal(call[0], before)
+    ours = [name for name in watch.seen if name.startswith("flash_dmattn::")]
+    assert ours == [f"flash_dmattn::with_sinks{end}" for end in ("", "_backward", "")]
+
+
+@needs_triton
+@pytest.mark.parametrize("is_watched_again", [False, True])
+def test_a_checkpoint_may_be_watched_in_its_forward(is_watched_again):
+    out, lse, sinks, dresult = problem()
+    expected = results(out, lse, sinks, dresult, backend="triton")
+    inputs = [tensor.detach().requires_grad_() for tensor in (out, lse, sinks)]
+    with FlopCounterMode(display=False):
+        result = checkpoint(with_sinks, *inputs, backend="triton", use_reentrant=False)
+    with FlopCounterMode(display=False) if is_watched_again else nullcontext():
+        gradients = torch.autograd.grad(result, inputs, dresult)
+    assert all(map(torch.equal, (result, *gradients), expected))
+
+
+@needs_triton
+def test_the_operators_follow_the_rules_of_torch():
+    out, lse, sinks, dresult = problem(1, 5, 3, 4)
+    torch.library.opcheck(torch.ops.flash_dmattn.with_sinks_backward, (dresult, out, lse, sinks, "triton"))
+    inputs = [tensor.requires_grad_() for tensor in (out, lse.clamp(min=-5), sinks.clamp(-1, 1))]
+    torch.library.opcheck(torch.ops.flash_dmattn.with_sinks, (*inputs, "triton"))
+
+
+@needs_triton
+def test_who_transforms_operations_gets_operations_of_torch(monkeypatch):
     out, lse, sinks, _ = problem()
     expected = with_sinks(out, lse, sinks, backend="reference")
     monkeypatch.setattr(triton, "with_sinks", None)
-    with Watch():
-        assert torch.equal(with_sinks(out, lse, sinks, backend="triton"), expected)
     many = torch.vmap(lambda rows: with_sinks(rows, lse, sinks, backend="triton"))(out.expand(2, *out.shape))
     assert torch.equal(many, expected.expand(2, *out.shape))
     compiled = torch.compile(with_sinks, backend="eager", fullgraph=True)
