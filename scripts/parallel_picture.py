@@ -9,10 +9,11 @@ from typing import Any
 from benchmark_report import load_json
 from parallel_model import GPUS, LENGTHS, NETWORK_BYTES_PER_SECOND, Model, model_of
 
-COLOURS = {"flash_dmattn": "C0", "sdpa": "C1"}
-STYLES = {"flash_dmattn": {"marker": "o", "markersize": 7}, "sdpa": {"marker": "x", "markersize": 9}}
-"""Where both need the same memory, the markers of dense attention leave ours visible."""
-SHADES = ("C2", "C3", "C4", "C5")
+STYLES = {
+    "flash_dmattn": {"marker": "o", "markersize": 7, "linestyle": "-"},
+    "sdpa": {"marker": "x", "markersize": 9, "linestyle": ":"},
+}
+"""Where both need the same memory, the markers of dense attention leave ours visible. Colours tell numbers of GPUs."""
 
 
 def draw(path: str, report: dict[str, Any]) -> None:
@@ -48,17 +49,16 @@ def draw(path: str, report: dict[str, Any]) -> None:
 
 
 def draw_measured(panels: Any, report: dict[str, Any]) -> None:
-    """A panel of tokens a second and GPU, and one of peak memory; a line per engine and number of GPUs."""
+    """A panel of tokens a second and GPU, and one of peak memory; a line per engine and a colour per number of GPUs."""
     rows = [row for row in report["rows"] if "milliseconds" in row]
-    lines = sorted({(row["engine"], row["num_gpus"]) for row in rows})
+    lines, colours = sorted({(row["engine"], row["num_gpus"]) for row in rows}), colours_of(report)
     quantities = {"tokens_per_second_per_gpu": "tokens a second and GPU", "peak_gib": "peak memory of a GPU, GiB"}
     for axis, (quantity, title) in zip(panels, quantities.items(), strict=True):
         for engine, num_gpus in lines:
             mine = [row for row in rows if (row["engine"], row["num_gpus"]) == (engine, num_gpus)]
             points = sorted((row["tokens"], row[quantity]) for row in mine)
-            filling = {"markerfacecolor": "white"} if num_gpus == 1 else {}
-            style = {**STYLES[engine], **filling, "color": COLOURS[engine]}
-            axis.plot(*zip(*points, strict=True), ":" if num_gpus == 1 else "-", **style, label=label(engine, num_gpus))
+            style = {**STYLES[engine], "color": colours[num_gpus]}
+            axis.plot(*zip(*points, strict=True), **style, label=label(engine, num_gpus))
             for row in mine:
                 if "mlp_tile" in row:
                     text = f"at {named(row['tokens'])}: MLPs in tiles,\ncomputed once more"
@@ -79,9 +79,9 @@ def draw_computed(panels: Any, model: Model, report: dict[str, Any]) -> None:
     What was measured on several GPUs stands beside what is computed for as many.
     """
     seconds, memory = panels
-    rows = measured_on_several(report)
-    counts = [*sorted({row["num_gpus"] for row in rows}), *GPUS]
-    for colour, num_gpus in zip(SHADES, counts, strict=False):
+    rows, colours = measured_on_several(report), colours_of(report)
+    for num_gpus in sorted({row["num_gpus"] for row in rows} | set(GPUS)):
+        colour = colours[num_gpus]
         ours = [model.seconds(tokens, num_gpus) for tokens in LENGTHS]
         seconds.plot(LENGTHS, ours, "--", color=colour, label=f"computed, {label('flash_dmattn', num_gpus)}")
         found = [(row["tokens"], row["milliseconds"] / 1e3) for row in rows if row["num_gpus"] == num_gpus]
@@ -127,6 +127,12 @@ def measured_on_several(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns our rows of more than one GPU."""
     ours = [row for row in report["rows"] if row["engine"] == "flash_dmattn" and "milliseconds" in row]
     return [row for row in ours if row["num_gpus"] > 1]
+
+
+def colours_of(report: dict[str, Any]) -> dict[int, str]:
+    """Returns the colour of every number of GPUs, measured or computed: the same in all panels."""
+    counts = sorted({row["num_gpus"] for row in report["rows"]} | set(GPUS))
+    return {count: f"C{number}" for number, count in enumerate(counts)}
 
 
 def label(engine: str, num_gpus: int) -> str:

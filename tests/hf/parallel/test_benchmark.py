@@ -57,6 +57,31 @@ def test_steps_on_more_gpus_are_computed_from_the_parts(scripts, capsys, tmp_pat
     assert model_of({**REPORT, "rows": REPORT["rows"][:2]}) is None
 
 
+def test_every_number_of_gpus_has_a_colour_of_its_own(scripts):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from parallel_model import model_of
+    from parallel_picture import draw_computed, draw_measured
+
+    on_four = {**REPORT["rows"][3], "num_gpus": 4}
+    more = on_four, {**on_four, "tokens": 8000}, {**on_four, "engine": "sdpa"}
+    report = {**REPORT, "rows": [*REPORT["rows"], *more]}
+    figure, (measured, computed) = pyplot.subplots(2, 2)
+    draw_measured(measured, report)
+    draw_computed(computed, model_of(report), report)
+    pyplot.close(figure)
+    by_gpus, labels = {}, []
+    for axis in (*measured, *computed):
+        found = [line for line in axis.lines if "GPU" in line.get_label() and "that a GPU" not in line.get_label()]
+        labels.append([line.get_label() for line in found])
+        for line in found:
+            by_gpus.setdefault(line.get_label().split()[-2], set()).add(line.get_color())
+    assert set(by_gpus) == {"1", "2", "4", "8", "64"} and all(len(colours) == 1 for colours in by_gpus.values())
+    assert len(set.union(*by_gpus.values())) == len(by_gpus)
+    ours = [f"flash_dmattn, {count}" for count in ("1 GPU", "2 GPUs", "4 GPUs")]
+    assert labels[0] == labels[1] == [*ours, "sdpa, 2 GPUs", "sdpa, 4 GPUs"]
+    assert all(len(set(names)) == len(names) for names in labels)
+
+
 @pytest.mark.slow
 def test_a_part_that_fails_does_not_end_the_others(scripts, tmp_path):
     from benchmark_parallel import QUICK, rows_of_stage
