@@ -24,7 +24,10 @@ CASE = Case((10, 1, 3), model={"tie_word_embeddings": True})
 
 
 class Rows(torch.utils.data.Dataset):
-    """Documents packed into rows of equal length, as position_ids say."""
+    """Documents packed into rows of equal length, as position_ids say, whose first tokens have no label.
+
+    How many differs: a rank's mean over its labels weighs otherwise than that of all.
+    """
 
     def __init__(self, length: int = 48, vocabulary: int = 98) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -35,7 +38,9 @@ class Rows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index], "position_ids": self.positions}
+        labels = self.rows[index].clone()
+        labels[: len(labels) * index // 11] = -100
+        return {"input_ids": self.rows[index], "labels": labels, "position_ids": self.positions}
 
 
 def train(folder: str, cp_size: int = 1, model=None, data=None, resume: str | None = None, **options: Any) -> Trainer:
