@@ -2,8 +2,10 @@
 
 A fact is a cue and a value. The cue is a few tokens of the text, from elsewhere, and the value is a short string drawn
 at random, such as a number. Both are written over the stretch somewhere. Near its end the cue appears again and the
-value follows, so that a key which was dropped in between costs the whole surprise of the value. Repeated text
-(`training.far_reuse`) teaches to keep phrases that can be read again; this teaches to keep single names and numbers.
+value follows, so that a key which was dropped in between costs the whole surprise of the value. In half of the
+stretches all facts share one phrase and differ by a name, another such string, so that the phrase does not say which
+value is meant. Repeated text (`training.far_reuse`) teaches to keep phrases that can be read again; this teaches to
+keep single names and numbers.
 """
 
 import string
@@ -17,6 +19,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 NUM_VALUES = 4096
 NUM_FACTS = (2, 6)
 CUE_LENGTHS = (4, 16)
+SHARED_SHARE = 1 / 2
+"""Of the stretches, those whose facts share a phrase."""
 MOST_TOKENS = 16
 """Tokens of a value at most; longer ones are cut."""
 ASKED_SHARE = 1 / 8
@@ -66,11 +70,11 @@ def draw_facts(
 
     input_ids: (N,) token ids of the text, for the cues. values: token ids of each value.
     """
-    texts = []
-    for _ in range(rng.randint(*NUM_FACTS)):
-        size = rng.randint(*CUE_LENGTHS)
-        start = rng.randrange(len(input_ids) - size + 1)
-        texts.append((input_ids[start : start + size].long(), torch.tensor(rng.choice(values), dtype=torch.long)))
+    texts, count = [], rng.randint(*NUM_FACTS)
+    shared = _phrase(rng, input_ids) if rng.random() < SHARED_SHARE and len(values) >= count else None
+    for name in rng.sample(values, count) if shared is not None else [None] * count:
+        cue = _phrase(rng, input_ids) if name is None else torch.cat([shared, torch.tensor(name)])
+        texts.append((cue, torch.tensor(rng.choice(values), dtype=torch.long)))
     asked_from = length - max(1, int(length * ASKED_SHARE))
     while texts and (
         sum(len(cue) + len(value) for cue, value in texts) > length - asked_from
@@ -86,3 +90,9 @@ def draw_facts(
         facts.append(Fact(cue, value, source, target))
         end = target
     return facts
+
+
+def _phrase(rng: Random, input_ids: torch.Tensor) -> torch.Tensor:
+    size = rng.randint(*CUE_LENGTHS)
+    start = rng.randrange(len(input_ids) - size + 1)
+    return input_ids[start : start + size].long()

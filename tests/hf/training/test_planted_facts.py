@@ -5,6 +5,7 @@ from random import Random
 import pytest
 import torch
 
+from flash_dmattn_hf.training import planted_facts
 from flash_dmattn_hf.training.far_reuse import FACT_SHARE, SPAN_WEIGHT, FarReuse
 from flash_dmattn_hf.training.planted_facts import MOST_TOKENS, NUM_FACTS, draw_facts, random_values
 
@@ -45,7 +46,19 @@ def test_facts_without_room_are_left_out():
             assert fact.source + len(fact.tokens) <= 56 <= fact.target
 
 
-def test_an_example_tells_and_asks():
+def test_half_of_the_stretches_share_a_phrase_and_differ_by_a_name():
+    shares = []
+    for seed in range(200):
+        cues = [fact.cue.tolist() for fact in draw_facts(Random(seed), TEXT, VALUES, 4096)]
+        names = [cue[-2:] for cue in cues]
+        is_shared = all(cue[:-2] == cues[0][:-2] for cue in cues)
+        assert not is_shared or (all(name in VALUES for name in names) and len(set(map(tuple, names))) == len(names))
+        shares.append(is_shared)
+    assert abs(sum(shares) / len(shares) - planted_facts.SHARED_SHARE) < 0.12
+
+
+def test_an_example_tells_and_asks(monkeypatch):
+    monkeypatch.setattr(planted_facts, "SHARED_SHARE", 0.0)  # names would look like answers
     data = FarReuse(TEXT, length=1024, count=600, values=VALUES)
     planted = 0
     for example in data:
