@@ -14,7 +14,7 @@ from flash_dmattn.float8 import keys_and_values
 from flash_dmattn.ranking import cache_capacity, comparable, select_survivors
 from flash_dmattn.slots import refresh_victims
 from flash_dmattn_hf.cache.slots import SlotLayer
-from flash_dmattn_hf.cache.tail import ROWS, Tail
+from flash_dmattn_hf.cache.tail import ROWS, Tail, pick
 from flash_dmattn_hf.config import Windows
 
 
@@ -23,8 +23,10 @@ class CacheView(NamedTuple):
 
     key: (B, Hc, n, D). value: (B, Hc, n, Dv).
     importance: (B, Hc, n) float32 or float64, as computed when the key was written.
-    visibility: birth and death, int32 (B, Hc, n), as positions.
-    query_positions: (B, T) int32, positions of the new tokens, -1 for padding.
+    visibility: birth and death, int32 (B, Hc, n), as rows.
+    query_positions: (B, T) int32, rows of the new tokens, -1 for padding; None where all are real and rows in order.
+    is_ordered: whether rows are numbers of keys, which stand in order, so that the new tokens have the last ones; else
+        rows are positions.
     num_later: how many keys that come after it one of the new tokens sees at most, in a bidirectional block.
     """
 
@@ -32,7 +34,8 @@ class CacheView(NamedTuple):
     value: torch.Tensor
     importance: torch.Tensor
     visibility: Visibility
-    query_positions: torch.Tensor
+    query_positions: torch.Tensor | None
+    is_ordered: bool
     num_later: int = 0
 
     def attend(self, query: torch.Tensor, max_visible: int, **options: Any) -> Any:
@@ -42,13 +45,15 @@ class CacheView(NamedTuple):
         most, its own included.
         options: of `interval_attention`.
         """
+        seqlen_q, seqlen_k = query.shape[1], self.key.shape[2]
         return interval_attention(
             query.to(self.value.dtype),
             self.key.to(self.value.dtype).transpose(1, 2),
             self.value.transpose(1, 2),
             self.importance,
             self.visibility,
-            query_positions=self.query_positions[:, -query.shape[1] :],
+            query_start=seqlen_k - seqlen_q if self.is_ordered else None,
+            query_positions=None if self.query_positions is None else self.query_positions[:, -seqlen_q:],
             max_visible=max_visible + self.num_later,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **options,
@@ -67,7 +72,7 @@ def view_of_slots(slots: Slots, dtype: torch.dtype, windows: Windows, padding_ma
     now = slots.lengths[:, :1] - 1
     if padding_mask is not None:
         now = torch.where(padding_mask, now, -1)
-    return CacheView(*keys_and_values(slots, dtype), slots.importance, Visibility(birth, death), now)
+    return CacheView(*keys_and_values(slots, dtype), slots.importance, Visibility(birth, death), now, is_ordered=False)
 
 
 class EvictingLayer(SlotLayer):
@@ -84,6 +89,9 @@ class EvictingLayer(SlotLayer):
     def view(self, padding_mask: torch.Tensor | None = None, blocks: Blocks | None = None) -> CacheView:
         """Gives the new tokens their positions and says which keys each of them sees.
 
+        Keys that were evicted beat none that is left. So what is left is selected as if it were the whole sequence, in
+        rows of its own: the fastest kernels want keys that are born at their own numbers.
+
         padding_mask: (B, T) bool, True for real tokens, or None when all are real.
         blocks: bidirectional blocks of the new tokens, start (B, T) by their places among these, or None.
         Raises ValueError for another shape, and for a block that does not fit into the windows.
@@ -92,21 +100,42 @@ class EvictingLayer(SlotLayer):
         if blocks is not None:
             w, _, r, sliding_window = self.windows
             check_size(blocks.size, self.num_keys + self._num_new, w, r, sliding_window)
-        query_positions = self._next_positions(padding_mask)
-        num_kept = self.num_kept
+        num_kept, first_row = self.num_kept, self.num_keys
         key, value, importance = self._new
-        self._tail.append(key, value, comparable(importance), query_positions)
+        self._tail.append(key, value, comparable(importance), self._next_positions(padding_mask))
         self._count_rows(padding_mask)
         key, value, importance, positions = self._tail.behind(self.slots, num_kept)
+        query_rows = None
+        if padding_mask is not None:
+            rows = torch.arange(first_row, key.shape[2], dtype=torch.int32, device=key.device)
+            query_rows = torch.where(padding_mask, rows, -1)
         if blocks is not None:
-            blocks = _by_position(blocks, query_positions, positions.shape[2])
+            blocks = _behind(blocks, first_row)
         visibility = self._visibility(importance, positions, blocks)
         num_later = 0 if blocks is None else blocks.size - 1
-        return CacheView(key, value, importance, visibility, query_positions, num_later)
+        return CacheView(key, value, importance, visibility, query_rows, is_ordered=True, num_later=num_later)
 
     def _visibility(self, importance: torch.Tensor, positions: torch.Tensor, blocks: Blocks | None) -> Visibility:
-        """Says who sees the keys of slots and tail: (B, Hc, n), positions -1 for keys of nobody; blocks by position."""
-        return select_visible(importance, positions=positions, blocks=blocks, **self.windows._asdict())
+        """Says which rows see the keys of slots and tail.
+
+        importance, positions: (B, Hc, n), positions in order, -1 for keys of nobody. blocks: by row.
+        """
+        selection = self.windows._replace(sliding_window=None)._asdict()  # which counts evicted tokens, too
+        birth, death = select_visible(importance, padding_mask=positions[:, 0] >= 0, blocks=blocks, **selection)
+        sliding_window = self.windows.sliding_window
+        if sliding_window is not None:
+            death = death.minimum(self._rows_from(end_of_window(positions, sliding_window), positions))
+        return Visibility(birth, death)
+
+    def _rows_from(self, bounds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Returns the first rows of the tail whose positions are not below these bounds, as both stand in `view`.
+
+        bounds, positions: (B, Hc, n) int32. What is returned, too; it is n where there is no such row.
+        """
+        num_kept = positions.shape[2] - len(self._tail)
+        so_far = positions[:, 0, num_kept:].cummax(dim=-1).values  # padding between them has none
+        rows = torch.searchsorted(so_far, bounds.flatten(1), out_int32=True)
+        return rows.view(bounds.shape) + num_kept
 
     def _next_positions(self, padding_mask: torch.Tensor | None) -> torch.Tensor:
         batch = self.lengths.shape[0]
@@ -144,7 +173,7 @@ class EvictingLayer(SlotLayer):
                 num_sink_tokens=num_sinks,
                 local_window_size=local_window,
             )
-            rows = {name: _gather(states, kept) for name, states in rows.items()}
+            rows = {name: pick(states, kept) for name, states in rows.items()}
             self.positions.fill_(-1)
         for name, states in rows.items():
             self._write(name, start, states)
@@ -172,18 +201,7 @@ def end_of_window(positions: torch.Tensor, window: int | None) -> torch.Tensor:
     return torch.where(positions > NEVER - window, NEVER, positions + window)
 
 
-def _by_position(blocks: Blocks, query_positions: torch.Tensor, num_keys: int) -> Blocks:
-    """Returns the blocks of new tokens, whose positions are (B, T), as those of all keys, of which they are the last.
-
-    What came before has been born.
-    """
-    first = query_positions.gather(1, blocks.start.long())
-    before = first.new_full((first.shape[0], num_keys - first.shape[1]), NEVER)
-    return blocks._replace(start=torch.cat([before, first], dim=1))
-
-
-def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Picks rows (B, Hc, m) of states (B, Hc, n, ...)."""
-    if states.dim() == 4:
-        return states.gather(2, index.unsqueeze(-1).expand(*index.shape, states.shape[-1]))
-    return states.gather(2, index)
+def _behind(blocks: Blocks, num_before: int) -> Blocks:
+    """Returns the blocks of new tokens as those of all keys, of which `num_before`, born long ago, come first."""
+    start = torch.nn.functional.pad(blocks.start + num_before, (num_before, 0), value=NEVER)
+    return blocks._replace(start=start)

@@ -9,6 +9,7 @@ import torch
 from flash_dmattn import Blocks
 from flash_dmattn_hf.cache.eviction import CacheView
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
+from flash_dmattn_hf.cache.tail import in_order, pick
 from flash_dmattn_hf.gates.importance import importance_of
 
 
@@ -37,9 +38,9 @@ class LatentCacheLayer(DynamicMaskCacheLayer):
         self._make_room(key_states, value_states)
         self._new = key_states.to(self.dtype), value_states, None
         self._offer(key_states, value_states)
-        seen = []
+        seen, order = [], in_order(self.slots, self.num_kept)
         for name, new in zip(("keys", "values"), self._new, strict=False):
-            parts = getattr(self, name)[:, :, : self.num_kept], self._tail.rows.get(name), new
+            parts = pick(getattr(self, name), order), self._tail.rows.get(name), new
             seen.append(torch.cat([part for part in parts if part is not None], dim=2))
         return tuple(seen)
 

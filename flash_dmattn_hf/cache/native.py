@@ -8,7 +8,7 @@ native windows and chunks do, which then hold fewer keys than there are slots; c
 
 import torch
 
-from flash_dmattn import NEVER, Blocks, Visibility
+from flash_dmattn import Blocks, Visibility
 from flash_dmattn_hf.cache.eviction import end_of_window
 from flash_dmattn_hf.cache.layer import OfferingLayer
 from flash_dmattn_hf.config import Windows
@@ -33,7 +33,9 @@ class NativeCacheLayer(OfferingLayer):
 
     def _visibility(self, importance: torch.Tensor, positions: torch.Tensor, blocks: Blocks | None) -> Visibility:
         start = self._start_of_chunk(positions) if self.is_chunked else positions
-        birth, death = torch.where(positions < 0, NEVER, positions), end_of_window(start, self.windows.keep_window_size)
+        death = self._rows_from(end_of_window(start, self.windows.keep_window_size), positions)
+        birth = torch.arange(positions.shape[2], dtype=torch.int32, device=positions.device).expand_as(positions)
+        death = death.where(positions >= 0, birth)
         return Visibility(birth if blocks is None else blocks.births(birth, death), death)
 
     def _start_of_chunk(self, positions: torch.Tensor) -> torch.Tensor:

@@ -40,10 +40,26 @@ class Tail:
         self.rows = {name: rows[:, :, :num_left] for name, rows in self.rows.items()} if num_left else {}
 
     def behind(self, slots: Slots, num_kept: int) -> tuple[torch.Tensor, ...]:
-        """Returns the first `num_kept` slots followed by the tail: keys, values, importance, positions."""
+        """Returns keys, values, importance and positions of the first `num_kept` slots, in order, and of the tail."""
         tail = tuple(self.rows[name] for name in ROWS)
         if num_kept == 0:
             return tail
         held = keys_and_values(slots, self.rows["values"].dtype, num_kept)
         held += slots.importance[:, :, :num_kept], slots.positions[:, :, :num_kept]
-        return tuple(torch.cat(parts, dim=2) for parts in zip(held, tail, strict=True))
+        order = in_order(slots, num_kept)
+        return tuple(torch.cat([pick(states, order), new], dim=2) for states, new in zip(held, tail, strict=True))
+
+
+def in_order(slots: Slots, num_kept: int) -> torch.Tensor:
+    """Returns the first `num_kept` slots, empty ones first, the others in the order of their positions.
+
+    (B, Hc, num_kept) int64. The empty ones are the same places of every head, because all heads keep as many keys.
+    """
+    return slots.positions[:, :, :num_kept].argsort(dim=-1)
+
+
+def pick(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Returns the rows (B, Hc, m) of states (B, Hc, n, ...)."""
+    if states.dim() == 4:
+        return states.gather(2, index.unsqueeze(-1).expand(*index.shape, states.shape[-1]))
+    return states.gather(2, index)

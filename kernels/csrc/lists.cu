@@ -4,7 +4,8 @@
 // chunk is sorted by the epoch in which its keys die, the last first. What lives on in an epoch is then the front of
 // each older chunk, as long as a table of (chunk, epoch) says; prefix sums over the chunks tell where each key goes.
 // Within its list a dying key goes by the query tile in which it dies. Every order follows from the input alone, so
-// equal inputs give equal lists. Keys in another order (those of a cache) are looked at one by one in every epoch.
+// equal inputs give equal lists. Keys in another order (those of bidirectional blocks) are looked at one by one in every
+// epoch.
 #include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_scan.cuh>
 #include <cuda/functional>

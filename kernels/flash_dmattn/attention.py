@@ -47,7 +47,9 @@ def interval_attention(
         most, and a key below -2.3e38 weighs 0.
     visibility: birth and death, int32 (B, Hi, Sk); or None: every key from its own row on, as in dense attention.
     query_start: the row of the first query, an int or int32 (B,), the others follow; None: Sk - Sq.
-    query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing.
+    query_positions: (B, Sq) int32, the row of every query instead, in any order, -1 for one that sees nothing. With
+        query_start as well it is a promise that rows follow each other from there on, -1 aside: keys that are born at
+        their own numbers are then listed fastest.
     soft: a differentiable gate on pairs of query and key, score (B, Hi, Sk), threshold (B, Hi, Sq) and contested_from
         (B, Hi, Sk); or None. The CUDA library and FlexAttention do not serve it.
     softmax_scale: None: D ** -0.5.

@@ -35,7 +35,7 @@ class SegmentedAxis:
             document = torch.searchsorted(bounds[1:].contiguous(), self.row, right=True)
             document = document.clamp(max=bounds.numel() - 2)
         else:
-            bounds = torch.tensor([0, length], device=device)
+            bounds = torch.arange(2, device=device) * length  # no copy from the host, which a CUDA graph cannot have
             document = torch.zeros_like(self.row)
         self.num_segments = bounds.numel() - 1
         real_before = torch.nn.functional.pad(padding_mask.long().cumsum(-1), (1, 0))  # (B, Sk + 1)

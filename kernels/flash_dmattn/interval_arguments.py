@@ -57,10 +57,8 @@ def check_soft(
 def check_query_rows(
     query_start: int | torch.Tensor | None, query_positions: torch.Tensor | None, query: torch.Tensor
 ) -> None:
-    """Raises ValueError unless at most one of query_start and query_positions is given, with the right shape."""
+    """Raises ValueError unless query_start and query_positions are None or have the right shape and type."""
     batch, seqlen_q = query.shape[:2]
-    if query_start is not None and query_positions is not None:
-        raise ValueError("query_start and query_positions must not be given together: got both")
     if query_positions is not None:
         check_like("query_positions", query_positions, (batch, seqlen_q), query.device)
         if query_positions.dtype != torch.int32:

@@ -45,7 +45,7 @@ class RecordedLayer(DynamicMaskCacheLayer):
         new = self._new
         view = super().view(padding_mask, blocks)
         self._new = new
-        self._record(view.query_positions)
+        self._record(self._tail.rows["positions"][:, 0, -new[0].shape[2] :])
         self._new = None
         return view
 

@@ -189,12 +189,6 @@ CASES = [
         intervals(query_positions=zeros(BATCH, SEQLEN)),
         "query_positions",
     ),
-    (
-        "start-and-query_positions",
-        "intervals",
-        intervals(query_start=0, query_positions=zeros(BATCH, SEQLEN, dtype=torch.int32)),
-        "query_start|query_positions",
-    ),
 ]
 FUNCTIONS = {"select": select_visible, "attend": dynamic_mask_attention, "intervals": interval_attention}
 

@@ -48,6 +48,13 @@ QUERIES = {
         {"query_positions": torch.tensor([[-1, -1, 0, 5, 25, 9], [2, 2, -1, 400, -1, 7]], dtype=torch.int32)},
         [[-1, -1, 0, 5, 25, 9], [2, 2, -1, 400, -1, 7]],
     ),
+    "start-and-positions": (
+        {
+            "query_start": 18,
+            "query_positions": torch.tensor([[18, -1, 20, -1, -1, 23], [-1, 19, 20, 21, 22, -1]], dtype=torch.int32),
+        },
+        [[18, -1, 20, -1, -1, 23], [-1, 19, 20, 21, 22, -1]],
+    ),
     "late-positions": (
         {"query_start": definition.NEVER - 6},
         [range(definition.NEVER - 6, definition.NEVER)] * 2,

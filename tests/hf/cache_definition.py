@@ -8,6 +8,15 @@ def positions_of(padding_mask):
     return torch.where(padding_mask, padding_mask.cumsum(1) - 1, -1)
 
 
+def query_rows(view, size):
+    """Rows (B or 1, T) of the queries of a view of `size` new tokens, -1 for padding."""
+    if view.query_positions is not None:
+        return view.query_positions
+    assert view.is_ordered
+    num_keys = view.key.shape[2]
+    return torch.arange(num_keys - size, num_keys, device=view.key.device)[None]
+
+
 def _beats(importance, positions):
     """beats[b, h, i, j]: key i beats key j, by (importance, position)."""
     strength = torch.where(importance.isnan(), -torch.inf, importance)

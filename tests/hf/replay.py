@@ -7,6 +7,8 @@ from flash_dmattn_hf.cache import layers
 from flash_dmattn_hf.cache.latent import LatentCacheLayer
 from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 
+from .cache_definition import query_rows
+
 
 class ReplayedLayer(DynamicMaskCacheLayer):
     """Keeps all importances beside the pruned ones and compares views with one-pass selection.
@@ -53,8 +55,9 @@ class ReplayedLayer(DynamicMaskCacheLayer):
         assert self.history.shape[2] == self.num_rows
         if size > 1 or self.num_rows % self.stride == 0:
             birth, death = (bound.unsqueeze(2) for bound in view.visibility)
-            t = view.query_positions[:, None, :, None]
-            self._check(view.visibility.birth, (birth <= t) & (t < death), size)
+            t = query_rows(view, size)[:, None, :, None]
+            *_, positions = self._tail.behind(self.slots, self.num_kept)
+            self._check(positions, (birth <= t) & (t < death), size)
         return view
 
     def _check(self, positions, visible, size):

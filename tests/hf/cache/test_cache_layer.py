@@ -17,7 +17,7 @@ from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer
 from flash_dmattn_hf.config import DynamicMaskConfig
 from flash_dmattn_hf.gates.importance import Gate
 
-from ..cache_definition import positions_of, sees, survives
+from ..cache_definition import positions_of, query_rows, sees, survives
 
 NUM_KV_HEADS, GROUP_SIZE = 2, 2
 
@@ -90,12 +90,13 @@ def process(layer, case, start, end, *, mask=True):
     """One forward of rows start..end without the model; returns what the new tokens saw, as a view."""
     key, value = layer.update(*tokens(case, start, end))
     assert hand_over.take(layer.gate, key, value) is layer
-    padding_mask = case.padding_mask[:, start:end] if mask else None
+    is_padded = mask and not case.padding_mask.all()
+    padding_mask = case.padding_mask[:, start:end] if is_padded else None
     if layer.takes_step:
         return step(layer, padding_mask)
     view = layer.view(padding_mask)
     layer.evict()
-    return view
+    return view._replace(query_positions=query_rows(view, end - start))
 
 
 def step(layer, padding_mask):
@@ -109,7 +110,8 @@ def step(layer, padding_mask):
     if layer.windows.sliding_window is not None:
         visible = visible & (query_positions[:, None] - layer.positions < layer.windows.sliding_window)
     visibility = Visibility(layer.positions.clone(), torch.where(visible, NEVER, layer.positions))
-    return CacheView(layer.keys.clone(), layer.values, layer.importance.clone(), visibility, query_positions)
+    states = layer.keys.clone(), layer.values, layer.importance.clone()
+    return CacheView(*states, visibility, query_positions, is_ordered=False)
 
 
 def shown(view, length):
