@@ -16,9 +16,9 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from flash_dmattn.float8 import check_slot_dtype
 from flash_dmattn_hf.cache.foreign import linear_states, move_layer, tensors_of
-from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer
+from flash_dmattn_hf.cache.layer import DynamicMaskCacheLayer, OfferingLayer, living
 from flash_dmattn_hf.cache.layers import put_layers
-from flash_dmattn_hf.cache.owner import living, model_within
+from flash_dmattn_hf.cache.owner import model_within
 from flash_dmattn_hf.cache.state import load_state, state_of
 from flash_dmattn_hf.gates.attach import iter_gates
 

@@ -12,8 +12,15 @@ import torch
 
 from flash_dmattn_hf.cache.eviction import EvictingLayer
 from flash_dmattn_hf.cache.handover import hand_over
-from flash_dmattn_hf.cache.owner import living
 from flash_dmattn_hf.gates.importance import importance_of
+
+
+def living(reference: weakref.ref) -> Any:
+    """Returns what a cache refers to of its model. RuntimeError when the model is gone."""
+    found = reference()
+    if found is None:
+        raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
+    return found
 
 
 class OfferingLayer(EvictingLayer):

@@ -1,6 +1,5 @@
 """The model that a cache is made for: where it is, and which of its layers have gates."""
 
-import weakref
 from typing import Any
 
 import torch
@@ -17,14 +16,6 @@ def model_within(wrapped: nn.Module) -> PreTrainedModel:
     if model is None:
         raise ValueError(f"model must be a model of transformers, got {type(wrapped).__name__}")
     return model
-
-
-def living(reference: weakref.ref) -> Any:
-    """Returns what a cache refers to of its model. RuntimeError when the model is gone."""
-    found = reference()
-    if found is None:
-        raise RuntimeError("the model of this DynamicMaskCache no longer exists; build a new cache for the new one")
-    return found
 
 
 def check_token_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
