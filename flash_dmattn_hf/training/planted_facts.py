@@ -17,14 +17,14 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 NUM_VALUES = 4096
-NUM_FACTS = (2, 6)
+NUM_FACTS = (2, 12)
 CUE_LENGTHS = (4, 16)
 SHARED_SHARE = 1 / 2
 """Of the stretches, those whose facts share a phrase."""
 MOST_TOKENS = 16
 """Tokens of a value at most; longer ones are cut."""
-ASKED_SHARE = 1 / 8
-"""Where the facts of a stretch are asked for: its end, as a share of its length."""
+MOST_ASKED = 1 / 4
+"""What the questions of a stretch may take of its length."""
 
 
 class Fact(NamedTuple):
@@ -64,9 +64,9 @@ def draw_facts(
 ) -> list[Fact]:
     """Draws the facts of a stretch of `length` tokens, the first `first` of them special.
 
-    Facts never overlap. They are told before the last `ASKED_SHARE` of the stretch, each in an equal part of that, so
-    at every depth, and asked for in another order in the last share, the last value at the very end. Facts for which a
-    short stretch has no room are left out.
+    Facts never overlap. They are asked for one after the other, the last value at the very end, and told anywhere before
+    that, each in an equal part of it, in another order. So facts of every depth are asked for, some of them soon after
+    they were told. Facts for which a short stretch has no room are left out.
 
     input_ids: (N,) token ids of the text, for the cues. values: token ids of each value.
     """
@@ -75,14 +75,14 @@ def draw_facts(
     for name in rng.sample(values, count) if shared is not None else [None] * count:
         cue = _phrase(rng, input_ids) if name is None else torch.cat([shared, torch.tensor(name)])
         texts.append((cue, torch.tensor(rng.choice(values), dtype=torch.long)))
-    asked_from = length - max(1, int(length * ASKED_SHARE))
-    while texts and (
-        sum(len(cue) + len(value) for cue, value in texts) > length - asked_from
-        or max(len(cue) + len(value) for cue, value in texts) > (asked_from - first) // len(texts)
-    ):
+    while texts:
+        sizes = [len(cue) + len(value) for cue, value in texts]
+        room = (length - sum(sizes) - first) // len(texts)
+        if sum(sizes) <= length * MOST_ASKED and max(sizes) <= room:
+            break
         texts.pop()
 
-    facts, end, room = [], length, (asked_from - first) // max(1, len(texts))
+    facts, end = [], length
     for part, (cue, value) in zip(rng.sample(range(len(texts)), len(texts)), texts, strict=True):
         size = len(cue) + len(value)
         target = end - size

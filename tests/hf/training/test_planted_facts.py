@@ -24,26 +24,34 @@ class Letters:
 @pytest.mark.parametrize("length", [512, 4096])
 @pytest.mark.parametrize("first", [0, 4])
 def test_where_facts_are_told_and_asked_for(length, first):
-    depths = []
+    depths, distances, counts = [], [], set()
     for seed in range(200):
         facts = draw_facts(Random(seed), TEXT, VALUES, length, first)
-        assert NUM_FACTS[0] <= len(facts) <= NUM_FACTS[1]
-        asked_from, taken = length - length // 8, []
+        assert 1 <= len(facts) <= NUM_FACTS[1]
+        counts.add(len(facts))
+        asked_from, taken = length - sum(len(fact.tokens) for fact in facts), []
         for fact in facts:
             size = len(fact.tokens)
             assert first <= fact.source and fact.source + size <= asked_from <= fact.target
             taken += [range(fact.source, fact.source + size), range(fact.target, fact.target + size)]
             depths.append(fact.source / asked_from)
+            distances.append((fact.target - fact.source) / length)
         assert len(set().union(*taken)) == sum(map(len, taken))
         assert max(part.stop for part in taken) == length
     assert sum(depth < 0.1 for depth in depths) > len(depths) * 0.05
     assert sum(depth > 0.9 for depth in depths) > len(depths) * 0.05
+    assert sum(distance < 0.1 for distance in distances) > len(distances) * 0.02
+    if length == 4096:
+        assert counts == set(range(NUM_FACTS[0], NUM_FACTS[1] + 1))
 
 
 def test_facts_without_room_are_left_out():
-    for seed in range(200):
-        for fact in draw_facts(Random(seed), TEXT, VALUES, 64):
-            assert fact.source + len(fact.tokens) <= 56 <= fact.target
+    found = [draw_facts(Random(seed), TEXT, VALUES, 64) for seed in range(200)]
+    for facts in found:
+        asked = sum(len(fact.tokens) for fact in facts)
+        assert asked <= 64 * planted_facts.MOST_ASKED
+        assert all(fact.source + len(fact.tokens) <= 64 - asked <= fact.target for fact in facts)
+    assert any(found) and len(max(found, key=len)) < NUM_FACTS[1]
 
 
 def test_half_of_the_stretches_share_a_phrase_and_differ_by_a_name():
@@ -67,7 +75,7 @@ def test_an_example_tells_and_asks(monkeypatch):
         if not answers:
             continue
         planted += 1
-        told, asked = [a for a in answers if a < 896], [a for a in answers if a >= 896]
+        told, asked = answers[: len(answers) // 2], answers[len(answers) // 2 :]
         assert len(told) == len(asked) >= 1
         for answer in asked:
             value = tokens[answer : answer + 2]
