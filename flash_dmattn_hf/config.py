@@ -1,10 +1,10 @@
 """The settings of Dynamic Mask Attention in a model, as stored in `config.flash_dmattn`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from flash_dmattn_hf.forms import DEFAULT_FORM, FORMS
@@ -17,6 +17,7 @@ IMPORTANCE_HEADS = ("kv", "query", "shared")
 IMPORTANCE_INPUTS = ("value", "hidden")
 _CHOICES = {"importance": FORMS, "importance_heads": IMPORTANCE_HEADS, "importance_input": IMPORTANCE_INPUTS}
 _SWITCHES = ("add_importance_bias", "dt_proj_bias")
+_MOST_KEYS = 2**31 - 1
 
 _load_time_values: ContextVar[dict[str, Any] | None] = ContextVar("flash_dmattn_load_time_values", default=None)
 
@@ -47,8 +48,10 @@ class DynamicMaskConfig:
     layers: indices of the layers to attach to; None: all that are eligible.
     importance_input: what the importance of a token is computed from: "value" for the values of all its kv heads,
         "hidden" for the hidden state that the query, key and value projections of the layer read.
+    window_shares: layer index -> the multiple of w, rounded, that this layer keeps instead; its sinks and its local
+        window stay as they are, so the rest goes to its contested keys. None: every layer keeps w.
 
-    Raises ValueError for a value outside these ranges or s + r > w.
+    Raises ValueError for a value outside these ranges, for s + r > w, and for a share that leaves less than s + r.
     """
 
     keep_window_size: int = 2048
@@ -61,6 +64,7 @@ class DynamicMaskConfig:
     initializer_std: float = 0.0
     layers: tuple[int, ...] | None = None
     importance_input: str = "value"
+    window_shares: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name, smallest in _NUMBERS.items():
@@ -85,6 +89,36 @@ class DynamicMaskConfig:
             raise ValueError(f"initializer_std must be a finite number of at least 0, got {std!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", _layer_indices(self.layers))
+        object.__setattr__(self, "window_shares", read_shares(self.window_shares))
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        sinks, local = self.num_sink_tokens or 0, self.local_window_size or 0
+        for layer, share in (self.window_shares or {}).items():
+            if share * self.keep_window_size > _MOST_KEYS:
+                raise ValueError(f"window_shares must keep at most {_MOST_KEYS} keys, got {share!r} for layer {layer}")
+            if self.window_of(layer) < max(1, sinks + local):
+                raise ValueError(
+                    f"window_shares must leave every layer its num_sink_tokens + local_window_size = {sinks} + {local} "
+                    f"keys, and one at least, got {share!r} * {self.keep_window_size} = {self.window_of(layer)} for "
+                    f"layer {layer}"
+                )
+
+    def window_of(self, layer: int) -> int:
+        """Returns how many keys the layer with this index keeps at most, per importance head."""
+        if self.window_shares is None or layer not in self.window_shares:
+            return self.keep_window_size
+        return round(self.window_shares[layer] * self.keep_window_size)
+
+    @property
+    def smallest_window(self) -> int:
+        """The fewest keys that a layer may keep: keep_window_size, or that of a layer with a smaller share."""
+        return min(self.keep_window_size, *map(self.window_of, self.window_shares or (0,)))
+
+    @property
+    def largest_window(self) -> int:
+        """The most keys that a layer may keep: keep_window_size, or that of a layer with a larger share."""
+        return max(self.keep_window_size, *map(self.window_of, self.window_shares or (0,)))
 
     def resolve(self, *, dense: bool = True) -> "DynamicMaskConfig":
         """Returns the config with its None sizes filled in.
@@ -101,28 +135,44 @@ class DynamicMaskConfig:
     def updated(self, values: dict[str, Any]) -> "DynamicMaskConfig":
         """Returns the config with single values changed, by name.
 
-        Sinks and local window of before may not fit into a smaller keep_window_size: the local window then keeps its
-        share, unless one of them is among the values. Raises ValueError for unknown names and what does not fit.
+        Sinks and local window of before may not fit into a smaller keep_window_size, or what a window_share of before
+        makes of it: the local window then keeps its share, unless one of them is among the values. Raises ValueError
+        for unknown names and what does not fit.
         """
-        merged, window = {**self.to_dict(), **values}, values.get("keep_window_size")
+        merged, window = {**self.to_values(), **values}, values.get("keep_window_size")
         sinks, local = self.num_sink_tokens or 0, self.local_window_size or 0
         is_given = "num_sink_tokens" in values or "local_window_size" in values
-        if isinstance(window, int) and 0 < window < sinks + local and not is_given:
-            sinks = min(sinks, window)
-            merged["num_sink_tokens"] = sinks
-            merged["local_window_size"] = min(local * window // self.keep_window_size, window - sinks)
+        if isinstance(window, int) and 0 < window and not is_given:
+            room = window if "window_shares" in values else self.without_places(window).smallest_window
+            if room < sinks + local:
+                sinks = min(sinks, room)
+                merged["num_sink_tokens"] = sinks
+                merged["local_window_size"] = min(local * window // self.keep_window_size, room - sinks)
         return type(self).from_dict(merged)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the settings as values that JSON can hold."""
+    def without_places(self, window: int) -> "DynamicMaskConfig":
+        """Returns the config with another keep_window_size, all of which is contested."""
+        return replace(self, keep_window_size=window, num_sink_tokens=0, local_window_size=0)
+
+    def to_values(self) -> dict[str, Any]:
+        """Returns all settings by name, as values that JSON can hold."""
         section = asdict(self)
         section["layers"] = None if self.layers is None else list(self.layers)
+        if self.window_shares is not None:  # JSON has strings for keys
+            section["window_shares"] = {str(layer): share for layer, share in self.window_shares.items()}
+        return section
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as a section of a model config holds them: `to_values`, window_shares only if set."""
+        section = self.to_values()
+        if self.window_shares is None:
+            del section["window_shares"]
         return section
 
     def chosen(self) -> dict[str, Any]:
         """Returns the settings that are not the defaults, as `flash_dmattn={...}` takes them."""
-        defaults = type(self)().to_dict()
-        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+        defaults = type(self)().to_values()
+        return {name: value for name, value in self.to_values().items() if value != defaults[name]}
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> "DynamicMaskConfig":
@@ -135,10 +185,10 @@ class DynamicMaskConfig:
         return cls(**section)
 
 
-def window_in(config: Any) -> int | None:
-    """Returns the keep_window_size of a model config's section, None without a section."""
+def settings_in(config: Any) -> DynamicMaskConfig | None:
+    """Returns the settings in a model config's section, None without a section."""
     section = getattr(config, SECTION, None)
-    return None if section is None else DynamicMaskConfig.from_dict(section).keep_window_size
+    return None if section is None else DynamicMaskConfig.from_dict(section)
 
 
 def read_values(values: Any) -> dict[str, Any]:
@@ -151,7 +201,7 @@ def read_values(values: Any) -> dict[str, Any]:
     """
     given = values
     if isinstance(values, DynamicMaskConfig):
-        return values.to_dict()
+        return values.to_values()
     if isinstance(values, str):
         try:
             values = json.loads(values.replace(";", ","))
@@ -172,6 +222,26 @@ def _layer_indices(layers: Any) -> tuple[int, ...]:
     if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
         raise ValueError(f"layers must be None or layer indices of at least 0, got {layers!r}")
     return tuple(sorted(set(indices)))
+
+
+def read_shares(shares: Any) -> dict[int, float] | None:
+    """Returns window_shares with integers for layers, in their order; None for None and for no layer.
+
+    shares: a mapping; its layers may be strings, as in JSON. Raises ValueError for anything else.
+    """
+    if shares is None:
+        return None
+    if not isinstance(shares, Mapping):
+        raise ValueError(f"window_shares must be None or a mapping from layer index to a number, got {shares!r}")
+    found = {}
+    for layer, share in shares.items():
+        index = int(layer) if isinstance(layer, str) and layer.isascii() and layer.isdecimal() else layer
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0 or index in found:
+            raise ValueError(f"window_shares must name layers by their index, each once, got {layer!r}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+            raise ValueError(f"window_shares must be finite numbers above 0, got {share!r} for layer {index}")
+        found[index] = share
+    return dict(sorted(found.items())) or None
 
 
 @contextmanager

@@ -213,7 +213,7 @@ class DynamicMaskCacheLayer(OfferingLayer):
 
     def _change_settings(self, gate) -> None:
         """Importances that were computed in another way cannot be ranked together, nor can windows be widened."""
-        before, now = self._settings.to_dict(), gate.config.to_dict()
+        before, now = self._settings.to_values(), gate.config.to_values()
         changed = [name for name, value in now.items() if value != before[name]]
         if changed and self.num_rows:
             before, now = ({name: values[name] for name in changed} for values in (before, now))

@@ -3,7 +3,6 @@
 import argparse
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -130,7 +129,7 @@ def _write(out, model, tokenizer, results, recipe: Recipe, args: argparse.Namesp
         tokenizer.save_pretrained(directory)
         if "all" not in recipe.stages:  # it fits MODEL as it is
             save_importance(model, directory / IMPORTANCE, base_model=args.model)
-        results.write(directory / "distillation", {**facts, "recipe": asdict(recipe)})
+        results.write(directory / "distillation", {**facts, "recipe": recipe.to_dict()})
     shutil.rmtree(results.folder)
     print(f"wrote {out}")
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -41,15 +40,15 @@ class Results:
         Raises ValueError for an unfinished run that should not be resumed, or that has other settings.
         """
         read = {name: getattr(args, name) for name in ("model", "data", "text_column", "data_split")}
-        settings = json.loads(json.dumps({**read, **asdict(recipe)}))
+        settings = json.loads(json.dumps({**read, **recipe.to_dict()}))
         file = folder / "run.json"
         if not file.is_file():
             return cls(folder, {"settings": settings, "rows": [], "logs": {}}, recipe)
         if not args.resume:
             raise ValueError(f"{folder} holds a run that was interrupted: pass --resume to go on, or delete it")
         state = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            before = state["settings"].get(name)
+        for name in {**state["settings"], **settings}:
+            before, value = state["settings"].get(name), settings.get(name)
             if before != value:
                 raise ValueError(f"{name} must be that of the run in {folder}, {before!r}, got {value!r}")
         return cls(folder, state, recipe)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     common.check_length(model, stretch_length, "--contexts")
     if next(iter_gates(model), None) is None:
         convert_model(model)
-    windows = args.windows or [next(iter_gates(model))[2].windows.keep_window_size]
+    windows = args.windows or [next(iter_gates(model))[2].config.keep_window_size]
 
     rows, num_tokens = [], 0
     for mask in rows_of(model, windows):

@@ -80,6 +80,9 @@ class ConversionReport:
             f"{config.importance_heads} head)",
             f"  parameters  {self.parameters_added:,} added to {self.parameters_before:,}",
         ]
+        if config.window_shares is not None:
+            windows = ", ".join(f"{config.window_of(layer)} in layer {layer}" for layer in config.window_shares)
+            lines.insert(2, f"  but         {windows} keys, by importance what sinks and most recent leave")
         if self.importance_source is not None:
             lines.append(f"  importance  from {self.importance_source}")
         elif self.calibration_tokens:

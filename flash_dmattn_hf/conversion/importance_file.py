@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
 from flash_dmattn_hf.conversion.checkpoint import PICKLES, first_line, read_json
 from flash_dmattn_hf.conversion.convert import ConversionReport, LayerReport, convert_model
-from flash_dmattn_hf.gates.attach import iter_gates, parameter_shapes, plan, refusal, text_config_of
+from flash_dmattn_hf.gates.attach import check_shares, iter_gates, parameter_shapes, plan, refusal, text_config_of
 from flash_dmattn_hf.gates.divided import is_divided
 from flash_dmattn_hf.gates.eligibility import is_native_doge
 from flash_dmattn_hf.gates.importance import Gate, ImportanceGate
@@ -114,6 +114,7 @@ def load_importance(model: nn.Module, directory: str | Path) -> nn.Module:
     planned = plan(model, saved.settings)
     if planned.refused or not planned.shapes:
         raise ValueError(refusal(model, planned))
+    check_shares(model, planned)
     found = {layer: {name: tuple(t.shape) for name, t in some.items()} for layer, some in saved.tensors.items()}
     _check_same(f"the importance in {directory}", found, parameter_shapes(model, planned))
     gates = [gate for _, _, gate in iter_gates(model)]

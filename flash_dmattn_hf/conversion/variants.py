@@ -22,7 +22,7 @@ def with_window(
     num_sink_tokens: int | None = None,
     local_window_size: int | None = None,
 ) -> Iterator[None]:
-    """Inside the block the model keeps another number of keys; its weights stay.
+    """Inside the block the model keeps another number of keys; its weights stay, and so do its window_shares.
 
     num_sink_tokens: None keeps the model's. local_window_size: None keeps the model's share of the window.
     Raises ValueError for a model without gates or sizes that do not fit.
@@ -120,10 +120,11 @@ def _set_implementations(implementations: list[tuple[PreTrainedConfig, str]]) ->
 
 
 def _resize(config: DynamicMaskConfig, window: int, sinks: int | None, local: int | None) -> DynamicMaskConfig:
+    room = config.without_places(window).smallest_window
     if sinks is None:
-        sinks = min(config.num_sink_tokens, window)
+        sinks = min(config.num_sink_tokens, room)
     if local is None:
-        local = min(config.local_window_size * window // config.keep_window_size, window - sinks)
+        local = min(config.local_window_size * window // config.keep_window_size, room - sinks)
     return replace(config, keep_window_size=window, num_sink_tokens=sinks, local_window_size=local)
 
 

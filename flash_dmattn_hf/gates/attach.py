@@ -39,7 +39,6 @@ def iter_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ImportanceGat
     """
     for name, module in model.named_modules():
         if is_attention(module) and (gate := get_gate(module)) is not None:
-            gate.layer_idx = module.layer_idx  # layers may have been taken out or renumbered
             yield name, module, gate
 
 
@@ -81,12 +80,13 @@ def plan(model: nn.Module, config: DynamicMaskConfig) -> AttachPlan:
 def attach(model: nn.Module, planned: AttachPlan) -> AttachReport:
     """Gives every attention module of a plan for this model a gate; existing gates stay.
 
-    Raises ValueError if no module qualifies, one that must have dynamic masks cannot, a layer does not exist, or if
-    tensor parallelism has split the model already.
+    Raises ValueError if no module qualifies, one that must have dynamic masks cannot, a layer does not exist, one with
+    a window of its own gets no gate, or if tensor parallelism has split the model already.
     """
     _check_layers(model, planned.config)
     if planned.refused or not planned.shapes:
         raise ValueError(refusal(model, planned))
+    check_shares(model, planned)
     lacking = [name for name in planned.shapes if get_gate(model.get_submodule(name)) is None]
     if lacking and (num_ranks := tensor_parallel_size(model)) > 1:
         raise ValueError(
@@ -128,6 +128,21 @@ def _check_layers(model: nn.Module, config: DynamicMaskConfig) -> None:
     indices = {getattr(module, "layer_idx", None) for _, module, _ in attention_modules(model)}
     if absent := [index for index in config.layers or () if index not in indices]:
         raise ValueError(f"layers must be indices of attention layers of {type(model).__name__}, got {absent}")
+
+
+def check_shares(model: nn.Module, planned: AttachPlan) -> None:
+    """Raises ValueError if a plan for this model leaves a layer of window_shares without a gate."""
+    with_gate = {model.get_submodule(name).layer_idx for name in planned.shapes}
+    absent = next((layer for layer in planned.config.window_shares or () if layer not in with_gate), None)
+    if absent is None:
+        return
+    reasons = (
+        reason
+        for name, reason in planned.skipped.items()
+        if reason != _OTHER_PART and getattr(model.get_submodule(name), "layer_idx", None) == absent
+    )
+    why = next(reasons, f"{type(model).__name__} has no attention with this index")
+    raise ValueError(f"window_shares must name layers with an importance gate, got layer {absent}: {why}")
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:

@@ -127,10 +127,9 @@ def judge(module: nn.Module, settings: DynamicMaskConfig, text_config: Any) -> V
     if settings.importance_input == "hidden" and (reason := _lacks_hidden_states(module, shape)):
         return Verdict("refuse", f'{name} {reason}, so importance_input must be "value"')
     window = shape.sliding_window
-    if window is not None and window <= settings.keep_window_size:
-        return Verdict(
-            "native", f"its sliding window of {window} is within keep_window_size={settings.keep_window_size}"
-        )
+    keep = settings.window_of(module.layer_idx)
+    if window is not None and window <= keep:
+        return Verdict("native", f"its sliding window of {window} is within keep_window_size={keep}")
     return Verdict("attach", shape=shape)
 
 

@@ -22,8 +22,18 @@ _BLOCK = 8192
 
 
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
-    """Returns the gate of an attention module, None if it has none."""
-    return getattr(module, GATE_NAME, None)
+    """Returns the gate of an attention module, None if it has none; layers may have been taken out or renumbered."""
+    gate = getattr(module, GATE_NAME, None)
+    if gate is not None and gate.layer_idx != module.layer_idx:
+        for part in parts_of(gate):
+            part.layer_idx = module.layer_idx
+    return gate
+
+
+def parts_of(gate: Any) -> "list[Gate]":
+    """Returns the gates in what an attention module has for one: PEFT wraps a gate and its copies."""
+    found = gate.modules() if isinstance(gate, nn.Module) else (gate,)
+    return [part for part in found if isinstance(part, Gate)]
 
 
 def source_of(gate: "Gate", value: torch.Tensor) -> torch.Tensor:
@@ -139,7 +149,7 @@ class Gate:
     @config.setter
     def config(self, config: DynamicMaskConfig) -> None:
         section = getattr(self.model_config, SECTION, None)
-        self._config, self._section = config, None if section is None else dict(section)
+        self._config, self._section = config, copy.deepcopy(section)
 
     def _follow(self, section: dict[str, Any] | None) -> None:
         if section is None:
@@ -152,7 +162,8 @@ class Gate:
                     f"{getattr(settings, name)!r}: it decides about the shape of the gates"
                 )
         is_left_out = settings.layers is not None and self.layer_idx not in settings.layers
-        if is_left_out or (self.sliding_window is not None and self.sliding_window <= settings.keep_window_size):
+        window = settings.window_of(self.layer_idx)
+        if is_left_out or (self.sliding_window is not None and self.sliding_window <= window):
             raise ValueError(
                 f"config.{SECTION} of a live model must want a gate in layer {self.layer_idx}, which has one, got "
                 f"{settings}: save the model with its old settings, and load it with these"
@@ -163,8 +174,8 @@ class Gate:
     @property
     def windows(self) -> Windows:
         """The windows of this layer, which everything reads here."""
-        config = self.config
-        return Windows(config.keep_window_size, config.num_sink_tokens, config.local_window_size, self.sliding_window)
+        config, window = self.config, self.config.window_of(self.layer_idx)
+        return Windows(window, config.num_sink_tokens, config.local_window_size, self.sliding_window)
 
 
 class ImportanceGate(Gate, nn.Module):

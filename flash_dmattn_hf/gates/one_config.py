@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from flash_dmattn_hf.config import SECTION, DynamicMaskConfig
-from flash_dmattn_hf.gates.importance import Gate, get_gate
+from flash_dmattn_hf.gates.importance import get_gate, parts_of
 from flash_dmattn_hf.names import NAMES
 
 
@@ -25,10 +25,8 @@ def adopt(module: nn.Module, text_config: Any) -> None:
     """Has an attention module of the text model, and its gate, read the config of that."""
     if getattr(module, "config", text_config) is not text_config:
         module.config = text_config
-    gate = get_gate(module)
-    for part in gate.modules() if isinstance(gate, nn.Module) else (gate,):  # PEFT wraps a gate and its copies
-        if isinstance(part, Gate):
-            part.model_config = text_config
+    for part in parts_of(get_gate(module)):
+        part.model_config = text_config
 
 
 def check_one_config(name: str, module: nn.Module, text_config: Any) -> None:

@@ -150,7 +150,7 @@ def _follow(model: nn.Module, settings: DynamicMaskConfig | None) -> bool:
     """Gives an open model dynamic masks with these settings; returns whether it has got new gates."""
     if settings is None or not _is_open(model) or uses_dynamic_masks(model):
         return False
-    with dynamic_mask_config(**settings.to_dict()):
+    with dynamic_mask_config(**settings.to_values()):
         return bool(choose_implementation(PreTrainedModel.set_attn_implementation.__wrapped__, model, NAMES[0]))
 
 
@@ -171,8 +171,8 @@ def _compare(wrapped: nn.Module, place: str | os.PathLike, settings: DynamicMask
     if not uses_dynamic_masks(model):
         problem = f'runs with attn_implementation="{model.config._attn_implementation}"'
     else:
-        mine = settings_of(model).to_dict()
-        others = {name: mine[name] for name, value in settings.to_dict().items() if value != mine[name]}
+        mine = settings_of(model).to_values()
+        others = {name: mine[name] for name, value in settings.to_values().items() if value != mine[name]}
         if not others:
             return
         problem = f"has {others}"

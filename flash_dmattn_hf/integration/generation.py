@@ -18,7 +18,7 @@ from flash_dmattn_hf.arguments import by_name, get_cache, name_of_cache, paramet
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.cuda_graph import CapturedForward, StepForward
 from flash_dmattn_hf.cache.settings import check_kept_slots, slot_dtype_of
-from flash_dmattn_hf.config import window_in
+from flash_dmattn_hf.config import settings_in
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.integration.kept_cache import keep_cache
 from flash_dmattn_hf.names import NAMES, is_ours
@@ -140,10 +140,10 @@ def wrap_dynamic_cache(original):
             return
         config = config.get_text_config(decoder=True)
         is_sliding = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in self.layers)
-        window = window_in(config) if is_sliding and config._attn_implementation in NAMES else None
-        if window is None:
+        settings = settings_in(config) if is_sliding and config._attn_implementation in NAMES else None
+        if settings is None:
             return
-        if any(_truncates(layer, window) for layer in self.layers):
+        if any(_truncates(layer, settings.window_of(index)) for index, layer in enumerate(self.layers)):
             self.layers = [
                 DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.layers
             ]

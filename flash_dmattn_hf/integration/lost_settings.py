@@ -32,12 +32,12 @@ def warn_if_lost(model: PreTrainedModel, config: Any = None) -> None:
         others = [getattr(text_config_of(other), SECTION, None) for other in _models if other.name_or_path == path]
     if section is None or not path:
         return
-    mine = DynamicMaskConfig.from_dict(section).to_dict()
+    mine = DynamicMaskConfig.from_dict(section).to_values()
     settings = [DynamicMaskConfig.from_dict(other) for other in others if other is not None]
-    given = next((other for other in settings if other.to_dict() != mine), None)
+    given = next((other for other in settings if other.to_values() != mine), None)
     if given is None or _are_given(config, path):
         return
-    wanted, theirs = given.chosen(), given.to_dict()
+    wanted, theirs = given.chosen(), given.to_values()
     got = {name: value for name, value in mine.items() if theirs[name] != value}
     kwargs = f'{{"attn_implementation": "{NAMES[0]}", "{SECTION}": {wanted}}}'
     warnings.warn(

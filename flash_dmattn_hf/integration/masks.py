@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_tracing
 from flash_dmattn_hf.arguments import parameter_names
 from flash_dmattn_hf.cache.cache import DynamicMaskCache
 from flash_dmattn_hf.cache.handover import hand_over
-from flash_dmattn_hf.config import window_in
+from flash_dmattn_hf.config import settings_in
 from flash_dmattn_hf.integration.blocks import mark_blocks
 from flash_dmattn_hf.integration.documents import has_documents, mark_documents
 from flash_dmattn_hf.integration.mask_functions import MaskLimits, meaning_of_mask
@@ -234,8 +234,8 @@ def _look_at_growth(config: Any, cache: Any, num_cached: Any) -> None:
     if cache is None or isinstance(cache, DynamicMaskCache) or torch.compiler.is_compiling():
         return
     if isinstance(num_cached, int) and num_cached:
-        window = window_in(config)
-        if window is not None and num_cached > window:
+        settings = settings_in(config)
+        if settings is not None and num_cached > settings.keep_window_size:
             _warn_of_growth()
 
 

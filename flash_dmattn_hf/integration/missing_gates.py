@@ -1,5 +1,6 @@
 """An attention module that came into a converted model later has no gate: it must not be dense without saying so."""
 
+import copy
 import weakref
 from typing import Any
 
@@ -20,9 +21,15 @@ def refuse_missing_gate(module: nn.Module) -> None:
     section = getattr(module.config, SECTION, None)
     if section is None or _judged.get(module) == section:
         return
-    if judge(module, DynamicMaskConfig.from_dict(section).resolve(), module.config).kind == "attach":
+    settings = DynamicMaskConfig.from_dict(section).resolve()
+    verdict = judge(module, settings, module.config)
+    if getattr(module, "layer_idx", None) in (settings.window_shares or ()) and verdict.kind != "attach":
+        raise ValueError(
+            f"window_shares must name layers with an importance gate, got layer {module.layer_idx}: {verdict.reason}"
+        )
+    if verdict.kind == "attach":
         raise ValueError(
             f"layer {module.layer_idx} ({type(module).__name__}) must have an importance gate with these settings, got "
             'none: model.set_attn_implementation("flash_dmattn") gives one to modules that came later'
         )
-    _judged[module] = dict(section)
+    _judged[module] = copy.deepcopy(section)

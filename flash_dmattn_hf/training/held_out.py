@@ -39,7 +39,7 @@ class HeldOut:
 
     def window_loss(self, model: nn.Module, teacher: Teacher) -> float:
         """Returns the loss of a model with its importance set to 0, in nats per token: sinks and window."""
-        window = next(iter_gates(model))[2].windows.keep_window_size
+        window = next(iter_gates(model))[2].config.keep_window_size
         _, plain, _ = rows_of(model, [window])
         with plain.variant:
             return self._agreement(model, teacher).loss
@@ -60,7 +60,7 @@ class HeldOut:
             model,
             self.input_ids,
             context_length=self.context_length,
-            first_row=next(iter_gates(model))[2].windows.keep_window_size,
+            first_row=next(iter_gates(model))[2].config.keep_window_size,
             reference=teacher.model,
             reference_mode=teacher.mode,
             leading=self.leading,

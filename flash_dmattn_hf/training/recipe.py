@@ -1,10 +1,11 @@
 """The recipe of a distillation from a dense checkpoint: mask, data, stages and schedules, validated."""
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from flash_dmattn_hf.config import IMPORTANCE_INPUTS, DynamicMaskConfig
+from flash_dmattn_hf.config import IMPORTANCE_INPUTS, DynamicMaskConfig, read_shares
 from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES
 
 STAGES = ("importance", "all")
@@ -34,6 +35,7 @@ class Recipe:
 
     keep_window_size, num_sink_tokens, local_window_size, importance_input, add_importance_bias: of the mask; a
         local_window_size of None is a quarter of the window. dt_proj always has a bias (`training.gate_preparation`).
+    window_shares: layer index -> the multiple of keep_window_size that this layer keeps, as in `DynamicMaskConfig`.
     length: tokens of a stretch. batch_size: stretches of a forward. gradient_accumulation_steps: forwards of a step.
     minutes, steps: how long all stages together train; one of them is None.
     stages: of `STAGES`, in their order. importance_share: share of the run for the first where there are both.
@@ -73,6 +75,7 @@ class Recipe:
     eval_stretches: int = 16
     tasks: tuple[str, ...] | None = None
     samples: int = 2
+    window_shares: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         for name, smallest in _COUNTS.items():
@@ -102,12 +105,19 @@ class Recipe:
         for name in ("add_importance_bias", "gradient_checkpointing"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        object.__setattr__(self, "window_shares", read_shares(self.window_shares))
+        mask = self.mask()
         if self.length < self.keep_window_size + 2:
             raise ValueError(
                 f"length must be at least keep_window_size + 2 = {self.keep_window_size + 2}, so that there are rows "
                 f"beyond the window, got {self.length}"
             )
-        self._check_gradients(self.mask())
+        if self.length < mask.largest_window + 2:
+            raise ValueError(
+                f"length must be at least {mask.largest_window + 2}, so that there are rows beyond the largest window "
+                f"of window_shares, {mask.largest_window} keys, got {self.length}"
+            )
+        self._check_gradients(mask)
 
     def _check_stages(self) -> None:
         stages = tuple(stage for stage in STAGES if stage in self.stages) if _are_names(self.stages) else ()
@@ -139,7 +149,7 @@ class Recipe:
 
     def _check_gradients(self, mask: DynamicMaskConfig) -> None:
         """Refuses a stage in which nothing would have a gradient, before the stages that come before it run."""
-        is_full = mask.num_sink_tokens + mask.local_window_size == mask.keep_window_size
+        is_full = mask.num_sink_tokens + mask.local_window_size == mask.largest_window
         if "importance" in self.stages and is_full and not self.add_importance_bias:
             raise ValueError(
                 f"num_sink_tokens + local_window_size must be below keep_window_size = {mask.keep_window_size} with "
@@ -162,7 +172,14 @@ class Recipe:
             importance_input=self.importance_input,
             add_importance_bias=self.add_importance_bias,
             dt_proj_bias=True,
+            window_shares=self.window_shares,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all settings by name, as values that JSON can hold; window_shares only if they are set."""
+        values = asdict(self)
+        values["window_shares"] = self.mask().to_values()["window_shares"]
+        return values if self.window_shares else {name: values[name] for name in values if name != "window_shares"}
 
     def limit_of(self, stage: str) -> dict[str, float | int]:
         """Returns the minutes or steps of a stage, under the name of its training argument."""

@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "dense_definition"
 SHARED = {}
-"""Layer type -> importance and settings of the keys that later layers share."""
+"""Layer type -> importance, gate and index of the layer whose keys later layers share."""
 
 HIDDEN_STATES = {}
 """Attention module -> what it was called with, while `by_definition` runs a model."""
@@ -29,12 +29,15 @@ def importance_of(gate, tokens):
     return importance.transpose(1, 2)
 
 
-def visible(importance, real, settings):
+def visible(importance, real, settings, layer):
     """(B, Hi, S, S) bool: may query t see key j, by counting for every pair the keys that beat j.
 
     Nothing is said against later keys: the mask of the model shows those of a block alone.
+    layer: the index of the one that made the keys, which may have a share of its own.
     """
     w, s, r = settings.keep_window_size, settings.num_sink_tokens, settings.local_window_size
+    if settings.window_shares and layer in settings.window_shares:
+        w = round(w * settings.window_shares[layer])
     position = real.long().cumsum(-1) - 1
     t, j = position[:, None, :, None], position[:, None, None, :]
     ahead = importance[..., None, :] > importance[..., :, None]  # [j, i]: i beats j
@@ -58,17 +61,17 @@ def dense_definition(module, query, key, value, attention_mask, scaling=None, so
     if attention_mask is None or attention_mask.is_floating_point():  # of cross-attention
         allowed = torch.ones_like(logits, dtype=torch.bool) if attention_mask is None else attention_mask == 0
     gate = getattr(module, "dma", None)
-    importance = None
+    importance, layer = None, getattr(module, "layer_idx", None)
     if gate is not None:
         is_hidden = gate.config.importance_input == "hidden"
         importance = importance_of(gate, HIDDEN_STATES[module] if is_hidden else value.transpose(1, 2).flatten(2))
     if getattr(module, "store_full_length_kv", False):
-        SHARED[module.layer_type] = importance, gate
+        SHARED[module.layer_type] = importance, gate, layer
     if getattr(module, "is_kv_shared_layer", False):
-        importance, gate = SHARED[module.layer_type]
+        importance, gate, layer = SHARED[module.layer_type]
     if importance is not None:
         real = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        seen = visible(importance.detach(), real, gate.config)
+        seen = visible(importance.detach(), real, gate.config, layer)
         repeat = query.shape[1] // importance.shape[1]
         allowed = allowed & seen.repeat_interleave(repeat, 1)
         if gate.config.add_importance_bias:

@@ -37,6 +37,11 @@ _MLA = {
 KINDS = {
     "llama-topk": ("llama", {}, {"keep_window_size": 12, "num_sink_tokens": 0, "local_window_size": 0}),
     "llama-sinks-local": ("llama", {}, {"keep_window_size": 16, "num_sink_tokens": 4, "local_window_size": 7}),
+    "llama-shares": (
+        "llama",
+        {},
+        {"keep_window_size": 12, "num_sink_tokens": 2, "local_window_size": 4, "window_shares": {0: 0.75, 1: 1.75}},
+    ),
     "llama-query-heads": (
         "llama",
         {},

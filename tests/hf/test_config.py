@@ -1,13 +1,14 @@
 """DynamicMaskConfig: validation, resolution and the section; ImportanceGate: the equation and its precision."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from flash_dmattn_hf import DynamicMaskConfig, ImportanceGate, dynamic_mask_config
-from flash_dmattn_hf.config import load_time_values
+from flash_dmattn_hf.config import load_time_values, read_values
 
 WRONG = {
     "w_zero": ({"keep_window_size": 0}, "keep_window_size must be an integer of at least 1, got 0"),
@@ -26,6 +27,20 @@ WRONG = {
     "layers": ({"layers": [-1]}, r"layers must be None or layer indices of at least 0, got \[-1\]"),
     "layers_empty": ({"layers": []}, "layers must be None or layer indices"),
     "layers_text": ({"layers": "01"}, "layers must be None or layer indices"),
+    "shares": ({"window_shares": [2.5]}, r"window_shares must be None or a mapping from layer index .*, got \[2.5\]"),
+    "shares_layer": ({"window_shares": {"-1": 2}}, "window_shares must name layers by their index, .*, got '-1'"),
+    "shares_bool": ({"window_shares": {True: 2}}, "window_shares must name layers by their index, .*, got True"),
+    "shares_twice": ({"window_shares": {3: 2, "3": 1}}, "window_shares must name layers .* each once, got '3'"),
+    "shares_zero": ({"window_shares": {3: 0}}, "window_shares must be finite numbers above 0, got 0 for layer 3"),
+    "shares_inf": ({"window_shares": {3: float("inf")}}, "window_shares must be finite numbers above 0, got inf"),
+    "shares_nan": ({"window_shares": {3: float("nan")}}, "window_shares must be finite numbers above 0, got nan"),
+    "shares_text": ({"window_shares": {3: "2"}}, "window_shares must be finite numbers above 0, got '2'"),
+    "shares_huge": ({"window_shares": {3: 1e300}}, r"window_shares must keep at most \d+ keys, got 1e\+300 for layer 3"),
+    "shares_full": (
+        {"keep_window_size": 16, "num_sink_tokens": 2, "local_window_size": 7, "window_shares": {3: 0.5}},
+        r"window_shares must leave every layer its .* = 2 \+ 7 keys, .*, got 0.5 \* 16 = 8 for layer 3",
+    ),
+    "shares_none_left": ({"window_shares": {3: 1e-4}}, "and one at least, got 0.0001 \\* 2048 = 0 for layer 3"),
 }
 
 
@@ -62,7 +77,55 @@ def test_section_round_trip():
     section = config.to_dict()
     assert section["layers"] == [1, 3]
     assert DynamicMaskConfig.from_dict(section) == config
-    assert set(section) == {field.name for field in dataclasses.fields(config)}
+    assert set(section) == {field.name for field in dataclasses.fields(config)} - {"window_shares"}
+    assert set(config.to_values()) == {field.name for field in dataclasses.fields(config)}
+
+
+def test_shares_go_through_json_and_none_leaves_a_section_as_it_was():
+    config = DynamicMaskConfig(512, 4, 128, window_shares={"17": 2.5, 3: 0.5})
+    section = json.loads(json.dumps(config.to_dict()))
+    assert section == config.to_dict() and section["window_shares"] == {"3": 0.5, "17": 2.5}
+    read = DynamicMaskConfig.from_dict(section)
+    assert read == config and hash(read) == hash(config) and read.window_shares == {3: 0.5, 17: 2.5}
+    assert [config.window_of(layer) for layer in (0, 3, 17)] == [512, 256, 1280]
+    assert (config.smallest_window, config.largest_window) == (256, 1280)
+    assert config.chosen()["window_shares"] == {"3": 0.5, "17": 2.5}
+    for shares in (None, {}):
+        plain = DynamicMaskConfig(512, window_shares=shares)
+        assert plain == DynamicMaskConfig(512) and "window_shares" not in {**plain.to_dict(), **plain.chosen()}
+        assert plain.smallest_window == plain.largest_window == plain.window_of(17) == 512
+
+
+def test_a_resolved_local_window_must_fit_every_share():
+    assert DynamicMaskConfig(16, window_shares={3: 1.25}).resolve().local_window_size == 12
+    with pytest.raises(ValueError, match=r"= 4 \+ 12 keys, .*, got 0.5 \* 16 = 8 for layer 3"):
+        DynamicMaskConfig(16, window_shares={3: 0.5}).resolve()
+
+
+UPDATED = {
+    "fits": ({"keep_window_size": 24}, (24, 2, 6), 12),
+    "does_not_fit": ({"keep_window_size": 12}, (12, 2, 2), 6),
+    "room_is_the_limit": ({"keep_window_size": 3}, (3, 2, 0), 2),
+    "places_given": ({"keep_window_size": 8, "num_sink_tokens": 1, "local_window_size": 3}, (8, 1, 3), 4),
+    "shares_given": ({"keep_window_size": 12, "window_shares": {5: 2}}, (12, 2, 6), 24),
+    "shares_taken_away": ({"window_shares": None}, (32, 2, 6), 32),
+    "another_setting": ({"layers": [5]}, (32, 2, 6), 16),
+}
+
+
+@pytest.mark.parametrize("case", UPDATED)
+def test_shares_multiply_the_window_that_is_given_later(case):
+    values, sizes, window = UPDATED[case]
+    config = DynamicMaskConfig(32, 2, 6, window_shares={5: 0.5}).updated(values)
+    assert (config.keep_window_size, config.num_sink_tokens, config.local_window_size) == sizes
+    assert config.window_of(5) == window
+
+
+def test_a_share_that_is_given_later_must_fit():
+    with pytest.raises(ValueError, match=r"= 2 \+ 6 keys, .*, got 0.5 \* 12 = 6 for layer 5"):
+        DynamicMaskConfig(32, 2, 6).updated({"keep_window_size": 12, "window_shares": {5: 0.5}})
+    config = DynamicMaskConfig(32, 2, 6, window_shares={5: 0.5})
+    assert config.updated(read_values(DynamicMaskConfig(8))) == DynamicMaskConfig(8)  # all of its settings, not some
 
 
 @pytest.mark.parametrize("section", [{"window": 3}, [], "64", None], ids=str)

@@ -67,6 +67,7 @@ CASES = {
     "whole logits": Case((10, 1, 3), has_chunked_loss=False),
     "attention sinks": Case((8, 1, 3), "granite_swa", {"sliding_window": 10}),
     "shared keys": Case((8, 1, 3), "gemma3n_text"),
+    "windows of single layers": Case((10, 1, 3), settings={"window_shares": {0: 0.6, 1: 2}}),
 }
 
 

@@ -1,5 +1,6 @@
 """A recipe is checked as a whole, and the files in configs are recipes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ WRONG = {
     "importance_input": ("keys", "importance_input must be one of"),
     "add_importance_bias": (1, "add_importance_bias must be true or false, got 1"),
     "local_window_size": (510, r"num_sink_tokens \+ local_window_size must not exceed keep_window_size"),
+    "window_shares": ({17: 0}, "window_shares must be finite numbers above 0, got 0 for layer 17"),
     "colour": (1, r"recipe must only have the names .*, got \['colour'\]"),
 }
 
@@ -70,6 +72,21 @@ WRONG = {
 def test_values_out_of_range_are_refused(name, value, sentence):
     with pytest.raises(ValueError, match=sentence):
         Recipe.from_dict({name: value}, "recipe")
+
+
+def test_windows_of_single_layers_are_those_of_the_mask():
+    recipe = Recipe.from_dict(yaml.safe_load("window_shares: {17: 2.5, 18: 0.5}"), "recipe")
+    assert recipe.mask().window_shares == {17: 2.5, 18: 0.5} == recipe.window_shares
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), "recipe") == recipe
+    assert "window_shares" not in Recipe().to_dict()  # results of before have none
+    with pytest.raises(ValueError, match="length must be at least 1282, .* 1280 keys, got 1281"):
+        Recipe(window_shares={17: 2.5}, length=1281)
+    with pytest.raises(ValueError, match="got 0.25 .* = 128 for layer 17"):
+        Recipe(window_shares={17: 0.25})
+    full = {"keep_window_size": 16, "num_sink_tokens": 4, "local_window_size": 12}
+    Recipe(**full, window_shares={17: 1.25})  # this layer keeps keys for their importance
+    with pytest.raises(ValueError, match="with the stage importance: no key"):
+        Recipe(**full, window_shares={17: 1.0})
 
 
 def test_what_does_not_go_together_is_refused():
