@@ -81,8 +81,8 @@ class ConversionReport:
             f"  parameters  {self.parameters_added:,} added to {self.parameters_before:,}",
         ]
         if config.window_shares is not None:
-            windows = ", ".join(f"{config.window_of(layer)} in layer {layer}" for layer in config.window_shares)
-            lines.insert(2, f"  but         {windows} keys, by importance what sinks and most recent leave")
+            windows = ", ".join(f"{config.window_of(layer)} keys in layer {layer}" for layer in config.window_shares)
+            lines.insert(2, f"  others      {windows}: as many sinks and most recent, the rest by importance")
         if self.importance_source is not None:
             lines.append(f"  importance  from {self.importance_source}")
         elif self.calibration_tokens:

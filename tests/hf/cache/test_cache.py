@@ -68,6 +68,24 @@ def test_nbytes_counts_every_tensor(model):
     assert DynamicMaskCache(model).nbytes == 0 and DynamicMaskCache(model).max_keys == 0
 
 
+def test_nbytes_counts_the_slots_of_each_layer():
+    """Two layers of 9 and 21 slots take as much as half of two of 9 and half of two of 21."""
+    model = make_model("llama-shares")
+    mixed, equal = filled(model, 90).nbytes, []
+    for window in (9, 21):
+        model.config.flash_dmattn = {**model.config.flash_dmattn, "keep_window_size": window, "window_shares": None}
+        equal.append(filled(model, 90).nbytes)
+    assert 2 * mixed == sum(equal)
+
+
+def test_a_state_of_other_shares_is_refused():
+    model = make_model("llama-shares")
+    state = filled(model).state_dict()
+    model.config.flash_dmattn["window_shares"]["0"] = 1
+    with pytest.raises(ValueError, match="windows .*'keep_window_size': 12.*got .*'keep_window_size': 9"):
+        DynamicMaskCache(model).load_state_dict(state)
+
+
 def test_it_does_not_keep_the_model_alive():
     model = make_model("llama-topk")
     past, ids = filled(model), make_prompt()[0]
@@ -161,7 +179,7 @@ def test_cropping_what_is_gone_is_an_error(model):
         past.crop(-1)
 
 
-@pytest.mark.parametrize("kind", ["llama-sinks-local", "llama-query-heads", "qwen2-sliding-below-w"])
+@pytest.mark.parametrize("kind", ["llama-sinks-local", "llama-shares", "llama-query-heads", "qwen2-sliding-below-w"])
 def test_a_saved_cache_goes_on_where_it_was(kind, tmp_path):
     model = make_model(kind)
     (ids, _), cache = make_prompt(batch=2, length=70), DynamicMaskCache(model)

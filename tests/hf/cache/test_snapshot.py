@@ -16,7 +16,7 @@ def after_prefix(model, prefix):
     return cache
 
 
-@pytest.mark.parametrize("kind", ["llama-sinks-local", "qwen2-sliding-below-w", "doge"])
+@pytest.mark.parametrize("kind", ["llama-sinks-local", "llama-shares", "qwen2-sliding-below-w", "doge"])
 @pytest.mark.parametrize("length", [7, 40])
 def test_texts_with_a_common_prefix(kind, length, tmp_path):
     model = make_model(kind)

@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flash_dmattn_hf import load_importance
+from flash_dmattn_hf import iter_gates, load_importance
 from flash_dmattn_hf.cli import build_parser, distill_progress, main
 from flash_dmattn_hf.cli.common import read_tokens
 from flash_dmattn_hf.cli.distill import UNFINISHED
 from flash_dmattn_hf.cli.distill_data import hold_out
 from flash_dmattn_hf.cli.distill_options import read_recipe
+from flash_dmattn_hf.cli.distill_results import Results
 from flash_dmattn_hf.evaluation import agreement
+from flash_dmattn_hf.training.recipe import Recipe
 
 from ..cli_models import tokenizer
 from ..tiny import tiny_model
@@ -118,6 +120,30 @@ def test_the_importance_alone_leaves_the_backbone_as_it_is(folder, tmp_path, dty
     rows = results_of(out)["rows"]
     assert rows[-1]["kld"] == pytest.approx(near.kld, abs=1e-6) and rows[-1]["top1"] == near.top1
     assert rows[0]["loss"] == pytest.approx(near.reference_loss, abs=1e-6)  # all rows are of the same arithmetic
+
+
+def test_windows_of_single_layers_are_those_of_the_file(folder, tmp_path):
+    config, out = tmp_path / "shares.yaml", tmp_path / "out"
+    config.write_text("window_shares: {0: 2.5}\nstages: [importance]\n")
+    assert distill(folder, out, "--steps", "3", "--config", str(config)) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.flash_dmattn["window_shares"] == {"0": 2.5}
+    assert [gate.windows.keep_window_size for _, _, gate in iter_gates(model)] == [40, WINDOW]
+    assert json.loads((out / "importance" / "importance.json").read_text())["settings"] == model.config.flash_dmattn
+    results = results_of(out)
+    assert results["recipe"]["window_shares"] == {"0": 2.5} and results["rows"][-1]["keep_window_size"] == WINDOW
+    log = [json.loads(line) for line in (out / "distillation" / "log.jsonl").read_text().splitlines()]
+    last = [entry["held_out/kld"] for entry in log if "held_out/kld" in entry][-1]
+    assert last == pytest.approx(results["rows"][-1]["kld"], abs=1e-5)  # both beyond WINDOW tokens
+
+
+def test_an_unfinished_run_keeps_its_windows_of_single_layers(tmp_path):
+    arguments = argparse.Namespace(model="dense", data=["text.txt"], text_column="text", data_split="train")
+    arguments.resume, recipe = True, Recipe(window_shares={1: 2})
+    Results.open(tmp_path, recipe, arguments)._save()
+    Results.open(tmp_path, recipe, arguments)
+    with pytest.raises(ValueError, match=r"window_shares must be that of the run in .*, {'1': 2}, got None"):
+        Results.open(tmp_path, Recipe(), arguments)
 
 
 def test_an_adapter_is_merged(folder, tmp_path):

@@ -20,6 +20,12 @@ TEXT = Calibration(tokens(1, 1600), stretch_length=160)
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "opt", "qwen3_next", "olmo2", "llava"]
 
 
+def test_the_report_names_the_windows_of_single_layers():
+    model = convert_model(tiny_model("llama"), {**WINDOW.to_dict(), "window_shares": {1: 1.25}})
+    assert "  others      40 keys in layer 1: as many sinks and" in str(model.flash_dmattn_report)
+    assert "  others  " not in str(convert_model(tiny_model("llama"), WINDOW).flash_dmattn_report)
+
+
 def snapshot(model):
     text = model.config.get_text_config()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

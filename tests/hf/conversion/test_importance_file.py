@@ -27,6 +27,7 @@ KINDS = {
     "query heads with bias": {"importance_heads": "query", "dt_proj_bias": True, "importance": "zoh"},
     "no importance bias": {"add_importance_bias": False},
     "one layer": {"layers": (1,)},
+    "windows of single layers": {"window_shares": {1: 1.5}},
 }
 
 
@@ -107,6 +108,17 @@ def test_a_converted_model_takes_settings_and_importance(values, tmp_path):
     loaded.save_pretrained(tmp_path / "checkpoint")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert torch.equal(logits_of(again.eval()), logits_of(model))
+
+
+def test_shares_of_a_layer_without_a_gate_are_refused(saved):
+    header = json.loads((saved / HEADER).read_text())
+    assert "window_shares" not in header["settings"]
+    (saved / HEADER).write_text(json.dumps({**header, "settings": {**header["settings"], "window_shares": {"2": 2}}}))
+    for model in (dense_model(), with_importance(seed=1)):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="window_shares must name layers with an importance gate, got layer 2"):
+            load_importance(model, saved)
+        assert same(before, snapshot(model))
 
 
 def test_a_bfloat16_model_takes_a_float32_importance(saved):

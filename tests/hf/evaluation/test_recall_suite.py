@@ -95,6 +95,31 @@ def test_caches_are_measured_in_the_dtype_of_the_weights(folder):
             assert cache_bytes(model, TOKENS[:200]) == expected
 
 
+def test_the_memory_of_a_row_is_that_of_the_windows_of_its_layers(folder):
+    """Layers of 24 and 64 keys take as much as half of two of 24 and half of two of 64."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "converted", flash_dmattn={"window_shares": {0: 0.75, 1: 2}})
+    rows = recall_suite(model, TOKENS[:READ], [], windows=[32], context_length=200, max_stretches=1)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "converted")
+    expected = 0
+    for window in (24, 64):
+        with with_window(plain, window):
+            expected += cache_bytes(plain, TOKENS[:200]) // 2
+    assert [row["cache_bytes"] for row in rows[1:]] == [expected] * 2 and rows[2]["keep_window_size"] == 32
+
+
+def test_the_windows_of_the_command_are_those_of_the_settings(folder):
+    """Not that of the first layer."""
+    shutil.copytree(folder / "converted", folder / "shares")
+    config = json.loads((folder / "shares" / "config.json").read_text())
+    config["flash_dmattn"]["window_shares"] = {"0": 2}
+    (folder / "shares" / "config.json").write_text(json.dumps(config))
+    assert evaluate(folder, *SMALL, model="shares")["windows"] == [WINDOW]
+    file = folder / "perplexity.json"
+    text = ["--text", str(folder / "text.txt"), "--json", str(file), "--contexts", "160", "--stretches", "1"]
+    assert main(["eval", str(folder / "shares"), *text]) == 0
+    assert json.loads(file.read_text())["rows"][2]["mask"] == f"importance, w = {WINDOW}"
+
+
 def test_the_dense_row_is_the_measure_of_the_others(folder):
     numbers = evaluate(folder, *SMALL, "--windows", "32,64")
     rows = {row["mask"]: row for row in numbers["rows"]}

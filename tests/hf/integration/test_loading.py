@@ -115,6 +115,25 @@ def test_round_trip_keeps_logits_and_settings(converted, tmp_path):
     assert torch.equal(logits_of(again.eval()), logits_of(model))
 
 
+def test_windows_of_single_layers_are_saved_and_multiply_the_window_of_load_time(converted, tmp_path):
+    model = load(converted, flash_dmattn={"window_shares": {1: 1.5}})
+    assert [gate.windows.keep_window_size for gate in gates_of(model)] == [8, 12]
+    model.save_pretrained(tmp_path)
+    section = json.loads((tmp_path / "config.json").read_text())["flash_dmattn"]
+    plain = json.loads((converted / "config.json").read_text())["flash_dmattn"]
+    assert section == {**plain, "window_shares": {"1": 1.5}} and "window_shares" not in plain
+    again = load(tmp_path)
+    assert again.config.flash_dmattn == section and torch.equal(logits_of(again), logits_of(model))
+    assert not torch.equal(logits_of(again), logits_of(load(converted)))
+    wider = load(tmp_path, flash_dmattn='{"keep_window_size": 10}')
+    assert [gate.windows.keep_window_size for gate in gates_of(wider)] == [10, 15]
+    for values in ({"window_shares": None}, DynamicMaskConfig(**SMALL)):
+        without = load(tmp_path, flash_dmattn=values)
+        assert without.config.flash_dmattn == plain and torch.equal(logits_of(without), logits_of(load(converted)))
+    with pytest.raises(ValueError, match="window_shares must name layers .* got layer 2: .* no attention with this"):
+        load(converted, flash_dmattn={"window_shares": {2: 1.5}})
+
+
 def test_explicit_other_implementation_warns_and_keeps_the_weights(converted, tmp_path):
     with pytest.warns(UserWarning, match="dense"):
         model = AutoModelForCausalLM.from_pretrained(converted, attn_implementation="eager").eval()

@@ -263,6 +263,29 @@ def test_a_converted_path_loaded_once_more_without_its_settings_warns(dense, tmp
     assert window_of(policy) == 12
 
 
+def test_windows_of_single_layers_that_were_lost_are_named(dense, tmp_path):
+    load(dense, **OURS, flash_dmattn=SMALL).save_pretrained(tmp_path)
+    policy = load(tmp_path, flash_dmattn={"window_shares": {1: 1.5}})
+    with pytest.warns(UserWarning, match="'window_shares': {'1': 1.5}.*once more with {'window_shares': None}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    policy.config.flash_dmattn = {**SMALL}
+    plain = load(tmp_path)
+    plain.config.flash_dmattn = {**plain.config.flash_dmattn, "window_shares": {"1": 1.5}}
+    with pytest.warns(UserWarning, match="once more with .*'window_shares': {'1': 1.5}"):
+        warn_if_lost(plain)
+
+
+def test_an_adapter_brings_the_windows_of_single_layers(dense, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["dma"], task_type="CAUSAL_LM")
+    trained = load(dense, **OURS, flash_dmattn={**SMALL, "window_shares": {1: 1.5}})
+    peft.get_peft_model(trained, config).save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(load(dense), tmp_path)
+    assert [gate.windows.keep_window_size for _, _, gate in iter_gates(model)] == [8, 12]
+    with pytest.warns(UserWarning, match="has {'window_shares': None}"):
+        peft.PeftModel.from_pretrained(load(dense, **OURS, flash_dmattn=SMALL), tmp_path)
+
+
 def test_a_section_with_some_of_the_settings_is_compared(dense):
     policy, again = load(dense, **OURS, flash_dmattn=SMALL), load(dense, **OURS)
     again.config.flash_dmattn = {"keep_window_size": 12}

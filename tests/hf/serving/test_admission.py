@@ -34,7 +34,7 @@ def test_what_is_counted_is_what_is_allocated():
     from flash_dmattn_hf.serving.layers import served_layers
     from flash_dmattn_hf.serving.memory import bytes_per_request
 
-    for kind in ("llama-query-heads", "qwen2-sliding-below-w", "deepseek-v3"):
+    for kind in ("llama-query-heads", "llama-shares", "qwen2-sliding-below-w", "deepseek-v3"):
         model = make_model(kind)
         engine = Engine(model, num_blocks=3)
         allocated = sum(state.nbytes for slots in engine.cache.live_requests.slots.values() for state in slots)
