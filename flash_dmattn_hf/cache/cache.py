@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class DynamicMaskCache(DynamicCache):
-    """A DynamicCache whose attached layers keep at most `keep_window_size` keys per head, without loss.
+    """A DynamicCache whose attached layers keep at most as many keys per head as their windows, without loss.
 
     model: a model with flash_dmattn attached, or what holds one, such as PEFT's, compiled, DDP's and FSDP's models. Its
         other layers get transformers' own cache layers. The cache does not keep the model alive.
@@ -169,7 +169,7 @@ class DynamicMaskCache(DynamicCache):
 
     @property
     def max_keys(self) -> int:
-        """The most keys that any head of a layer with a gate holds now; `keep_window_size` at most, except while past
+        """The most keys that any head of a layer with a gate holds now; the largest window at most, except while past
         recording is active. What a layer with native windows or chunks holds is not counted."""
         return max((layer.num_keys for layer in self.mask_layers if layer.gate is not None), default=0)
 

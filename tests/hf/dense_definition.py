@@ -29,11 +29,11 @@ def importance_of(gate, tokens):
     return importance.transpose(1, 2)
 
 
-def visible(importance, real, settings, layer):
+def visible(importance, real, settings, layer=None):
     """(B, Hi, S, S) bool: may query t see key j, by counting for every pair the keys that beat j.
 
     Nothing is said against later keys: the mask of the model shows those of a block alone.
-    layer: the index of the one that made the keys, which may have a share of its own.
+    layer: index of the one that made the keys, which may have a share of its own; None: it has none.
     """
     w, s, r = settings.keep_window_size, settings.num_sink_tokens, settings.local_window_size
     if settings.window_shares and layer in settings.window_shares:
