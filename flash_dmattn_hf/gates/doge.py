@@ -24,8 +24,8 @@ class DogeGate(Gate):
             raise ValueError(f'importance_heads must be "kv" for native Doge, got {config.importance_heads!r}')
         self.module = module
         self.model_config = module.config
-        self.config = config
         self.layer_idx = module.layer_idx
+        self.config = config
         self.num_kv_heads = self.num_importance_heads = shape.num_kv_heads
         self.head_dim = shape.head_dim
         self.sliding_window = shape.sliding_window

@@ -26,7 +26,7 @@ def get_gate(module: nn.Module) -> "ImportanceGate | None":
     gate = getattr(module, GATE_NAME, None)
     if gate is not None and gate.layer_idx != module.layer_idx:
         for part in parts_of(gate):
-            part.layer_idx = module.layer_idx
+            part.renumber(module.layer_idx)
     return gate
 
 
@@ -149,7 +149,7 @@ class Gate:
     @config.setter
     def config(self, config: DynamicMaskConfig) -> None:
         section = getattr(self.model_config, SECTION, None)
-        self._config, self._section = config, copy.deepcopy(section)
+        self._keep(config, copy.deepcopy(section))
 
     def _follow(self, section: dict[str, Any] | None) -> None:
         if section is None:
@@ -169,13 +169,21 @@ class Gate:
                 f"{settings}: save the model with its old settings, and load it with these"
             )
         setattr(self.model_config, SECTION, settings.to_dict())
-        self._config, self._section = settings, settings.to_dict()
+        self._keep(settings, settings.to_dict())
+
+    def renumber(self, layer_idx: int) -> None:
+        """Takes another index, for which the settings may have another window."""
+        self.layer_idx = layer_idx
+        self._keep(self._config, self._section)
+
+    def _keep(self, config: DynamicMaskConfig, section: dict[str, Any] | None) -> None:
+        self._config, self._section, self._window = config, section, config.window_of(self.layer_idx)
 
     @property
     def windows(self) -> Windows:
         """The windows of this layer, which everything reads here."""
-        config, window = self.config, self.config.window_of(self.layer_idx)
-        return Windows(window, config.num_sink_tokens, config.local_window_size, self.sliding_window)
+        config = self.config
+        return Windows(self._window, config.num_sink_tokens, config.local_window_size, self.sliding_window)
 
 
 class ImportanceGate(Gate, nn.Module):
@@ -206,8 +214,8 @@ class ImportanceGate(Gate, nn.Module):
     ) -> None:
         super().__init__()
         self.model_config = model_config
-        self.config = config
         self.layer_idx = layer_idx
+        self.config = config
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.num_importance_heads = {"kv": num_kv_heads, "query": num_heads, "shared": 1}[config.importance_heads]
