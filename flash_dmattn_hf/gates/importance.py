@@ -105,7 +105,7 @@ class Gate:
     config: resolved settings, those of the model's config as soon as that has any.
     model_config: the config of the layer's model, whose section `flash_dmattn` may change at any time.
     starts_dense: what None stands for in that section, as `dense` of `DynamicMaskConfig.resolve`.
-    layer_idx: index of the layer, as the cache counts.
+    layer_idx: index of the layer, as the cache counts; set before config, and changed by `renumber`.
     num_kv_heads, head_dim: of the values. num_importance_heads: Hi.
     sliding_window: the layer's own window in tokens, None for full attention.
     is_latent: whether a cache is given latents, of which the layer makes keys and values afterwards (MLA).

@@ -26,7 +26,7 @@ class ReadingGate(Gate):
     """A gate whose importances are written in the values, one channel per query head of the group."""
 
     def __init__(self, config, sliding_window=None):
-        self.config, self.sliding_window, self.layer_idx = config, sliding_window, 0
+        self.layer_idx, self.config, self.sliding_window = 0, config, sliding_window
         self.group_size = GROUP_SIZE if config.importance_heads == "query" else 1
         self.num_kv_heads, self.num_importance_heads = NUM_KV_HEADS, NUM_KV_HEADS * self.group_size
         self.num_calls, self.head_dim = 0, 4
