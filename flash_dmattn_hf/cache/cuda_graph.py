@@ -4,7 +4,9 @@ A `DynamicMaskCache` changes in place and its step has fixed shapes, so what was
 token. What a replay cannot do, counting tokens on the host, is done beside it.
 """
 
+import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -96,23 +98,51 @@ def capturing(
 
     pool: memory that several graphs share. stream: of the capture. None: one of its own, for both.
 
-    torch then stays on the stream of the capture, takes memory for its pool, and keeps the generator of random numbers
-    waiting for its end, so that every later random number would raise.
+    torch then stays on the stream of the capture, takes memory for its pool, counts the pool as used by a graph, which
+    whatever destroys the pool may check, and keeps the generator of random numbers waiting for its end, so that every
+    later random number would raise.
     """
     with torch.cuda.device(device):
         before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle() if pool is None else pool
         stream = torch.cuda.Stream() if stream is None else stream
         options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, **options):
+            with _without_collection(), torch.cuda.graph(graph, **options):
                 yield
         except RuntimeError:
             torch.cuda.set_stream(before)
             with suppress(RuntimeError):  # the pool is no longer filled
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
             raise
+
+
+_collection = threading.Lock()
+_captures, _was_enabled = 0, False
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Collects no garbage, in any thread, until the last of these blocks ends.
+
+    Garbage may own memory of the GPU, and giving that back is not allowed during a capture. It would end the process,
+    because it is a destructor that fails.
+    """
+    global _captures, _was_enabled
+    with _collection:
+        if _captures == 0:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _captures += 1
+    try:
+        yield
+    finally:
+        with _collection:
+            _captures -= 1
+            if _captures == 0 and _was_enabled:
+                gc.enable()
 
 
 def _refuse_several_gpus(cache: DynamicMaskCache) -> None:

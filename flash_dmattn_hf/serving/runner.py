@@ -136,7 +136,7 @@ class SlotModelRunner(ModelRunner):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                refusal = error
+                refusal = error.with_traceback(None)  # whose frames hold the graph and, by way of this one, themselves
             else:
                 self.inputs_and_outputs.set_graph(graph)
                 return

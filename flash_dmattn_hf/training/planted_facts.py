@@ -64,9 +64,9 @@ def draw_facts(
 ) -> list[Fact]:
     """Draws the facts of a stretch of `length` tokens, the first `first` of them special.
 
-    Facts never overlap. They are asked for one after the other, the last value at the very end, and told anywhere before
-    that, each in an equal part of it, in another order. So facts of every depth are asked for, some of them soon after
-    they were told. Facts for which a short stretch has no room are left out.
+    Facts never overlap. They are asked for one after the other, the last value at the very end, and told anywhere
+    before that, each in an equal part of it, in another order. So facts of every depth are asked for, some of them soon
+    after they were told. Facts for which a short stretch has no room are left out.
 
     input_ids: (N,) token ids of the text, for the cues. values: token ids of each value.
     """
