@@ -1,7 +1,7 @@
 """Distillation: a model with dynamic masks learns, through a soft cut, to predict what the dense model predicts."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +15,14 @@ from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.importance import Gate
 from flash_dmattn_hf.gates.soft_selection import hard_selection, soft_selection
 from flash_dmattn_hf.parallel.context import active
+from flash_dmattn_hf.training.attention_outputs import AttentionOutputs, attention_error
 from flash_dmattn_hf.training.deferred_logits import deferred_logits, deferring_layer
-from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES, DistillationArguments
+from flash_dmattn_hf.training.distillation_arguments import (
+    ATTENTION_WEIGHTS,
+    GATE_LEARNING_RATES,
+    TEMPERATURES,
+    DistillationArguments,
+)
 from flash_dmattn_hf.training.distillation_batch import collate, loss_of_batch, weights_of_tokens
 from flash_dmattn_hf.training.distillation_checks import check_student
 from flash_dmattn_hf.training.distillation_course import DistillationCourse
@@ -34,6 +40,8 @@ NUM_MEASURED = 4
 class DistillationTrainer(Trainer):
     """A Trainer whose loss is KL(teacher || model) over the vocabulary, in nats per token, with soft selection.
 
+    In training, attention_weight times the error of the layers' attention outputs is added to it (`attention_error`).
+
     What trains is what requires a gradient: with the backbone frozen the importance alone, else all weights, or an
     adapter of PEFT (`modules_to_save=["dma"]`). dt_proj of every gate always trains, `A` never
     (`training.gate_preparation` says why). Learning rates and temperature follow `training.distillation_course`.
@@ -45,12 +53,14 @@ class DistillationTrainer(Trainer):
         copy of it where all weights train (in bfloat16 under bfloat16 autocast).
     held_out: text on which the model is measured with the hard mask, `num_evaluations` times.
 
-    Added to the log: kld (unweighted), top1, temperature, gate_learning_rate, tokens_per_second, and of held-out text
-    `held_out/kld`, `held_out/top1`, `held_out/gap` and one figure for each task of the prompts.
+    Added to the log: kld (unweighted), top1, attention_error (if it has a weight), temperature, gate_learning_rate,
+    tokens_per_second, and of held-out text `held_out/kld`, `held_out/top1`, `held_out/gap` and one figure for each task
+    of the prompts.
 
     Raises ValueError for a model without gates, or whose trained weights are not float32 (in bfloat16 most steps would
-    round away; autocast, `bf16`, loses nothing), another vocabulary of the teacher, an output layer that is no plain
-    linear layer, ZeRO-3, or a hard_share in which nothing would have a gradient.
+    round away; autocast, `bf16`, loses nothing), a teacher with another vocabulary, or without the student's attention
+    modules if their error has a weight, an output layer that is no plain linear layer, ZeRO-3, or a hard_share in which
+    nothing would have a gradient.
     """
 
     def __init__(
@@ -90,6 +100,12 @@ class DistillationTrainer(Trainer):
         first, last = TEMPERATURES[stage]
         self.temperature_of = geometric_schedule(args.first_temperature or first, args.last_temperature or last)
         self._softly, self._soft = ExitStack(), None
+        self.attention_weight = args.attention_weight
+        if self.attention_weight is None:
+            self.attention_weight = ATTENTION_WEIGHTS[stage] if teacher is None else 0.0
+        if self.attention_weight:
+            AttentionOutputs(self.model, self.teacher.model)  # raises where there are none to compare
+        self._outputs: AttentionOutputs | None = None
         self._layers: list[StandardizedLayer] = []
         self._seen: list[torch.Tensor] = []
         self._num_tokens, self._seconds, self._gate_rate = 0, 0.0, 0.0
@@ -100,6 +116,9 @@ class DistillationTrainer(Trainer):
         self.optimizer = self.lr_scheduler = None
         with ExitStack() as afterwards, self._softly:
             afterwards.enter_context(deferring_layer(self.model))
+            if self.attention_weight:
+                self._outputs = afterwards.enter_context(AttentionOutputs(self.model, self.teacher.model))
+                afterwards.callback(setattr, self, "_outputs", None)
             gates = [gate for _, _, gate in iter_gates(self.model)]
             for gate in gates:
                 for name, parameter in [("A", gate.A), *gate.dt_proj.named_parameters(prefix="dt_proj")]:
@@ -141,20 +160,29 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
-        """The mean over the examples of their weighted mean KL, (). Outputs, if asked for, are none."""
+        """The mean over the examples of their weighted mean KL, (), and in training the weighted error of attention.
+
+        Outputs, if asked for, are none.
+        """
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         weights = inputs.pop("token_weights", None)
         if (mask := inputs.get("attention_mask")) is not None:
             weights = mask if weights is None else weights * mask
         weights = None if weights is None else weights_of_tokens(weights.float(), active.slot.content)
-        with self.accelerator.autocast():
+        outputs = self._outputs if model.training else None
+        with self.accelerator.autocast(), outputs.of_teacher() if outputs else nullcontext() as expected_outputs:
             expected = self.teacher.logits(inputs)
-        with deferred_logits(self.model):
+        with deferred_logits(self.model), outputs.of_student() if outputs else nullcontext() as found_outputs:
             found = model(**inputs, use_cache=False).logits
         result = loss_of_batch(found, expected, weights)
-        self._seen.append(torch.stack([result.kld, result.top1]).detach().float())
+        loss, figures = result.loss, [result.kld, result.top1]
+        if outputs is not None:
+            error = attention_error(found_outputs, expected_outputs, weights, active.slot.content)
+            loss = loss + self.attention_weight * error
+            figures.append(error)
+        self._seen.append(torch.stack([figure.detach().float() for figure in figures]))
         self._num_tokens += inputs["input_ids"].numel()
-        return (result.loss, {}) if return_outputs else result.loss
+        return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As of Trainer; an entry with a loss gets the figures of the steps since the last."""
@@ -163,7 +191,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def _figures(self) -> dict[str, float]:
-        kld, top1 = self.accelerator.reduce(torch.stack(self._seen).mean(0), "mean").tolist()
+        kld, top1, *error = self.accelerator.reduce(torch.stack(self._seen).mean(0), "mean").tolist()
         seconds = self.lr_scheduler.seconds
         figures = {
             "kld": kld,
@@ -171,6 +199,8 @@ class DistillationTrainer(Trainer):
             "gate_learning_rate": self._gate_rate,
             "tokens_per_second": self._num_tokens * self.accelerator.num_processes / max(seconds - self._seconds, 1e-9),
         }
+        if error:
+            figures["attention_error"] = error[0]
         if self._soft is not None:
             figures["temperature"] = self._soft.temperature
         self._seen, self._num_tokens, self._seconds = [], 0, seconds

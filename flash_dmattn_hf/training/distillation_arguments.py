@@ -9,6 +9,8 @@ GATE_LEARNING_RATES = {"importance": 1e-2, "all": 1e-2}
 TEMPERATURES = {"importance": (0.3, 0.02), "all": (0.15, 0.02)}
 """First and last temperature where a stage is given none: of the importance alone, and of all weights or an adapter."""
 
+ATTENTION_WEIGHTS = {"importance": 0.0, "all": 0.0}
+
 
 @dataclass
 class DistillationArguments(TrainingArguments):
@@ -16,6 +18,8 @@ class DistillationArguments(TrainingArguments):
 
     gate_learning_rate: the largest, of dt_proj; None: `GATE_LEARNING_RATES`. learning_rate is that of the backbone.
     first_temperature, last_temperature: of the soft selection, geometric in between; None: `TEMPERATURES`.
+    attention_weight: of the error of the layers' attention outputs in the loss. None: `ATTENTION_WEIGHTS`, or 0 with a
+        teacher that is given.
     selection_band: how many contested keys a query sees, in multiples of those it keeps; None: all.
     hard_share: share of the run, at its end, with the hard mask.
     max_minutes: the run ends after so many minutes of training if not after max_steps; evaluations do not count.
@@ -35,6 +39,7 @@ class DistillationArguments(TrainingArguments):
     gate_learning_rate: float | None = None
     first_temperature: float | None = None
     last_temperature: float | None = None
+    attention_weight: float | None = None
     selection_band: float | None = 1.5
     hard_share: float = 0.0
     max_minutes: float | None = None
@@ -47,6 +52,8 @@ class DistillationArguments(TrainingArguments):
             number = getattr(self, name)
             if number is not None and not 0 < number < math.inf:
                 raise ValueError(f"{name} must be above 0, got {number}")
+        if self.attention_weight is not None and not 0 <= self.attention_weight < math.inf:
+            raise ValueError(f"attention_weight must be None or at least 0, got {self.attention_weight}")
         if self.selection_band is not None and not 1 <= self.selection_band < math.inf:
             raise ValueError(f"selection_band must be None or at least 1, got {self.selection_band}")
         if not 0 <= self.hard_share < 1:

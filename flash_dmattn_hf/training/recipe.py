@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from flash_dmattn_hf.config import IMPORTANCE_INPUTS, DynamicMaskConfig, read_shares
-from flash_dmattn_hf.training.distillation_arguments import GATE_LEARNING_RATES, TEMPERATURES
+from flash_dmattn_hf.training.distillation_arguments import ATTENTION_WEIGHTS, GATE_LEARNING_RATES, TEMPERATURES
 
 STAGES = ("importance", "all")
 """The importance with a frozen backbone; then all weights, or an adapter."""
@@ -41,6 +41,7 @@ class Recipe:
     stages: of `STAGES`, in their order. importance_share: share of the run for the first where there are both.
     lora_rank: train an adapter of this rank in the second stage instead of all weights, and merge it.
     learning_rate: of the backbone or adapter. gate_learning_rates, temperatures: for each stage.
+    attention_weights: for each stage, of the error of the layers' attention outputs in its loss.
     selection_band, hard_share: as in `DistillationArguments`; hard_share is that of the last stage.
     gradient_checkpointing: less memory for a third more time. seed: of data and adapter.
     max_tokens: of the data to read. save_steps: steps between checkpoints of a run that can be resumed.
@@ -65,6 +66,7 @@ class Recipe:
     learning_rate: float = 5e-5
     gate_learning_rates: dict[str, float] = field(default_factory=lambda: dict(GATE_LEARNING_RATES))
     temperatures: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(TEMPERATURES))
+    attention_weights: dict[str, float] = field(default_factory=lambda: dict(ATTENTION_WEIGHTS))
     selection_band: float | None = 1.5
     hard_share: float = 0.0
     gradient_checkpointing: bool = False
@@ -134,7 +136,11 @@ class Recipe:
             raise ValueError("importance_share must be above 0 with the stage importance, got 0")
         if self.lora_rank is not None and "all" not in stages:
             raise ValueError(f"lora_rank needs the stage all, got the stages {list(stages)}")
-        for name, default in (("gate_learning_rates", GATE_LEARNING_RATES), ("temperatures", TEMPERATURES)):
+        for name, default in (
+            ("gate_learning_rates", GATE_LEARNING_RATES),
+            ("temperatures", TEMPERATURES),
+            ("attention_weights", ATTENTION_WEIGHTS),
+        ):
             values = getattr(self, name)
             if not isinstance(values, dict) or not set(values) <= set(STAGES):
                 raise ValueError(f"{name} must be a mapping from {list(STAGES)}, got {values!r}")
@@ -146,6 +152,9 @@ class Recipe:
             if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_positive, pair)):
                 raise ValueError(f"temperatures must be a first and a last one above 0 for each stage, got {pair!r}")
             self.temperatures[stage] = tuple(pair)
+            weight = self.attention_weights[stage]
+            if not (_is_positive(weight) or (weight == 0 and not isinstance(weight, bool))):
+                raise ValueError(f"attention_weights must be numbers of at least 0, got {weight!r}")
 
     def _check_gradients(self, mask: DynamicMaskConfig) -> None:
         """Refuses a stage in which nothing would have a gradient, before the stages that come before it run."""

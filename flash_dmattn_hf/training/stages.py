@@ -52,6 +52,7 @@ def train_stage(
         gate_learning_rate=recipe.gate_learning_rates[stage],
         first_temperature=first,
         last_temperature=last,
+        attention_weight=recipe.attention_weights[stage],
         selection_band=recipe.selection_band,
         hard_share=recipe.hard_share if stage == recipe.stages[-1] else 0.0,
         num_evaluations=recipe.evaluations,

@@ -185,6 +185,7 @@ WRONG = {
     "hard_share": (1.0, "hard_share must be at least 0 and below 1, got 1.0"),
     "max_minutes": (0.0, "max_minutes must be above 0, got 0.0"),
     "gate_learning_rate": (0.0, "gate_learning_rate must be above 0, got 0.0"),
+    "attention_weight": (-1.0, "attention_weight must be None or at least 0, got -1.0"),
     "clip_norm": (0.0, "clip_norm must be above 0, got 0.0"),
     "max_grad_norm": (1.0, "max_grad_norm must be 0, got 1.0"),
     "num_evaluations": (-1, "num_evaluations must be at least 0, got -1"),
