@@ -36,7 +36,7 @@ from flash_dmattn_hf.evaluation.suite import add_shares_of_gap, measure_row
 from flash_dmattn_hf.training.planted_facts import random_values
 from flash_dmattn_hf.training.recipe import Recipe
 from flash_dmattn_hf.training.stages import train_stage
-from lost_answers import ask_converted, ask_dense
+from lost_answers import Asked, ask_converted, ask_dense
 from lost_answers import rows_of as heads_of
 
 
@@ -165,11 +165,20 @@ def measured(row: Row, text: torch.Tensor, prompts: list[Prompt], options: dict)
 
 
 @torch.no_grad()
-def held(dense: list, model: PreTrainedModel, prompts: list[Prompt]) -> dict:
+def held(dense: list[Asked], model: PreTrainedModel, prompts: list[Prompt]) -> dict:
     """kept: share of the dense attention to answers that goes to held tokens. heads: those that read most."""
-    rows = heads_of(dense, [ask_converted(model, prompt) for prompt in prompts])
+    converted = [ask_converted(model, prompt) for prompt in prompts]
+    by_depth = {}
+    for depth in sorted({prompt.depth for prompt in prompts}):
+        here = [index for index, prompt in enumerate(prompts) if prompt.depth == depth]
+        by_depth[depth] = share_kept(heads_of(*([asked[index] for index in here] for asked in (dense, converted))))
+    rows = heads_of(dense, converted)
+    return {"kept": share_kept(rows), "kept_by_depth": by_depth, "heads": rows[:40]}
+
+
+def share_kept(rows: list[dict]) -> float:
     total = sum(row["read"] for row in rows)
-    return {"kept": sum(row["read"] * row["held"] for row in rows) / total if total else 0.0, "heads": rows[:40]}
+    return sum(row["read"] * row["held"] for row in rows) / total if total else 0.0
 
 
 def speed_of(log: list[dict]) -> float | None:
@@ -182,11 +191,12 @@ def write(prefix: Path, report: dict) -> str:
     """Writes PREFIX.json and PREFIX.md, and returns the text."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     save_json(prefix.with_name(prefix.name + ".json"), report)
-    lines = ["| | steps a stage | tokens a second | answers held |", "| --- | --- | --- | --- |"]
+    lines = ["| | steps a stage | tokens a second | answers held | by depth |", "| --- | --- | --- | --- | --- |"]
     for name, found in report["trained"].items():
         steps = " + ".join(map(str, found["steps"].values()))
         speeds = ", ".join("-" if speed is None else f"{speed:,.0f}" for speed in found["tokens_per_second"].values())
-        lines.append(f"| {name} | {steps} | {speeds} | {found['kept']:.0%} |")
+        depths = ", ".join(f"{share:.0%}" for share in found["kept_by_depth"].values())
+        lines.append(f"| {name} | {steps} | {speeds} | {found['kept']:.0%} | {depths} |")
     parts = [f"{header(report['environment'])}. `{report['command']}`, {report['seconds']} s."]
     text = "\n\n".join([*parts, markdown_tables(report["rows"]), "\n".join(lines)])
     prefix.with_name(prefix.name + ".md").write_text(text + "\n", encoding="utf-8")

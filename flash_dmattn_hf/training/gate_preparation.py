@@ -69,9 +69,7 @@ def prepare_gates(model: nn.Module, stretches: Iterable[torch.Tensor]) -> list[S
     return layers
 
 
-def _measure(
-    model: nn.Module, gates: list, stretches: Iterable[torch.Tensor]
-) -> "list[tuple[_Moments, _Moments]]":
+def _measure(model: nn.Module, gates: list, stretches: Iterable[torch.Tensor]) -> "list[tuple[_Moments, _Moments]]":
     """Returns for every gate the moments of what its dt_proj reads and gives."""
     found = [(_Moments(gate.windows.num_sink_tokens), _Moments(gate.windows.num_sink_tokens)) for gate in gates]
 

@@ -43,7 +43,8 @@ class Recipe:
     learning_rate: of the backbone or adapter. gate_learning_rates, temperatures: for each stage.
     attention_weights: for each stage, of the error of the layers' attention outputs in its loss.
     selection_band, hard_share: as in `DistillationArguments`; hard_share is that of the last stage.
-    gradient_checkpointing: less memory for a third more time. seed: of data and adapter.
+    gradient_checkpointing: less memory for a third more time. compile: let torch.compile join a step's many small
+        operations, which takes a minute or more at the start of every stage. seed: of data and adapter.
     max_tokens: of the data to read. save_steps: steps between checkpoints of a run that can be resumed.
     evaluations: on held-out text in each stage. eval_stretches: of it. tasks, samples: of its recall prompts.
 
@@ -70,6 +71,7 @@ class Recipe:
     selection_band: float | None = 1.5
     hard_share: float = 0.0
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     max_tokens: int = 2**26
     save_steps: int = 200
@@ -104,7 +106,7 @@ class Recipe:
         if self.importance_input not in IMPORTANCE_INPUTS:
             choices = list(IMPORTANCE_INPUTS)
             raise ValueError(f"importance_input must be one of {choices}, got {self.importance_input!r}")
-        for name in ("add_importance_bias", "gradient_checkpointing"):
+        for name in ("add_importance_bias", "gradient_checkpointing", "compile"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         object.__setattr__(self, "window_shares", read_shares(self.window_shares))

@@ -51,7 +51,9 @@ def test_recipes_are_compared_from_one_start(place):
     assert trained["weight"]["steps"] == {"importance": 10, "all": 10} and trained["plain"]["steps"] == {"all": 2}
     assert "attention_error" in trained["weight"]["log"]["importance"][-1]
     assert "attention_error" not in trained["weight"]["log"]["all"][-1]
-    assert 0 <= trained["plain"]["kept"] <= 1 and len(trained["plain"]["heads"]) == 8
+    assert 0 <= trained["plain"]["kept"] <= 1 and list(trained["plain"]["kept_by_depth"]) == ["20"]
+    assert trained["plain"]["kept"] == pytest.approx(trained["plain"]["kept_by_depth"]["20"])
+    assert len(trained["plain"]["heads"]) == 8
     table = (place / "out" / "found.md").read_text()
     assert "| plain | 2 | - |" in table and "| weight | 10 + 10 |" in table
     AutoModelForCausalLM.from_pretrained(place / "kept" / "again")

@@ -39,3 +39,28 @@ def test_every_stage_runs_under_autocast(monkeypatch, tmp_path, lora_rank):
         assert seen == [torch.bfloat16] * STEPS * num_layers, stage
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not hasattr(model, "_original_forward")
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2], ids=["all weights", "adapter"])
+def test_compiled_stages_end_with_the_weights_of_others_and_a_plain_model(monkeypatch, tmp_path, lora_rank):
+    def with_backend(**values):  # an interpreter of graphs: a compiler would take minutes
+        return DistillationArguments(**values, torch_compile_backend="aot_eager" if values["torch_compile"] else None)
+
+    monkeypatch.setattr(stages, "DistillationArguments", with_backend)
+    course = {"steps": 4, "importance_share": 0.5, "evaluations": 0, "save_steps": 1, "lora_rank": lora_rank}
+    course["attention_weights"] = {"importance": 1.0, "all": 1.0}
+    found, graphs = [], torch._dynamo.utils.counters["stats"]
+    for name, compiles in (("with", True), ("without", False)):
+        torch.compiler.reset()
+        graphs.clear()
+        recipe = Recipe(**WINDOWS, length=LENGTH, batch_size=2, compile=compiles, **course)
+        model = make_model(importance_input="hidden")
+        names = list(model.state_dict())
+        for stage in stages.STAGES:
+            model, _ = stages.train_stage(model, stage, recipe, text(), tmp_path / name / stage)
+        assert type(model).__name__ == "LlamaForCausalLM" and list(model.state_dict()) == names
+        assert (graphs["unique_graphs"] > 0) == compiles
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
+    kept = [sorted(path.name for path in (tmp_path / name / "all").iterdir()) for name in ("with", "without")]
+    assert kept[0] == kept[1]
