@@ -4,6 +4,7 @@ Running text alone gives keys that are far away almost no gradient, because the 
 of what follows. A repeated span, or a fact that is asked for, can only be predicted from its first appearance.
 """
 
+import math
 from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
@@ -19,6 +20,9 @@ FACT_SHARE = 0.25
 SPAN_LENGTHS = (64, 128, 256, 512)
 """Tokens of the span that is repeated at the end; at most an eighth of the stretch."""
 SPAN_WEIGHT = 4.0
+"""Of the tokens of the span that is repeated at the end; the rest of the text has 1."""
+ANSWER_WEIGHT = 4.0
+"""Of the values that are asked for, unless the caller says otherwise. They are few: some forty tokens of a stretch."""
 SHORT_SPAN_LENGTHS = (8, 16, 32)
 """Tokens of the spans repeated in between; at most a sixteenth of the stretch."""
 NUM_SHORT_SPANS = 3
@@ -42,10 +46,12 @@ class FarReuse(Dataset):
 
     input_ids: (N,) integer token ids of the text, without special tokens, at least `length` of them.
     length: tokens of a stretch, at least 64. count: stretches. leading: special token ids in front of every stretch.
-    values: token ids of each value that a fact may have, as from `random_values`.
+    values: token ids of each value that a fact may have, as from `random_values`. answer_weight: of the values that
+    are asked for.
 
-    An example has input_ids (length,) int64 and token_weights (length,) float32, 1 or, on what is repeated at the end,
-    a span or the values of facts, `SPAN_WEIGHT`. Raises ValueError for arguments out of range.
+    An example has input_ids (length,) int64 and token_weights (length,) float32, of what each token predicts, which is
+    the next one: `SPAN_WEIGHT` for the span that is repeated at the end, answer_weight for the values of facts where
+    they are asked for, 1 elsewhere. Raises ValueError for arguments out of range.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class FarReuse(Dataset):
         seed: int = 0,
         leading: Sequence[int] = (),
         values: Sequence[Sequence[int]] = (),
+        answer_weight: float = ANSWER_WEIGHT,
     ) -> None:
         if input_ids.dim() != 1 or input_ids.is_floating_point():
             shape = tuple(input_ids.shape)
@@ -64,6 +71,8 @@ class FarReuse(Dataset):
         for name, number, smallest in (("length", length, 64), ("count", count, 1)):
             if type(number) is not int or number < smallest:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {number!r}")
+        if not 0 < answer_weight < math.inf:
+            raise ValueError(f"answer_weight must be above 0, got {answer_weight!r}")
         if len(leading) > length // 16:
             raise ValueError(f"leading must have at most {length // 16} tokens, got {len(leading)}")
         if len(input_ids) < length:
@@ -74,6 +83,7 @@ class FarReuse(Dataset):
         self.seed = seed
         self.leading = torch.tensor(list(leading), dtype=torch.long)
         self.values = values
+        self.answer_weight = answer_weight
 
     def __len__(self) -> int:
         return self.count
@@ -93,13 +103,13 @@ class FarReuse(Dataset):
             original = tokens.clone()
             for source, target, length in copies:
                 tokens[target : target + length] = original[source : source + length]
-            weights[copies[0].target :] = SPAN_WEIGHT
+            weights[copies[0].target - 1 : -1] = SPAN_WEIGHT
         elif self.values and kind < REUSE_SHARE + FACT_SHARE:
             for fact in draw_facts(rng, self.input_ids, self.values, self.length, len(self.leading)):
                 for start in (fact.source, fact.target):
                     tokens[start : start + len(fact.tokens)] = fact.tokens
                 answer = fact.target + len(fact.cue)
-                weights[answer : answer + len(fact.value)] = SPAN_WEIGHT
+                weights[answer - 1 : answer + len(fact.value) - 1] = self.answer_weight
         return {"input_ids": tokens, "token_weights": weights}
 
 

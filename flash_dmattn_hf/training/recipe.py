@@ -7,6 +7,7 @@ from typing import Any
 
 from flash_dmattn_hf.config import IMPORTANCE_INPUTS, DynamicMaskConfig, read_shares
 from flash_dmattn_hf.training.distillation_arguments import ATTENTION_WEIGHTS, GATE_LEARNING_RATES, TEMPERATURES
+from flash_dmattn_hf.training.far_reuse import ANSWER_WEIGHT
 
 STAGES = ("importance", "all")
 """The importance with a frozen backbone; then all weights, or an adapter."""
@@ -37,6 +38,7 @@ class Recipe:
         local_window_size of None is a quarter of the window. dt_proj always has a bias (`training.gate_preparation`).
     window_shares: layer index -> the multiple of keep_window_size that this layer keeps, as in `DynamicMaskConfig`.
     length: tokens of a stretch. batch_size: stretches of a forward. gradient_accumulation_steps: forwards of a step.
+    answer_weight: of the tokens of answers to planted facts, as in `FarReuse`.
     minutes, steps: how long all stages together train; one of them is None.
     stages: of `STAGES`, in their order. importance_share: share of the run for the first where there are both.
     lora_rank: train an adapter of this rank in the second stage instead of all weights, and merge it.
@@ -72,6 +74,7 @@ class Recipe:
     hard_share: float = 0.0
     gradient_checkpointing: bool = False
     compile: bool = False
+    answer_weight: float = ANSWER_WEIGHT
     seed: int = 0
     max_tokens: int = 2**26
     save_steps: int = 200
@@ -92,7 +95,7 @@ class Recipe:
             object.__setattr__(self, "minutes", 20.0)
         if self.minutes is not None and self.steps is not None:
             raise ValueError(f"minutes or steps must be given, got both: {self.minutes} and {self.steps}")
-        for name in ("minutes", "learning_rate"):
+        for name in ("minutes", "learning_rate", "answer_weight"):
             number = getattr(self, name)
             if not _is_positive(number) and not (name in _OPTIONAL and number is None):
                 raise ValueError(f"{name} must be a number above 0, got {number!r}")

@@ -70,7 +70,15 @@ def train_stage(
     examples = limit["max_steps"] * recipe.batch_size * recipe.gradient_accumulation_steps
     # Every stage reads other stretches.
     seed = len(STAGES) * recipe.seed + STAGES.index(stage)
-    data = FarReuse(input_ids, length=recipe.length, count=examples, seed=seed, leading=leading, values=values)
+    data = FarReuse(
+        input_ids,
+        length=recipe.length,
+        count=examples,
+        seed=seed,
+        leading=leading,
+        values=values,
+        answer_weight=recipe.answer_weight,
+    )
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.requires_grad_(stage == "all")

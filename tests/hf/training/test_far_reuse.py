@@ -68,9 +68,10 @@ def test_an_example_is_a_stretch_of_the_text_with_its_copies():
         sources = tokens - tokens[0]  # the row that a token comes from
         assert all(0 <= int(sources[row]) < row for row in rows)
         heavy = (weights != 1).nonzero().flatten()
-        assert (weights[heavy] == SPAN_WEIGHT).all() and heavy.tolist() == list(range(int(heavy[0]), 1024))
-        assert len(heavy) in (64, 128) and int(heavy[0]) in rows
-        assert sources[heavy].max() < 512 and (sources[heavy].diff() == 1).all()
+        assert (weights[heavy] == SPAN_WEIGHT).all() and heavy.tolist() == list(range(int(heavy[0]), 1023))
+        predicted = heavy + 1
+        assert len(heavy) in (64, 128) and int(predicted[0]) in rows and int(heavy[0]) not in rows
+        assert sources[predicted].max() < 512 and (sources[predicted].diff() == 1).all()
     assert abs(num_reused / 600 - REUSE_SHARE) < 0.06
 
 
@@ -114,6 +115,7 @@ WRONG = {
     "floats": (TEXT.float(), {}, "input_ids must be integers of shape"),
     "length": (TEXT, {"length": 63}, "length must be an integer of at least 64, got 63"),
     "count": (TEXT, {"count": 0}, "count must be an integer of at least 1, got 0"),
+    "answer_weight": (TEXT, {"answer_weight": 0.0}, "answer_weight must be above 0, got 0.0"),
     "leading": (TEXT, {"leading": (1,) * 9}, "leading must have at most 4 tokens, got 9"),
 }
 

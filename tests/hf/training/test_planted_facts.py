@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_dmattn_hf.training import planted_facts
-from flash_dmattn_hf.training.far_reuse import FACT_SHARE, SPAN_WEIGHT, FarReuse
+from flash_dmattn_hf.training.far_reuse import FACT_SHARE, FarReuse
 from flash_dmattn_hf.training.planted_facts import MOST_TOKENS, NUM_FACTS, draw_facts, random_values
 
 TEXT = torch.arange(1000, 21000)
@@ -67,7 +67,7 @@ def test_half_of_the_stretches_share_a_phrase_and_differ_by_a_name():
 
 def test_an_example_tells_and_asks(monkeypatch):
     monkeypatch.setattr(planted_facts, "SHARED_SHARE", 0.0)  # names would look like answers
-    data = FarReuse(TEXT, length=1024, count=600, values=VALUES)
+    data = FarReuse(TEXT, length=1024, count=600, values=VALUES, answer_weight=7.0)
     planted = 0
     for example in data:
         tokens, weights = example["input_ids"].tolist(), example["token_weights"]
@@ -80,7 +80,7 @@ def test_an_example_tells_and_asks(monkeypatch):
         for answer in asked:
             value = tokens[answer : answer + 2]
             assert any(tokens[place - 4 : place + 2] == tokens[answer - 4 : answer] + value for place in told)
-            assert (weights[answer : answer + 2] == SPAN_WEIGHT).all()
+            assert (weights[answer - 1 : answer + 1] == 7.0).all()  # of the tokens that predict the value
         assert (weights != 1).sum() == 2 * len(asked)
     assert abs(planted / 600 - FACT_SHARE) < 0.06
 

@@ -60,6 +60,7 @@ WRONG = {
     "gate_learning_rates": ({"all": 0.0}, "gate_learning_rates must be numbers above 0, got 0.0"),
     "temperatures": ({"all": [0.3, 0.0]}, "temperatures must be a first and a last one above 0 for each stage"),
     "attention_weights": ({"all": -0.5}, "attention_weights must be numbers of at least 0, got -0.5"),
+    "answer_weight": (0, "answer_weight must be a number above 0, got 0"),
     "selection_band": (0.5, "selection_band must be None or at least 1, got 0.5"),
     "importance_input": ("keys", "importance_input must be one of"),
     "add_importance_bias": (1, "add_importance_bias must be true or false, got 1"),
