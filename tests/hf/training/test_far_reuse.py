@@ -70,7 +70,7 @@ def test_an_example_is_a_stretch_of_the_text_with_its_copies():
         heavy = (weights != 1).nonzero().flatten()
         assert (weights[heavy] == SPAN_WEIGHT).all() and heavy.tolist() == list(range(int(heavy[0]), 1023))
         predicted = heavy + 1
-        assert len(heavy) in (64, 128) and int(predicted[0]) in rows and int(heavy[0]) not in rows
+        assert len(heavy) in (64, 128) and int(predicted[0]) in rows
         assert sources[predicted].max() < 512 and (sources[predicted].diff() == 1).all()
     assert abs(num_reused / 600 - REUSE_SHARE) < 0.06
 
