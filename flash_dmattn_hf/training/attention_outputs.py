@@ -79,10 +79,10 @@ def attention_error(
     weights: TokenWeights | None,
     context: ContextParallel | None,
 ) -> torch.Tensor:
-    """Returns the mean over the layers of sum(w |found - expected|^2) / sum(w |expected|^2), over tokens of weight w.
+    """Returns the mean over examples and layers of sum(w |found - expected|^2) / sum(w |expected|^2), over tokens.
 
     found, expected: for every layer (B, S, features), in any dtype; sums are in float32. Only found has a gradient.
-    weights: of the tokens that are here; None: every token counts 1. Tokens of weight 0 may hold anything.
+    weights: w of the tokens that are here; None: 1 for every token. Tokens of weight 0 may hold anything.
     context: whose ranks have the other tokens of the same sequences; the mean of their results is that of the whole.
 
     Returns a tensor (). Raises ValueError for shapes that differ, and where gradients are wanted and no output has one.
@@ -100,7 +100,8 @@ def attention_error(
                     f"the teacher's attention must give out {tuple(ours.shape)} as the student's does, "
                     f"got {tuple(theirs.shape)}"
                 )
-            error, size = _SquaredError.apply(ours, theirs, None if weights is None else weights.own)
+            own = None if weights is None else weights.own.view(ours.shape[:2])
+            error, size = _SquaredError.apply(ours, theirs, own)
             errors.append(error)
             sizes.append(size)
         errors, sizes = torch.stack(errors), torch.stack(sizes)
@@ -112,9 +113,10 @@ def attention_error(
 
 
 class _SquaredError(torch.autograd.Function):
-    """sum(w |found - expected|^2) and sum(w |expected|^2), both (). Only found has a gradient, and only of the first.
+    """sum(w |found - expected|^2) and sum(w |expected|^2) of every example, both (B,). Only found has a gradient, and
+    only of the first.
 
-    Both are kept as they are, in bfloat16 under autocast: differences in float32 would take twice their memory.
+    found and expected are kept as they are, in bfloat16 under autocast: a difference in float32 would take twice that.
     """
 
     @staticmethod
@@ -127,19 +129,19 @@ class _SquaredError(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor, _: torch.Tensor):
         found, expected, weights = ctx.saved_tensors
         difference = _counted(found, weights) - _counted(expected, weights)
-        factor = 2 * gradient if weights is None else (2 * gradient * weights).view(*found.shape[:-1], 1)
-        return difference.mul_(factor).to(found.dtype), None, None
+        factor = 2 * gradient[:, None] if weights is None else 2 * gradient[:, None] * weights
+        return difference.mul_(factor[..., None]).to(found.dtype), None, None
 
 
 def _counted(outputs: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Returns outputs in float32, or float64, 0 where the weight is: padding may hold anything."""
+    """Returns outputs (B, S, features) in float32, or float64, 0 where the weight is: padding may hold anything."""
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
-    return outputs if weights is None else outputs.masked_fill((weights <= 0).view(*outputs.shape[:-1], 1), 0)
+    return outputs if weights is None else outputs.masked_fill((weights <= 0)[..., None], 0)
 
 
 def _sum(outputs: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    squares = outputs.square().sum(-1).flatten()
-    return squares.sum() if weights is None else squares @ weights.to(squares)
+    squares = outputs.square().sum(-1)
+    return squares.sum(1) if weights is None else (squares * weights).sum(1)
 
 
 def _leave_output(module: nn.Module, args: tuple, output: Any) -> None:

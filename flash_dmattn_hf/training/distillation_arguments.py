@@ -9,7 +9,7 @@ GATE_LEARNING_RATES = {"importance": 1e-2, "all": 1e-2}
 TEMPERATURES = {"importance": (0.3, 0.02), "all": (0.15, 0.02)}
 """First and last temperature where a stage is given none: of the importance alone, and of all weights or an adapter."""
 
-ATTENTION_WEIGHTS = {"importance": 0.0, "all": 0.0}
+ATTENTION_WEIGHTS = {"importance": 10.0, "all": 10.0}
 
 
 @dataclass

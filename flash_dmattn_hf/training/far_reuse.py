@@ -21,7 +21,7 @@ SPAN_LENGTHS = (64, 128, 256, 512)
 """Tokens of the span that is repeated at the end; at most an eighth of the stretch."""
 SPAN_WEIGHT = 4.0
 """Of the tokens of the span that is repeated at the end; the rest of the text has 1."""
-ANSWER_WEIGHT = 4.0
+ANSWER_WEIGHT = 32.0
 """Of the values that are asked for, unless the caller says otherwise. They are few: some forty tokens of a stretch."""
 SHORT_SPAN_LENGTHS = (8, 16, 32)
 """Tokens of the spans repeated in between; at most a sixteenth of the stretch."""

@@ -26,15 +26,17 @@ def layers(count: int = 3, *, batch: int = 2, length: int = 5, dtype=torch.float
 
 
 def by_definition(found, expected, weights):
-    """sum w |found - expected|^2 / sum w |expected|^2 of every layer, one token at a time; the mean of the layers."""
+    """sum w |found - expected|^2 / sum w |expected|^2 of every layer and example, one token at a time; their mean."""
     errors = []
     for ours, theirs in zip(found, expected, strict=True):
-        above = below = 0.0
-        for row, (mine, other) in enumerate(zip(ours.flatten(0, 1), theirs.flatten(0, 1), strict=True)):
-            if weights[row] > 0:
-                above = above + weights[row] * sum((a - b) ** 2 for a, b in zip(mine, other, strict=True))
-                below = below + weights[row] * sum(b**2 for b in other)
-        errors.append(above / below)
+        for example, example_weights in enumerate(weights.view(ours.shape[:2])):
+            above = below = 0.0
+            for row, weight in enumerate(example_weights):
+                if weight > 0:
+                    mine, other = ours[example, row], theirs[example, row]
+                    above = above + weight * sum((a - b) ** 2 for a, b in zip(mine, other, strict=True))
+                    below = below + weight * sum(b**2 for b in other)
+            errors.append(above / below)
     return sum(errors) / len(errors)
 
 
@@ -148,7 +150,7 @@ def test_the_loss_is_kl_and_the_weighted_error_of_attention(tmp_path):
     reference = by_definition(found, expected, weights).item()
     trainer.train()
     assert log_of(trainer, "attention_error") == pytest.approx([reference], rel=1e-4)
-    plain = make_trainer(copy.deepcopy(start), tmp_path, **options)
+    plain = make_trainer(copy.deepcopy(start), tmp_path, attention_weight=0.0, **options)
     plain.train()
     assert log_of(trainer, "loss")[0] - 0.7 * reference == pytest.approx(log_of(plain, "loss")[0], rel=1e-4)
     assert not log_of(plain, "attention_error")
@@ -183,9 +185,10 @@ def test_the_error_falls_where_it_counts(tmp_path, kind):
     "options",
     [
         {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     ],
-    ids=["gradient checkpointing", "torch_compile"],
+    ids=["gradient checkpointing", "accumulation", "torch_compile"],
 )
 def test_the_option_changes_no_weight(tmp_path, options):
     def weights_after(folder, **options):
@@ -251,7 +254,7 @@ def test_a_rank_has_its_share_of_the_sums(monkeypatch):
     weights = torch.rand(2, 6, dtype=torch.float64) + 0.1
     whole = attention_error([t.requires_grad_(True) for t in found], expected, of_tokens(weights.flatten()), None)
     sizes = [
-        torch.stack([(w[..., None] * t.square()).sum() for t in (half.chunk(2, 1)[rank] for half in expected)])
+        torch.stack([(w[..., None] * half.chunk(2, 1)[rank].square()).sum((1, 2)) for half in expected])
         for rank, w in enumerate(weights.chunk(2, 1))
     ]
     monkeypatch.setattr("torch.distributed.all_reduce", lambda own, group: own.copy_(sum(sizes)))

@@ -56,7 +56,8 @@ def test_the_loss_is_the_weighted_kl_from_dense_to_soft(tmp_path, model_type, va
         setattr(model.config, name, value)
         setattr(model, name, value)
     freeze_backbone(model)
-    trainer = make_trainer(model, tmp_path, max_steps=1, first_temperature=0.4, selection_band=2.0)
+    options = {"first_temperature": 0.4, "selection_band": 2.0, "attention_weight": 0.0}
+    trainer = make_trainer(model, tmp_path, max_steps=1, **options)
     examples = [trainer.train_dataset[index] for index in range(4)]
     batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
     assert len(set(batch["token_weights"].flatten().tolist())) == 2
