@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing", action="store_true", default=None, help="less memory, a third more time"
     )
     training.add_argument(
-        "--compile", action="store_true", default=None, help="torch.compile: faster steps, a minute or more to begin"
+        "--compile", action="store_true", default=None, help="torch.compile the layers; stages take longer to begin"
     )
     training.add_argument("--seed", type=int, help="of data and adapter (default: 0)")
     training.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")

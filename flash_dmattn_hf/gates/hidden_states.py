@@ -16,6 +16,9 @@ from flash_dmattn_hf.thread_slot import ThreadSlot
 ARGUMENT = "hidden_states"
 """The first argument of the forward of an attention module, which its projections read."""
 
+_KEY = -1
+"""Of the hooks, in every module: torch numbers them, and torch.compile would compile every layer for its numbers."""
+
 _offer = ThreadSlot()  # content: a gate, and the hidden states (B, T, hidden size) of its module's forward
 
 
@@ -29,17 +32,23 @@ def offer_hidden_states(module: nn.Module) -> None:
     """Makes an attention module with a gate offer its hidden states while it runs."""
     module.register_forward_pre_hook(_make_offer, with_kwargs=True)
     module.register_forward_hook(_drop_offer, always_call=True)
+    for function, hooks, marks in _places(module):
+        for key in [key for key, hook in hooks.items() if hook is function and key != _KEY]:
+            hooks[_KEY], marks[_KEY] = hooks.pop(key), marks.pop(key)
 
 
 def stop_offering(module: nn.Module) -> None:
     """Takes out what `offer_hidden_states` has put in, if anything."""
-    kinds = (
+    for function, hooks, marks in _places(module):
+        for key in [key for key, hook in hooks.items() if hook is function]:
+            del hooks[key], marks[key]
+
+
+def _places(module: nn.Module) -> tuple[tuple[Any, dict, dict], ...]:
+    return (
         (_make_offer, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (_drop_offer, module._forward_hooks, module._forward_hooks_always_called),
     )
-    for function, hooks, marks in kinds:
-        for key in [key for key, hook in hooks.items() if hook is function]:
-            del hooks[key], marks[key]
 
 
 def _make_offer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ _BLOCK = 8192
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
     """Returns the gate of an attention module, None if it has none; layers may have been taken out or renumbered."""
     gate = getattr(module, GATE_NAME, None)
-    if gate is not None and gate.layer_idx != module.layer_idx:
+    # Not while compiling: layers that are compiled one by one would not share what depends on a number of theirs.
+    if gate is not None and not torch.compiler.is_compiling() and gate.layer_idx != module.layer_idx:
         for part in parts_of(gate):
             part.renumber(module.layer_idx)
     return gate

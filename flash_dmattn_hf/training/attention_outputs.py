@@ -19,6 +19,9 @@ from flash_dmattn_hf.training.distillation_loss import TokenWeights
 
 _OUTPUT = "_attention_output"
 
+_KEY = -2
+"""Of the hook, in every module, as of `gates.hidden_states`."""
+
 _collecting = ThreadSlot()
 """Whether forwards of this thread leave the outputs of hooked modules on them."""
 
@@ -39,7 +42,8 @@ class AttentionOutputs:
 
     def __enter__(self) -> "AttentionOutputs":
         for module in {id(module): module for module in (*self._student, *self._teacher)}.values():
-            self._hooks.callback(module.register_forward_hook(_leave_output).remove)
+            module._forward_hooks[_KEY] = _leave_output
+            self._hooks.callback(module._forward_hooks.pop, _KEY, None)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,7 @@
 """Distillation: a model with dynamic masks learns, through a soft cut, to predict what the dense model predicts."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from flash_dmattn_hf.gates.importance import Gate
 from flash_dmattn_hf.gates.soft_selection import hard_selection, soft_selection
 from flash_dmattn_hf.parallel.context import active
 from flash_dmattn_hf.training.attention_outputs import AttentionOutputs, attention_error
+from flash_dmattn_hf.training.compiled_layers import compiled_layers
 from flash_dmattn_hf.training.deferred_logits import deferred_logits, deferring_layer
 from flash_dmattn_hf.training.distillation_arguments import (
     ATTENTION_WEIGHTS,
@@ -131,7 +132,19 @@ class DistillationTrainer(Trainer):
             stretches = [torch.as_tensor(self.train_dataset[index]["input_ids"]) for index in range(count)]
             with hard_selection():
                 self._layers = prepare_gates(self.model, stretches)
+            if self.args.compile_layers:
+                afterwards.enter_context(self._compiled())
             return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Inside the block the layers of student and teacher are compiled, unless the teacher was given."""
+        self.teacher.runs_compiled = True
+        try:
+            with compiled_layers(self.model, self.teacher.model):
+                yield
+        finally:
+            self.teacher.runs_compiled = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the backbone and dt_proj, whose inputs it sees standardised; each is clipped alone."""

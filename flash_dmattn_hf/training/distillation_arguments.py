@@ -24,6 +24,7 @@ class DistillationArguments(TrainingArguments):
     hard_share: share of the run, at its end, with the hard mask.
     max_minutes: the run ends after so many minutes of training if not after max_steps; evaluations do not count.
     clip_norm: largest norm of the gradient, of gates and backbone each.
+    compile_layers: torch.compile the decoder layers of student and teacher while it trains (`compiled_layers`).
     num_evaluations: how often a run measures on the held-out text, at equal distances.
 
     Raises ValueError for values out of range.
@@ -44,6 +45,7 @@ class DistillationArguments(TrainingArguments):
     hard_share: float = 0.0
     max_minutes: float | None = None
     clip_norm: float = 1.0
+    compile_layers: bool = False
     num_evaluations: int = 4
 
     def __post_init__(self) -> None:

@@ -45,8 +45,8 @@ class Recipe:
     learning_rate: of the backbone or adapter. gate_learning_rates, temperatures: for each stage.
     attention_weights: for each stage, of the error of the layers' attention outputs in its loss.
     selection_band, hard_share: as in `DistillationArguments`; hard_share is that of the last stage.
-    gradient_checkpointing: less memory for a third more time. compile: let torch.compile join a step's many small
-        operations, which takes a minute or more at the start of every stage. seed: of data and adapter.
+    gradient_checkpointing: less memory for a third more time. compile: let torch.compile join the many small
+        operations of a layer, for which every stage takes longer to begin. seed: of data and adapter.
     max_tokens: of the data to read. save_steps: steps between checkpoints of a run that can be resumed.
     evaluations: on held-out text in each stage. eval_stretches: of it. tasks, samples: of its recall prompts.
 

@@ -56,7 +56,7 @@ def train_stage(
         selection_band=recipe.selection_band,
         hard_share=recipe.hard_share if stage == recipe.stages[-1] else 0.0,
         num_evaluations=recipe.evaluations,
-        torch_compile=recipe.compile,
+        compile_layers=recipe.compile,
         bf16=is_cuda and torch.cuda.is_bf16_supported(),
         use_cpu=not is_cuda,
         dataloader_pin_memory=is_cuda,

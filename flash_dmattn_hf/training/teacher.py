@@ -22,18 +22,20 @@ class Teacher:
     """A model that is run without gradients and in eval mode.
 
     model: that is run. mode: a context manager inside which it is the teacher, such as with dense attention.
-    is_student: whether it is the model that trains. Then it runs its own code, not what torch.compile has made of it.
+    is_student: whether it is the model that trains. Then it runs its own code, not what torch.compile has made of it,
+        unless `runs_compiled` is set: what `compiled_layers` makes is right for both.
     """
 
     def __init__(
         self, model: nn.Module, mode: Callable[[], AbstractContextManager], *, is_student: bool = False
     ) -> None:
         self.model, self.mode, self.is_student = model, mode, is_student
+        self.runs_compiled = False
 
     def logits(self, inputs: dict[str, Any]) -> DeferredLogits:
         """Returns the deferred logits (B, S, vocabulary) of the model for these keyword arguments."""
         # Another model, or the attention in it, may be compiled for itself: FlexAttention is slow without it.
-        code = uncompiled(self.model) if self.is_student else nullcontext()
+        code = uncompiled(self.model) if self.is_student and not self.runs_compiled else nullcontext()
         with self.mode(), evaluating(self.model), deferred_logits(self.model), code:
             return self.model(**inputs, use_cache=False).logits
 

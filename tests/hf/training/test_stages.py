@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flash_dmattn_hf.integration import attention
-from flash_dmattn_hf.training import stages
+from flash_dmattn_hf.training import compiled_layers, stages
 from flash_dmattn_hf.training.distillation_arguments import DistillationArguments
 from flash_dmattn_hf.training.recipe import Recipe
 
@@ -43,24 +43,26 @@ def test_every_stage_runs_under_autocast(monkeypatch, tmp_path, lora_rank):
 
 @pytest.mark.parametrize("lora_rank", [None, 2], ids=["all weights", "adapter"])
 def test_compiled_stages_end_with_the_weights_of_others_and_a_plain_model(monkeypatch, tmp_path, lora_rank):
-    def with_backend(**values):  # an interpreter of graphs: a compiler would take minutes
-        return DistillationArguments(**values, torch_compile_backend="aot_eager" if values["torch_compile"] else None)
-
-    monkeypatch.setattr(stages, "DistillationArguments", with_backend)
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")  # a compiler would take minutes
     course = {"steps": 4, "importance_share": 0.5, "evaluations": 0, "save_steps": 1, "lora_rank": lora_rank}
     course["attention_weights"] = {"importance": 1.0, "all": 1.0}
-    found, graphs = [], torch._dynamo.utils.counters["stats"]
+    found, losses, counters = [], [], torch._dynamo.utils.counters
     for name, compiles in (("with", True), ("without", False)):
         torch.compiler.reset()
-        graphs.clear()
+        counters.clear()
+        losses.append([])
         recipe = Recipe(**WINDOWS, length=LENGTH, batch_size=2, compile=compiles, **course)
         model = make_model(importance_input="hidden")
         names = list(model.state_dict())
         for stage in stages.STAGES:
-            model, _ = stages.train_stage(model, stage, recipe, text(), tmp_path / name / stage)
+            model, log = stages.train_stage(model, stage, recipe, text(), tmp_path / name / stage)
+            losses[-1] += [entry["train_loss"] for entry in log if "train_loss" in entry]
+            assert all(module._compiled_call_impl is None for module in model.modules())
         assert type(model).__name__ == "LlamaForCausalLM" and list(model.state_dict()) == names
-        assert (graphs["unique_graphs"] > 0) == compiles
+        assert (counters["stats"]["unique_graphs"] > 0) == compiles
+        assert not counters["graph_break"]
         found.append(model.state_dict())
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
     kept = [sorted(path.name for path in (tmp_path / name / "all").iterdir()) for name in ("with", "without")]
     assert kept[0] == kept[1]
