@@ -14,18 +14,22 @@ from flash_dmattn_hf.config import SECTION, DynamicMaskConfig, Windows
 from flash_dmattn_hf.forms import FORMS
 from flash_dmattn_hf.gates.hidden_states import take_hidden_states
 from flash_dmattn_hf.names import GATE_NAME
+from flash_dmattn_hf.thread_slot import ThreadSlot
 
 _WITHOUT_FLOAT64 = ("mps", "xpu")
 """Types of devices, some of which have no float64."""
 _BLOCK = 8192
 """Tokens that are projected at once in float64."""
 
+numbers_compared = ThreadSlot()
+"""Whether every gate of this thread's models has been found to have its layer's number. Layers that are compiled one by
+one would not share what depends on a number of theirs."""
+
 
 def get_gate(module: nn.Module) -> "ImportanceGate | None":
     """Returns the gate of an attention module, None if it has none; layers may have been taken out or renumbered."""
     gate = getattr(module, GATE_NAME, None)
-    # Not while compiling: layers that are compiled one by one would not share what depends on a number of theirs.
-    if gate is not None and not torch.compiler.is_compiling() and gate.layer_idx != module.layer_idx:
+    if gate is not None and not numbers_compared.slot.content and gate.layer_idx != module.layer_idx:
         for part in parts_of(gate):
             part.renumber(module.layer_idx)
     return gate

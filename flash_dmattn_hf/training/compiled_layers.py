@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flash_dmattn_hf.gates.attach import iter_gates
+from flash_dmattn_hf.gates.importance import numbers_compared
 
 BACKEND = "inductor"
 """Of torch.compile."""
@@ -22,12 +23,14 @@ def compiled_layers(*models: nn.Module) -> Iterator[list[nn.Module]]:
     """
     layers = [layer for model in models for layer in _layers_of(model)]
     layers = [layer for layer in dict.fromkeys(layers) if layer._compiled_call_impl is None]
+    before, numbers_compared.slot.content = numbers_compared.slot.content, True  # by iter_gates
     try:
         for layer in layers:
             # dynamic=False: all stretches have one length, and dynamic shapes make slower code.
             layer.compile(backend=BACKEND, dynamic=False)
         yield layers
     finally:
+        numbers_compared.slot.content = before
         for layer in layers:
             layer._compiled_call_impl = None
 
