@@ -5,6 +5,8 @@ from typing import Any
 import peft
 import torch
 
+from flash_dmattn_hf.training import compiled_layers
+
 from ..tiny import tiny_model
 from ..training.distillation_setup import freeze_backbone, held_out, make_model, make_trainer
 from .trainer_jobs import enter_environment, let_fsdp_run_on_cpus, on_ranks
@@ -79,3 +81,11 @@ def resume_on_ranks(rank: int, folder: str) -> dict[str, Any]:
     with torch.compiler.set_stance("force_eager"):
         distil("importance", f"{folder}/whole", cp_size=2, **options)
         return distil("importance", f"{folder}/resumed", cp_size=2, resume=f"{folder}/whole/checkpoint-2", **options)
+
+
+def compile_layers_on_ranks(rank: int, names: list[str], folder: str) -> dict[str, dict[str, Any]]:
+    """Distils with layers that an interpreter of graphs runs: a compiler would take minutes."""
+    compiled_layers.BACKEND = "aot_eager"
+    enter_environment(rank)
+    let_fsdp_run_on_cpus()
+    return {name: distil(name, folder, cp_size=2, compile_layers=True) for name in names}

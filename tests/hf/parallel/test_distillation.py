@@ -2,7 +2,7 @@
 
 import pytest
 
-from .distillation_jobs import STUDENTS, distil, distil_on_ranks, resume_on_ranks
+from .distillation_jobs import STUDENTS, compile_layers_on_ranks, distil, distil_on_ranks, resume_on_ranks
 from .processes import run_on_ranks
 
 pytest.importorskip("accelerate", minversion="1.10")
@@ -28,6 +28,15 @@ def test_two_ranks_resume_compiled_as_one_runs_through(tmp_path):
     for found in run_on_ranks(2, tmp_path, resume_on_ranks, str(tmp_path)):
         assert isinstance(found, dict), found
         check(found, alone)
+
+
+def test_two_ranks_distil_with_compiled_layers_as_one_without(tmp_path):
+    names = ["hidden states"]
+    alone = {name: distil(name, str(tmp_path / "alone")) for name in names}
+    for found in run_on_ranks(2, tmp_path, compile_layers_on_ranks, names, str(tmp_path / "run")):
+        assert isinstance(found, dict), found
+        for name in names:
+            check(found[name], alone[name])
 
 
 def check(found: dict, alone: dict) -> None:
