@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -11,6 +12,15 @@ from flash_dmattn_hf.gates.importance import numbers_compared
 
 BACKEND = "inductor"
 """Of torch.compile."""
+
+
+def check_checkpointing() -> None:
+    """Raises ImportError if transformers checkpoints around a compiled layer, whose second run would differ."""
+    if "__call__" in vars(GradientCheckpointingLayer):
+        raise ImportError(
+            "compiled layers with gradient checkpointing need a transformers whose layers checkpoint inside of their "
+            f"forward, such as 5.23, got {transformers.__version__}: leave one of the two out"
+        )
 
 
 @contextmanager

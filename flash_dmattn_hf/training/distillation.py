@@ -61,7 +61,7 @@ class DistillationTrainer(Trainer):
     Raises ValueError for a model without gates, or whose trained weights are not float32 (in bfloat16 most steps would
     round away; autocast, `bf16`, loses nothing), a teacher with another vocabulary, or without the student's attention
     modules if their error has a weight, an output layer that is no plain linear layer, ZeRO-3, or a hard_share in which
-    nothing would have a gradient.
+    nothing would have a gradient. ImportError for compile_layers with gradient checkpointing in an older transformers.
     """
 
     def __init__(

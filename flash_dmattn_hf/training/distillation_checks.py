@@ -6,12 +6,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from flash_dmattn_hf.gates.attach import iter_gates
 from flash_dmattn_hf.gates.importance import Gate
+from flash_dmattn_hf.training.compiled_layers import check_checkpointing
 from flash_dmattn_hf.training.distillation_arguments import DistillationArguments
 from flash_dmattn_hf.training.gate_preparation import check_gates
 
 
 def check_student(model: nn.Module, args: DistillationArguments) -> bool:
-    """Returns whether any weight outside of the gates trains; ValueError as `DistillationTrainer` says."""
+    """Returns whether any weight outside of the gates trains; raises what `DistillationTrainer` says."""
     check_gates(model)
     if is_deepspeed_zero3_enabled():
         raise ValueError(
@@ -19,6 +20,8 @@ def check_student(model: nn.Module, args: DistillationArguments) -> bool:
             "prepared for training: use FSDP2"
         )
     _refuse_half_precision(model)
+    if args.compile_layers and (args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False)):
+        check_checkpointing()
     in_gates = {id(parameter) for _, _, gate in iter_gates(model) for parameter in gate.parameters()}
     trains_backbone = any(p.requires_grad and id(p) not in in_gates for p in model.parameters())
     adds_bias = any(gate.config.add_importance_bias for _, _, gate in iter_gates(model))

@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from flash_dmattn_hf.training.compiled_layers import check_checkpointing
 from flash_dmattn_hf.training.distillation import DistillationTrainer
 from flash_dmattn_hf.training.distillation_arguments import DistillationArguments
 from flash_dmattn_hf.training.far_reuse import FarReuse
@@ -109,7 +110,9 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Raises ImportError if a stage of the recipe needs a package that is not installed."""
+    """Raises ImportError if a stage of the recipe needs a package that is not installed, or a newer one."""
+    if recipe.compile and recipe.gradient_checkpointing:
+        check_checkpointing()
     if recipe.lora_rank is not None and find_spec("peft") is None:
         raise ImportError("an adapter needs the package peft: pip install peft")
 

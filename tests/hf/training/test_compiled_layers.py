@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flash_dmattn_hf import soft_selection
 from flash_dmattn_hf.conversion.variants import dense_switch
@@ -68,8 +69,20 @@ def test_layers_are_as_before_after_an_error():
     assert layers and all(layer._compiled_call_impl is None for layer in layers)
 
 
+CHECKPOINTS_OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)
+"""Whether this transformers checkpoints around what is compiled."""
+
+
 @pytest.mark.parametrize(
-    "options", [{"hard_share": 0.5}, {"gradient_checkpointing": True}], ids=["hard", "checkpoints"]
+    "options",
+    [
+        {"hard_share": 0.5},
+        pytest.param(
+            {"gradient_checkpointing": True},
+            marks=pytest.mark.skipif(CHECKPOINTS_OUTSIDE, reason="refused with this transformers, as tested below"),
+        ),
+    ],
+    ids=["hard", "checkpoints"],
 )
 def test_a_run_has_the_losses_of_the_same_run_without(options, tmp_path):
     losses = []
@@ -79,6 +92,20 @@ def test_a_run_has_the_losses_of_the_same_run_without(options, tmp_path):
         losses.append(log_of(trainer, "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 8
     assert COUNTERS["stats"]["unique_graphs"] <= 6
+
+
+def test_checkpoints_around_compiled_layers_are_refused(monkeypatch, tmp_path):
+    if not CHECKPOINTS_OUTSIDE:
+        monkeypatch.setattr(GradientCheckpointingLayer, "__call__", torch.nn.Module.__call__, raising=False)
+    recipe = Recipe(**WINDOWS, length=LENGTH, compile=True, gradient_checkpointing=True)
+    with pytest.raises(ImportError, match="need a transformers whose layers checkpoint inside of their forward"):
+        stages.check_packages(recipe)
+    with pytest.raises(ImportError, match="leave one of the two out"):
+        make_trainer(make_model(), tmp_path, compile_layers=True, gradient_checkpointing=True)
+    enabled = make_model()
+    enabled.gradient_checkpointing_enable()
+    with pytest.raises(ImportError, match="leave one of the two out"):
+        make_trainer(enabled, tmp_path, compile_layers=True)
 
 
 def test_a_compiled_run_goes_on_from_a_checkpoint(tmp_path):
